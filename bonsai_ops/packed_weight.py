@@ -1,0 +1,138 @@
+"""The canonical packed weight: what every format becomes and every backend multiplies.
+
+    scheme      code -> value                         codec
+    binary      w = s (1 - 2 c),  c in {0, 1}         bit
+    ternary     w = s (1 - c),    c in {0, 1, 2}      trit5
+    affine      w = c s + z       (z added last)      bit, crumb, nibble
+    zero_point  w = (c - z) s     (z subtracted)      nibble
+
+s and z are per row and group of `group_size` consecutive columns. Values are computed in float32 and rounded once to
+the requested dtype; for binary and ternary that equals rounding s, because the codes only negate it or make it zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import codec as codecs
+
+SCHEMES = {"binary": ("bit",), "ternary": ("trit5",), "affine": ("bit", "crumb", "nibble"), "zero_point": ("nibble",)}
+"""Allowed codecs of each scheme."""
+
+SCRATCH_BYTES = 24 << 20
+"""Bound on the unpacked piece of a weight that `pieces` works on, its integer temporaries included."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [N, K] in packed form.
+
+    codes: uint8 [byte_rows(N), K]. scale: bf16, fp16 or fp32 [N, K / group_size]. zero: None (binary, ternary) or
+    like scale. shape: (N, K). Raises ValueError when the parts do not fit together.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    shape: tuple[int, int]
+    scheme: str
+    codec: str
+    group_size: int
+    zero: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.codec not in SCHEMES.get(self.scheme, ()):
+            raise ValueError(f"scheme {self.scheme!r} with codec {self.codec!r} is not a packed weight")
+        rows, columns = self.shape
+        if self.group_size % 32 or columns % self.group_size:
+            raise ValueError(
+                f"group size {self.group_size} does not fit {columns} columns: expected a multiple of 32 "
+                "that divides them"
+            )
+        expected = (codecs.get_codec(self.codec).byte_rows(rows), columns)
+        if self.codes.dtype != torch.uint8 or tuple(self.codes.shape) != expected:
+            raise ValueError(f"codes are {self.codes.dtype} {tuple(self.codes.shape)}, expected torch.uint8 {expected}")
+        table = (rows, columns // self.group_size)
+        if tuple(self.scale.shape) != table:
+            raise ValueError(f"scale has shape {tuple(self.scale.shape)}, expected {table}")
+        if (self.zero is None) != (self.scheme in ("binary", "ternary")):
+            raise ValueError(f"scheme {self.scheme} {'has no' if self.zero is not None else 'needs a'} zero table")
+        if self.zero is not None and tuple(self.zero.shape) != table:
+            raise ValueError(f"zero has shape {tuple(self.zero.shape)}, expected {table}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return self.codes.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, scales included."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight with its tensors on `device`."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero)
+
+    def pieces(self, dtype: torch.dtype, scratch_bytes: int = SCRATCH_BYTES) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yields (first row, last row + 1, values [rows, K] in `dtype`) until every row was seen once.
+
+        Each piece is valid until the next is asked for; temporaries stay below `scratch_bytes`.
+        """
+        rows, columns = self.shape
+        coder = codecs.get_codec(self.codec)
+        n = coder.byte_rows(rows)
+        step = max(8, scratch_bytes // ((4 + 2 * max(4, dtype.itemsize)) * columns) // 8 * 8)
+        for lo in range(0, n, step):
+            hi = min(lo + step, n)
+            for plane, codes in enumerate(codecs.planes(self.codec, self.codes[lo:hi])):
+                first, last = min(plane * n + lo, rows), min(plane * n + hi, rows)
+                if first < last:
+                    yield first, last, self._values(codes[: last - first], slice(first, last), dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """All values [N, K] in `dtype`."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        for first, last, values in self.pieces(dtype):
+            out[first:last] = values
+        return out
+
+    def select_rows(self, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Values of the rows in `index` (int64 [T]): [T, K] in `dtype`. For embedding tables."""
+        codes = codecs.decode_selected(self.codec, self.codes, self.shape[0], index)
+        return self._values(codes, index, dtype)
+
+    def _values(self, codes: torch.Tensor, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Codes [R, K] of the given rows -> values [R, K]."""
+        grouped = (codes.shape[0], -1, self.group_size)
+        scale = self.scale[rows].unsqueeze(-1)
+        if self.zero is None:
+            sign = 1 - (codes.to(torch.int16) if self.scheme == "ternary" else codes.to(torch.int16) * 2)
+            return sign.to(dtype).view(grouped).mul_(scale.to(dtype)).view(codes.shape)
+        zero = self.zero[rows].unsqueeze(-1).to(torch.float32)
+        values = codes.to(torch.float32).view(grouped)
+        if self.scheme == "affine":
+            values = values.mul_(scale.to(torch.float32)).add_(zero)
+        else:
+            values = values.sub_(zero).mul_(scale.to(torch.float32))
+        return values.view(codes.shape).to(dtype)
+
+
+def narrow_exact(table: torch.Tensor) -> torch.Tensor:
+    """`table` in the narrowest of bf16, fp16 and fp32 that holds every value exactly (fp64 and fp32 input included)."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = table.to(dtype)
+        if torch.equal(narrow.to(table.dtype), table):
+            return narrow.contiguous()
+    return table.to(torch.float32).contiguous()
+
+
+def pack_signs(codes: torch.Tensor, scale: torch.Tensor, group_size: int, scheme: str) -> PackedWeight:
+    """A binary or ternary weight from codes uint8 [N, K] as the table above defines them and scale [N, K/group]."""
+    codec = SCHEMES[scheme][0]
+    return PackedWeight(
+        codecs.encode(codec, codes), narrow_exact(scale), (codes.shape[0], codes.shape[1]), scheme, codec, group_size
+    )
