@@ -1,0 +1,139 @@
+"""Unpacked files: ordinary 16-bit (or fp32) .safetensors whose weights really have two or three levels a group.
+
+Diffusers names (`transformer/diffusion_pytorch_model.safetensors` of the unpacked repositories) or BFL names. Nothing
+in the file says that it is low-bit; `find_levels` proves it for each weight, value by value:
+
+    {-s, s}       in every group of g consecutive columns   -> 1-bit codes
+    {-s, 0, s}                                              -> 2-bit codes
+    {a, b} or three equally spaced levels                   -> 1- or 2-bit codes with both tables kept
+
+with the largest g of 128, 64 and 32 for which it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import PackError
+from .entries import CodedTensor, DenseTensor, Entry
+from .safetensors_file import SafetensorsFile
+
+GROUP_SIZES = (128, 64, 32)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+PROBE_ROWS = 64
+STEP_WEIGHTS = 2 << 20
+CURE = 'Load a dense model with "Load Diffusion Model", or quantize it with "Patch to BitLinear".'
+
+
+def read_entries(file: SafetensorsFile) -> dict[str, Entry]:
+    """Every tensor of the file as DenseTensor. Raises PackError for a tensor that is not floating point."""
+    entries: dict[str, Entry] = {}
+    for name, (shape, dtype) in file.tensors.items():
+        if dtype not in FLOATS:
+            raise PackError(
+                file.path,
+                f"is {dtype} {list(shape)}",
+                "Expected bf16, fp16 or fp32 weights, or a Bonsai pack: gemlite, MLX or our native file.",
+                name,
+            )
+        entries[name] = DenseTensor(file.path, name, shape, dtype, lambda name=name: file.get(name))
+    return entries
+
+
+def find_levels(entry: DenseTensor) -> CodedTensor:
+    """The codes and tables that give exactly the values of a dense weight [N, K].
+
+    Raises PackError if the groups of the weight have more levels than two or three equally spaced ones.
+    """
+    weight = entry.load()
+    if weight.ndim != 2:
+        raise PackError(entry.path, f"has shape {list(entry.shape)}", "Expected a weight [N, K].", entry.key)
+    for group_size in GROUP_SIZES:
+        if weight.shape[1] % group_size:
+            continue
+        if _symmetric_tables(weight[:PROBE_ROWS], group_size) is not None:
+            tables = _symmetric_tables(weight, group_size)
+            if tables is not None:
+                return _symmetric(entry, weight, group_size, *tables)
+        for bits in (1, 2):
+            if _spaced_tables(weight[:PROBE_ROWS], group_size, bits) is not None:
+                spaced = _spaced_tables(weight, group_size, bits)
+                if spaced is not None:
+                    return _spaced(entry, weight, group_size, bits, *spaced)
+    raise PackError(
+        entry.path, "has groups of more than three levels, so this is no 1-bit or ternary model", CURE, entry.key
+    )
+
+
+def _steps(weight: torch.Tensor, group_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, float32 [n, K / group, group]) until every row was seen."""
+    step = max(1, STEP_WEIGHTS // weight.shape[1])
+    for lo in range(0, weight.shape[0], step):
+        rows = weight[lo : lo + step].float()
+        yield lo, rows.view(rows.shape[0], -1, group_size)
+
+
+def _symmetric_tables(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, bool] | None:
+    """(s [N, K / group], whether a zero occurs beside nonzero values) if every group is {-s, 0, s}, else None."""
+    magnitudes, zeros = [], False
+    for _, groups in _steps(weight, group_size):
+        size = groups.abs()
+        top = size.amax(-1, keepdim=True)
+        empty = size == 0
+        if not bool(((size == top) | empty).all()):
+            return None
+        zeros = zeros or bool((empty & (top > 0)).any())
+        magnitudes.append(top.squeeze(-1))
+    return torch.cat(magnitudes), zeros
+
+
+def _symmetric(
+    entry: DenseTensor, weight: torch.Tensor, group_size: int, magnitude: torch.Tensor, ternary: bool
+) -> CodedTensor:
+    def read(lo: int, hi: int) -> torch.Tensor:
+        rows = weight[lo:hi]
+        return (rows.sign() + 1).to(torch.uint8) if ternary else (rows > 0).to(torch.uint8)
+
+    scale = magnitude if ternary else 2 * magnitude
+    return CodedTensor(
+        entry.path,
+        entry.key,
+        (weight.shape[0], weight.shape[1]),
+        2 if ternary else 1,
+        group_size,
+        lambda: (scale, -magnitude),
+        read,
+    )
+
+
+def _spaced_tables(weight: torch.Tensor, group_size: int, bits: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(spacing, lowest level) if every group has at most 2 (1 bit) or 3 (2 bit) equally spaced levels, else None."""
+    scales, lows = [], []
+    for _, groups in _steps(weight, group_size):
+        low = groups.amin(-1, keepdim=True)
+        scale = (groups.amax(-1, keepdim=True) - low) / bits
+        rebuilt = (_nearest(groups, scale, low) * scale + low).to(weight.dtype).float()
+        if not torch.equal(rebuilt, groups):
+            return None
+        scales.append(scale.squeeze(-1))
+        lows.append(low.squeeze(-1))
+    return torch.cat(scales), torch.cat(lows)
+
+
+def _nearest(groups: torch.Tensor, scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale > 0, (groups - low) / torch.where(scale > 0, scale, 1), 0).round()
+
+
+def _spaced(
+    entry: DenseTensor, weight: torch.Tensor, group_size: int, bits: int, scale: torch.Tensor, low: torch.Tensor
+) -> CodedTensor:
+    def read(lo: int, hi: int) -> torch.Tensor:
+        groups = weight[lo:hi].float().view(hi - lo, -1, group_size)
+        codes = _nearest(groups, scale[lo:hi].unsqueeze(-1), low[lo:hi].unsqueeze(-1))
+        return codes.to(torch.uint8).view(hi - lo, -1)
+
+    return CodedTensor(
+        entry.path, entry.key, (weight.shape[0], weight.shape[1]), bits, group_size, lambda: (scale, low), read
+    )

@@ -1,0 +1,121 @@
+"""HQQ text encoders: `text_encoder-hqq-4bit/qmodel.pt`.
+
+A pickled dict {module name: {leaf: value}}. A quantized module (N, K) has
+
+    W_q      u8 [N K / (2 g), g]   packing "4bit_u8": with R = N K / g groups as rows, the high nibble of byte [r, c] is
+                                   the code of row r, the low nibble that of row r + R / 2
+    scale    [N K / g, 1]          group r = n (K / g) + k // g, axis 1
+    zero     [N K / g, 1]
+    nbits 4, group_size g, axis 1, shape (N, K), packing; plain values, or tensors that spell them (strings as bytes)
+
+    w[n, k] = (code[n, k] - zero) * scale          the zero point is subtracted before scaling
+
+Every other module is {"weight": tensor} (embedding, norms). For N a multiple of 16 the bytes are our nibble codec's as
+they lie: rows 0 .. N/2 - 1 in the high nibbles, the others in the low ones. Nothing is repacked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..errors import PackError
+from ..packed_weight import PackedWeight
+from .entries import DenseTensor, Entry, PackedTensor
+from .torch_file import load_pickle
+
+FILE = "text_encoder-hqq-4bit/qmodel.pt"
+AS_PUBLISHED = "Use qmodel.pt as it was published."
+PLAIN_TYPES = (bool, int, float, str, type(None), torch.Size, torch.dtype, tuple, list)
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """{`<module>.weight`: entry} of a qmodel.pt. Raises PackError for what HQQ's 4-bit serializer does not write."""
+    entries: dict[str, Entry] = {}
+    for module, leaves in load_pickle(path).items():
+        if not isinstance(module, str) or not isinstance(leaves, dict):
+            raise PackError(
+                path, f"is a {type(leaves).__name__}", f"Expected a dict of tensors. {AS_PUBLISHED}", str(module)
+            )
+        for leaf, value in leaves.items():
+            if not isinstance(value, (torch.Tensor, *PLAIN_TYPES)):
+                raise PackError(
+                    path,
+                    f"is a {type(value).__name__}",
+                    f"Expected a tensor or a plain value. {AS_PUBLISHED}",
+                    f"{module}.{leaf}",
+                )
+        if "W_q" in leaves:
+            entries[f"{module}.weight"] = _packed(path, module, leaves)
+        else:
+            for leaf, value in leaves.items():
+                if isinstance(value, torch.Tensor):
+                    name = f"{module}.{leaf}"
+                    entries[name] = DenseTensor(path, name, tuple(value.shape), value.dtype, lambda v=value: v)
+    return entries
+
+
+def _plain(value: object) -> object:
+    """A number, shape or string, also where the serializer spelled it as a tensor."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dtype == torch.uint8 and value.ndim == 1:
+        return "".join(chr(c) for c in value.tolist())
+    return tuple(value.tolist()) if value.ndim else value.item()
+
+
+def _packed(path: Path, module: str, leaves: dict) -> PackedTensor:
+    key = f"{module}.weight"
+    for leaf in ("scale", "zero", "nbits", "group_size", "axis", "shape", "packing"):
+        if leaf not in leaves:
+            raise PackError(
+                path, "is missing", f"Expected 4-bit HQQ with plain scales. {AS_PUBLISHED}", f"{module}.{leaf}"
+            )
+    told = {
+        leaf: _plain(leaves.get(leaf))
+        for leaf in ("nbits", "group_size", "axis", "packing", "view_as_float", "quant_scale", "quant_zero")
+    }
+    if (
+        (told["nbits"], told["axis"], told["packing"]) != (4, 1, "4bit_u8")
+        or told["view_as_float"]
+        or told["quant_scale"]
+        or told["quant_zero"]
+    ):
+        raise PackError(
+            path, f"says {told}", f"Expected nbits 4, axis 1, packing 4bit_u8 and plain tables. {AS_PUBLISHED}", module
+        )
+    shape, group_size, words = tuple(_plain(leaves["shape"])), int(told["group_size"]), leaves["W_q"]
+    if len(shape) != 2 or group_size < 32 or group_size % 32 or shape[1] % group_size or shape[0] % 16:
+        raise PackError(
+            path,
+            f"is {shape} in groups of {group_size}",
+            f"Expected rows in sixteens and columns in groups of a multiple of 32. {AS_PUBLISHED}",
+            module,
+        )
+    groups = shape[0] * shape[1] // group_size
+    if (
+        words.dtype != torch.uint8
+        or words.numel() * 2 != shape[0] * shape[1]
+        or any(leaves[leaf].numel() != groups for leaf in ("scale", "zero"))
+    ):
+        raise PackError(
+            path,
+            f"has {words.numel()} bytes of codes and {leaves['scale'].numel()} scales",
+            f"Expected {shape[0] * shape[1] // 2} and {groups}. {AS_PUBLISHED}",
+            module,
+        )
+
+    def load() -> PackedWeight:
+        table = (shape[0], shape[1] // group_size)
+        return PackedWeight(
+            words.view(shape[0] // 2, shape[1]),
+            leaves["scale"].view(table),
+            shape,
+            "zero_point",
+            "nibble",
+            group_size,
+            leaves["zero"].view(table),
+        )
+
+    return PackedTensor(path, key, shape, load)

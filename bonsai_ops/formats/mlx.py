@@ -1,0 +1,131 @@
+"""MLX packs: `transformer-packed-mflux/diffusion_pytorch_model.safetensors`, `text_encoder-mlx-4bit/model.safetensors`.
+
+For each quantized layer (N, K) with b = 1, 2 or 4 bits and group size g:
+
+    <layer>.weight   u32   [N, K b / 32]   32 / b codes a word, least significant first, along K
+    <layer>.scales   16-bit or fp32 [N, K / g]
+    <layer>.biases   like scales
+
+    code[n, k] = (weight[n, k // (32 / b)] >> (b (k % (32 / b)))) & (2^b - 1)
+    w[n, k]    = scales[n, k // g] * code[n, k] + biases[n, k // g]        in float32, rounded once
+
+A layer is quantized if and only if `.scales` and `.biases` stand beside its `.weight`; everything else is dense. The
+transformer has diffusers names, 1 bit (biases = -scales / 2) or 2 bit (biases = -scales) and g = 128; the text encoder
+Hugging Face's Qwen3 names, 4 bit, g = 64. b follows from the shapes: words of 32 bits against groups.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..codec import spread_fields
+from ..errors import PackError
+from .entries import CodedTensor, DenseTensor, Entry
+from .safetensors_file import SafetensorsFile
+
+TRANSFORMER_FILE = "transformer-packed-mflux/diffusion_pytorch_model.safetensors"
+TEXT_ENCODER_FILE = "text_encoder-mlx-4bit/model.safetensors"
+CONFIG_NAMES = ("quantization_config.json", "config.json")
+
+
+def is_mlx(file: SafetensorsFile) -> bool:
+    """True if some u32 weight has scales and biases beside it."""
+    return any(
+        dtype == torch.uint32 and name.endswith(".weight") and name[:-7] + ".scales" in file.tensors
+        for name, (_, dtype) in file.tensors.items()
+    )
+
+
+def read_entries(file: SafetensorsFile) -> dict[str, Entry]:
+    """{name without `.weight`-siblings: entry}; packed layers are keyed `<layer>.weight` like dense ones."""
+    config_group = _configured_group_size(file.path)
+    entries: dict[str, Entry] = {}
+    for name, (shape, dtype) in file.tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf in ("scales", "biases"):
+            if f"{layer}.weight" not in file.tensors:
+                raise PackError(
+                    file.path,
+                    "stands alone",
+                    f"Expected the codes {layer}.weight beside it: use the file as it was published.",
+                    name,
+                )
+            continue
+        siblings = [f"{layer}.{s}" in file.tensors for s in ("scales", "biases")]
+        if leaf == "weight" and any(siblings):
+            entries[name] = _coded(file, layer, config_group)
+        elif dtype == torch.uint32:
+            raise PackError(
+                file.path, "has u32 codes without scales and biases", "Use the file as it was published.", name
+            )
+        else:
+            entries[name] = DenseTensor(file.path, name, shape, dtype, lambda name=name: file.get(name))
+    return entries
+
+
+def _coded(file: SafetensorsFile, layer: str, config_group: int | None) -> CodedTensor:
+    weight, scales, biases = (f"{layer}.{leaf}" for leaf in ("weight", "scales", "biases"))
+    for name in (scales, biases):
+        if name not in file.tensors:
+            raise PackError(file.path, "is missing", f"{weight} needs it: use the file as it was published.", name)
+    (shape, dtype), (table, _) = file.tensors[weight], file.tensors[scales]
+    if dtype != torch.uint32 or len(shape) != 2 or len(table) != 2 or table[0] != shape[0]:
+        raise PackError(
+            file.path,
+            f"is {dtype} {list(shape)} with scales {list(table)}",
+            "Expected u32 [N, K b / 32] with scales [N, K / g].",
+            weight,
+        )
+    if file.tensors[biases][0] != table:
+        raise PackError(
+            file.path, f"has shape {list(file.tensors[biases][0])}", f"Expected {list(table)} like the scales.", biases
+        )
+    words, groups = shape[1], table[1]
+    candidates = [
+        (bits, 32 * words // (bits * groups)) for bits in (1, 2, 4) if groups and 32 * words % (bits * groups) == 0
+    ]
+    fitting = [(b, g) for b, g in candidates if g == (config_group or _default_group(b))]
+    if len(fitting) != 1:
+        raise PackError(
+            file.path,
+            f"has {words} words and {groups} groups a row",
+            "Expected 1 or 2 bit codes with "
+            f"group size {config_group or 128} or 4 bit codes with group size {config_group or 64}.",
+            weight,
+        )
+    bits, group_size = fitting[0]
+
+    def read(lo: int, hi: int) -> torch.Tensor:
+        return spread_fields(file.get(weight)[lo:hi].view(torch.uint8), bits)
+
+    return CodedTensor(
+        file.path,
+        weight,
+        (shape[0], 32 * words // bits),
+        bits,
+        group_size,
+        lambda: (file.get(scales), file.get(biases)),
+        read,
+    )
+
+
+def _default_group(bits: int) -> int:
+    return 64 if bits == 4 else 128
+
+
+def _configured_group_size(path: Path) -> int | None:
+    """The group size named in the JSON beside the file, None where it names none."""
+    for name in CONFIG_NAMES:
+        config = path.parent / name
+        if config.is_file():
+            try:
+                content = json.loads(config.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise PackError(config, f"is not JSON ({error})", "Download it again.") from error
+            size = content.get("group_size") or (content.get("quantization") or {}).get("group_size")
+            if isinstance(size, int):
+                return size
+    return None

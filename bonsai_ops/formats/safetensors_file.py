@@ -1,0 +1,77 @@
+"""Reading a .safetensors file: header first, tensors mapped from disk when asked for.
+
+Bytes: u64 little-endian header length H, H bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]},
+"__metadata__": {str: str}}, then the tensor data, offsets counted from 8 + H.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ..errors import PackError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "U32": torch.uint32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+MAX_HEADER = 100 << 20
+DOWNLOAD_AGAIN = "The file is damaged or its download was cut off: download it again."
+
+
+class SafetensorsFile:
+    """An open file. `tensors`: {name: (shape, torch dtype)}; `metadata`: {str: str}.
+
+    Raises PackError for a file that is not safetensors, is cut off or has a dtype torch does not know.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 10 or length > MAX_HEADER or length < 2:
+                raise PackError(
+                    path,
+                    f"is not a safetensors file ({size} bytes, first bytes are no header length)",
+                    "Give a .safetensors file as it was published.",
+                )
+            raw = f.read(length)
+        if len(raw) < length:
+            raise PackError(
+                path, f"ends inside its header ({size} bytes, the header alone has {length})", DOWNLOAD_AGAIN
+            )
+        try:
+            header = json.loads(raw)
+        except ValueError as error:
+            raise PackError(path, f"has a header that is not JSON ({error})", DOWNLOAD_AGAIN) from error
+        if not isinstance(header, dict):
+            raise PackError(path, "has a header that is no table of tensors", DOWNLOAD_AGAIN)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size != end:
+            raise PackError(path, f"has {size} bytes, its header describes {end}", DOWNLOAD_AGAIN)
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise PackError(path, f"has dtype {entry['dtype']}", f"Expected one of {', '.join(DTYPES)}.", name)
+            self.tensors[name] = (tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        self._handle = safe_open(str(path), framework="pt", device="cpu")
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor called `name`, mapped from the file: copied only when something writes to it."""
+        return self._handle.get_tensor(name)
