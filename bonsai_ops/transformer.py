@@ -1,0 +1,63 @@
+"""A transformer file of any format -> {BFL name: packed or dense weight}. Knows no ComfyUI."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from . import klein
+from .errors import PackError
+from .formats import DenseTensor, Entry, Pack, PackedTensor, open_pack
+from .formats.dense import find_levels
+from .packed_weight import PackedWeight
+
+HASH_BYTES = 16 << 20
+
+
+def open_transformer(path: str | Path) -> tuple[Pack, dict[str, Entry]]:
+    """(the open pack, {BFL name: entry}): headers only, checked for completeness. Raises PackError."""
+    pack = open_pack(path)
+    _, entries = klein.to_bfl(pack.path, pack.entries)
+    if pack.format != "unpacked" and all(isinstance(e, DenseTensor) for e in entries.values()):
+        raise PackError(pack.path, "has no packed layer", "Use the file as it was published.")
+    return pack, entries
+
+
+def read_weights(
+    pack: Pack, entries: Mapping[str, Entry], progress: Callable[[int, int], None] | None = None
+) -> dict[str, PackedWeight | torch.Tensor]:
+    """{BFL name: packed or dense weight} of an open pack; the layers of the blocks end up packed.
+
+    Codes are repacked layer by layer; native and dense tensors stay mapped from the file. Raises PackError.
+    """
+    total = sum(e.shape[0] * e.shape[1] for e in entries.values() if len(e.shape) == 2)
+    done = 0
+    weights: dict[str, PackedWeight | torch.Tensor] = {}
+    for name, entry in entries.items():
+        if isinstance(entry, PackedTensor):
+            weights[name] = entry.load()
+        elif not isinstance(entry, DenseTensor):
+            weights[name] = entry.pack()
+        elif pack.format == "unpacked" and klein.is_block_linear(name):
+            weights[name] = find_levels(entry).pack()
+        else:
+            weights[name] = entry.load()
+        if len(entry.shape) == 2:
+            done += entry.shape[0] * entry.shape[1]
+            if progress is not None:
+                progress(done, total)
+    return weights
+
+
+def source_record(path: Path, kind: str, known: Mapping[str, str]) -> dict[str, str]:
+    """{"file", "sha256"} of what weights came from: a native file's own record, else the file itself."""
+    if known or kind == "native" or not path.is_file():
+        return dict(known) or {"file": path.name}
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while piece := f.read(HASH_BYTES):
+            digest.update(piece)
+    return {"file": path.name, "sha256": digest.hexdigest()}
