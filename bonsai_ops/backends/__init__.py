@@ -1,0 +1,1 @@
+"""Implementations of the packed matmul. Each knows tensors only: no files, no ComfyUI."""

@@ -1,0 +1,176 @@
+"""ComfyUI operations whose Linear (and Embedding) hold packed weights: `custom_operations=make_bonsai_ops()`.
+
+The modules own no dense memory before a state dict arrives. A packed entry of it (a QuantizedTensor from layout.py) is
+multiplied in packed form, wherever it lies; a dense entry behaves as in ComfyUI's manual_cast operations. Patches that
+ComfyUI merges into a weight turn that one layer dense until they are removed: nothing is ever rounded back to codes.
+"""
+
+from __future__ import annotations
+
+import comfy.ops
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from . import ops
+from .layout import is_packed, unwrap
+
+
+class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
+    """What Linear and Embedding share: loading, moving and saving a weight that may be a QuantizedTensor."""
+
+    comfy_cast_weights = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_function: list = []
+        self.bias_function: list = []
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    @property
+    def weight_scale(self) -> torch.Tensor | None:
+        """Scale table [N, K / group] of a packed weight, None for a dense one (merge nodes look it up by this name)."""
+        return unwrap(self.weight).scale if is_packed(self.weight) else None
+
+    @property
+    def weight_zero(self) -> torch.Tensor | None:
+        """Zero table like `weight_scale`, None where the weight has none."""
+        return unwrap(self.weight).zero if is_packed(self.weight) else None
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list,
+        unexpected_keys: list,
+        error_msgs: list,
+    ) -> None:
+        for name in ("weight", "bias"):
+            value = state_dict.get(prefix + name)
+            if value is not None:
+                self.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+            elif name == "weight" or self.has_bias:
+                missing_keys.append(prefix + name)
+
+    def state_dict(self, *args: object, destination: dict | None = None, prefix: str = "", **kwargs: object) -> dict:
+        """{prefix + weight, weight_scale, weight_zero, bias}: codes and tables, as our files store them."""
+        destination = {} if destination is None else destination
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
+        if is_packed(self.weight):
+            destination.update(self.weight.state_dict(f"{prefix}weight"))
+        elif self.weight is not None:
+            destination[f"{prefix}weight"] = self.weight
+        return destination
+
+    def _apply(self, fn: object, recurse: bool = True) -> torch.nn.Module:
+        """Module._apply sets `param.data`, which a QuantizedTensor does not support: put a new Parameter instead."""
+        for name, param in self._parameters.items():
+            if param is not None:
+                moved = fn(param)
+                if moved.is_inference() and not torch.is_inference_mode_enabled():
+                    moved = moved.clone()
+                self.register_parameter(name, torch.nn.Parameter(moved, requires_grad=False))
+        return self
+
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: object) -> torch.Tensor:
+        """Dense values of the weight for whoever wants to add a patch to them."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(
+        self,
+        weight: torch.Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
+        **kwargs: object,
+    ) -> torch.Tensor | None:
+        """Takes a patched dense weight as it is, in the dtype the layer computes in."""
+        weight = weight.to(self.weight.dtype)
+        if return_weight:
+            return weight
+        self.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+        return None
+
+
+class PackedLinear(_PackedModule):
+    """y = x W^T + bias with W packed or dense."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: object = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [.., in_features] -> [.., out_features], computed in x's dtype on x's device."""
+        comfy.ops.run_every_op()
+        if is_packed(self.weight) and not self.weight_function and not self.bias_function:
+            weight, bias, stream = comfy.ops.cast_bias_weight(
+                self, dtype=self.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True
+            )
+            y = (
+                ops.linear(x, unwrap(weight), bias)
+                if is_packed(weight)
+                else torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+            )
+        else:
+            weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+            y = torch.nn.functional.linear(x, weight, bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.has_bias}, packed={is_packed(self.weight)}"
+
+
+class PackedEmbedding(_PackedModule):
+    """Rows of a table [vocabulary, channels], packed or dense."""
+
+    has_bias = False
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: object = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+
+    def forward(self, index: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """index int64 [..] -> rows [.., channels] in `out_dtype` (default: the weight's dtype)."""
+        comfy.ops.run_every_op()
+        dtype = out_dtype or self.weight.dtype
+        weight, _, stream = comfy.ops.cast_bias_weight(
+            self, dtype=self.weight.dtype, device=index.device, offloadable=True
+        )
+        if is_packed(weight):
+            rows = unwrap(weight).select_rows(index.reshape(-1), dtype).view(*index.shape, self.embedding_dim)
+        else:
+            rows = torch.nn.functional.embedding(index, weight, self.padding_idx).to(dtype)
+        comfy.ops.uncast_bias_weight(self, weight, None, stream)
+        return rows
+
+
+def make_bonsai_ops() -> type:
+    """A fresh operations class for one load: nothing set on it reaches another model."""
+
+    class BonsaiOps(comfy.ops.manual_cast):
+        class Linear(PackedLinear):
+            pass
+
+        class Embedding(PackedEmbedding):
+            pass
+
+    return BonsaiOps

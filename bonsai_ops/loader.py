@@ -1,0 +1,135 @@
+"""A pack file -> ComfyUI's ModelPatcher around ComfyUI's own Flux class, with the block layers kept packed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import torch
+from comfy.cli_args import args
+
+from .errors import PackError
+from .formats import Pack
+from .layout import wrap
+from .linear import make_bonsai_ops
+from .packed_weight import PackedWeight
+from .precision import compute_dtype
+from .transformer import open_transformer, read_weights
+
+logger = logging.getLogger(__name__)
+
+MEMORY_MODES = ("auto", "classic")
+ATTACHMENT = "bonsai"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load. compute_dtype: auto, bf16, fp16 or fp32. memory: auto or classic (no dynamic VRAM)."""
+
+    compute_dtype: str = "auto"
+    memory: str = "auto"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded, kept on the model as attachment `bonsai`. Sizes in bytes, time in seconds."""
+
+    path: str
+    format: str
+    variant: str
+    packed_layers: int
+    packed_bytes: int
+    dense_bytes: int
+    seconds: float
+    dtype: str
+    backend: str
+    source: Mapping[str, str]
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.packed_bytes + self.dense_bytes
+
+
+def load_bonsai_model(
+    path: str | Path,
+    options: Mapping[str, str] | None = None,
+    *,
+    disable_dynamic: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+):
+    """Loads a pack (file or folder) of any format as a ModelPatcher.
+
+    options: fields of LoadOptions. disable_dynamic: what ComfyUI passes when it clones through `cached_patcher_init`.
+    progress(weights done, weights in all) is called a layer; what it raises ends the load. Raises PackError for a file
+    that cannot be used; nothing is half-loaded then.
+    """
+    started = time.perf_counter()
+    settings = LoadOptions(**dict(options or {}))
+    if settings.memory not in MEMORY_MODES:
+        raise ValueError(f"memory mode {settings.memory!r} is unknown, expected {' or '.join(MEMORY_MODES)}")
+    pack, entries = open_transformer(path)
+    device = comfy.model_management.get_torch_device()
+    told = settings.compute_dtype == "auto" and (args.fp32_unet or args.bf16_unet or args.fp16_unet)
+    dtype = None if told else compute_dtype(settings.compute_dtype, device)
+    weights = read_weights(pack, entries, progress)
+    logical = sum(w.shape[0] * w.shape[1] if isinstance(w, PackedWeight) else w.numel() for w in weights.values())
+    if dtype is None:
+        dtype = comfy.model_management.unet_dtype(
+            model_params=logical,
+            weight_dtype=torch.bfloat16,
+            supported_dtypes=[torch.bfloat16, torch.float16, torch.float32],
+        )
+        dtype = comfy.model_management.unet_manual_cast(dtype, device) or dtype
+    report = _report(pack, weights, dtype, started)
+    state_dict = {name: wrap(w, dtype) if isinstance(w, PackedWeight) else w for name, w in weights.items()}
+    del weights
+    model = comfy.sd.load_diffusion_model_state_dict(
+        state_dict,
+        model_options={"custom_operations": make_bonsai_ops(), "dtype": dtype},
+        disable_dynamic=disable_dynamic or settings.memory == "classic",
+    )
+    if model is None:
+        raise PackError(
+            pack.path, "was read, but this ComfyUI does not recognise it as FLUX.2", "Update ComfyUI to 0.9.2 or newer."
+        )
+    # ComfyUI falls back to fp32 for a dtype it thinks slow on the device (bf16 on every CPU); the loader has decided.
+    model.model.manual_cast_dtype = None
+    model.cached_patcher_init = (load_bonsai_model, (str(path), asdict(settings)))
+    model.set_attachments(ATTACHMENT, report)
+    logger.info(
+        "Bonsai: %s %s, %d layers packed, %.1f MB resident, computes in %s, backend %s, %.1f s from %s",
+        report.variant,
+        report.format,
+        report.packed_layers,
+        report.resident_bytes / 1e6,
+        report.dtype,
+        report.backend,
+        report.seconds,
+        report.path,
+    )
+    return model
+
+
+def _report(
+    pack: Pack, weights: Mapping[str, PackedWeight | torch.Tensor], dtype: torch.dtype, started: float
+) -> LoadReport:
+    packed = [w for w in weights.values() if isinstance(w, PackedWeight)]
+    schemes = sorted({w.scheme for w in packed})
+    dense = sum(w.nbytes for w in weights.values() if not isinstance(w, PackedWeight))
+    return LoadReport(
+        str(pack.path),
+        pack.format,
+        schemes[0] if len(schemes) == 1 else "mixed",
+        len(packed),
+        sum(w.nbytes for w in packed),
+        dense,
+        time.perf_counter() - started,
+        str(dtype).removeprefix("torch."),
+        "eager",
+        pack.source,
+    )

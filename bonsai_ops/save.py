@@ -1,0 +1,64 @@
+"""A MODEL -> a native file: the base weights, packed as they are; patches such as LoRAs are not part of it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from .formats import native
+from .layout import is_packed, unwrap
+from .loader import ATTACHMENT
+from .packed_weight import PackedWeight, narrow_exact
+from .transformer import source_record
+
+logger = logging.getLogger(__name__)
+
+MODEL_PREFIX = "diffusion_model."
+
+
+def base_weights(model: object) -> dict[str, PackedWeight | torch.Tensor]:
+    """{BFL name: packed or dense weight} of a ModelPatcher's transformer as it was loaded, patches undone.
+
+    Raises ValueError if no layer of it is packed.
+    """
+    transformer = model.model.diffusion_model
+    weights: dict[str, PackedWeight | torch.Tensor] = {}
+    for name, parameter in transformer.named_parameters():
+        backup = model.backup.get(MODEL_PREFIX + name)
+        tensor = parameter if backup is None else backup.weight
+        name = re.sub(r"(norm\.(?:query|key)_norm)\.weight$", r"\1.scale", name)
+        if is_packed(tensor):
+            weights[name] = unwrap(tensor)
+        else:
+            weights[name] = narrow_exact(tensor.detach()) if tensor.dtype == torch.float32 else tensor.detach()
+    if not any(isinstance(w, PackedWeight) for w in weights.values()):
+        raise ValueError(
+            "this model has no packed layer: save a dense model with Save Model, or pack it first with "
+            "Patch to BitLinear"
+        )
+    return weights
+
+
+def save_bonsai_model(
+    model: object,
+    path: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the model's base weights to a new native file. Raises ValueError or PackError, or OSError from the disk.
+
+    progress(bytes done, bytes in all); what it raises ends the save and leaves nothing behind.
+    """
+    weights = base_weights(model)
+    if model.patches:
+        logger.warning(
+            "Bonsai: %d layers carry patches (LoRAs); the file holds the base model without them", len(model.patches)
+        )
+    report = model.get_attachment(ATTACHMENT)
+    source = source_record(Path(report.path), report.format, report.source) if report is not None else {}
+    native.write(path, weights, native.make_record(weights, source), progress, extra=extra)
