@@ -1,0 +1,46 @@
+"""Load Bonsai Pack: one downloaded pack folder -> MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..bonsai_ops import folders
+from ..bonsai_ops.loader import load_bonsai_model
+from ..bonsai_ops.text_encoder import load_bonsai_text_encoder
+from ..bonsai_ops.vae import load_vae
+from . import inputs
+
+
+class LoadBonsaiPack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadBonsaiPack",
+            display_name="Load Bonsai Pack",
+            category=inputs.CATEGORY,
+            description="Loads transformer, text encoder and VAE of one downloaded Bonsai repository.",
+            inputs=[
+                io.Combo.Input(
+                    "pack_name",
+                    options=folders.pack_names(),
+                    tooltip="A folder in models/bonsai that holds a whole Bonsai repository: MLX, gemlite or unpacked.",
+                ),
+                inputs.compute_dtype(),
+                inputs.memory(),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="An ordinary MODEL: use it with any sampler."),
+                io.Clip.Output(tooltip="The pack's text encoder, kept in 4 bit."),
+                io.Vae.Output(tooltip="The pack's FLUX.2 VAE."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, pack_name: str, compute_dtype: str = "auto", memory: str = "auto") -> io.NodeOutput:
+        folder = folders.pack_path(pack_name)
+        options = {"compute_dtype": compute_dtype, "memory": memory}
+        vae = load_vae(folder)
+        model = load_bonsai_model(folder, options, progress=inputs.progress())
+        clip = load_bonsai_text_encoder(folder, folder_paths.get_folder_paths("embeddings"), progress=inputs.progress())
+        return io.NodeOutput(model, clip, vae)

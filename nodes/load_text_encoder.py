@@ -1,0 +1,37 @@
+"""Load Bonsai Text Encoder: a pack's 4-bit Qwen3 -> CLIP."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..bonsai_ops import folders
+from ..bonsai_ops.text_encoder import load_bonsai_text_encoder
+from . import inputs
+
+
+class LoadBonsaiTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadBonsaiTextEncoder",
+            display_name="Load Bonsai Text Encoder",
+            category=inputs.CATEGORY,
+            description="Loads the 4-bit Qwen3 text encoder of a Bonsai pack (MLX or HQQ) and keeps it in 4 bit. Stock "
+            "CLIPLoader with qwen_3_4b.safetensors and type flux2 serves as well.",
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder_name",
+                    options=folders.text_encoder_names(),
+                    tooltip="The pack's text encoder: model.safetensors of an MLX pack or qmodel.pt of a gemlite pack, "
+                    "in models/bonsai or models/text_encoders.",
+                ),
+            ],
+            outputs=[io.Clip.Output(tooltip="Connect it to CLIP Text Encode.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder_name: str) -> io.NodeOutput:
+        path = folders.text_encoder_path(text_encoder_name)
+        embeddings = folder_paths.get_folder_paths("embeddings")
+        return io.NodeOutput(load_bonsai_text_encoder(path, embeddings, progress=inputs.progress()))

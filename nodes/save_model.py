@@ -1,0 +1,50 @@
+"""Save Bonsai Model: a packed MODEL -> one .safetensors that loads without repacking."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.cli_args
+import folder_paths
+from comfy_api.latest import io
+
+from ..bonsai_ops.save import save_bonsai_model
+from . import inputs
+
+
+class SaveBonsaiModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SaveBonsaiModel",
+            display_name="Save Bonsai Model",
+            category=inputs.CATEGORY,
+            description="Writes a packed model as one .safetensors: the smallest form, loaded without repacking. LoRAs "
+            "on the model stay separate and are not saved.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model from Load Bonsai Model or Load Bonsai Pack."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="diffusion_models/bonsai",
+                    tooltip="Folder and name below ComfyUI's output folder; a number is added. Move the file to "
+                    "models/bonsai to load it.",
+                ),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: object, filename_prefix: str) -> io.NodeOutput:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        extra = {}
+        if not comfy.cli_args.args.disable_metadata:
+            if cls.hidden.prompt is not None:
+                extra["prompt"] = json.dumps(cls.hidden.prompt)
+            extra |= {key: json.dumps(value) for key, value in (cls.hidden.extra_pnginfo or {}).items()}
+        save_bonsai_model(model, path, progress=inputs.progress(), extra=extra)
+        return io.NodeOutput(ui={"text": [str(path)]})
