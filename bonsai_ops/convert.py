@@ -1,0 +1,78 @@
+"""`python -m bonsai_ops.convert SRC DST`: any pack -> one native .safetensors, without ComfyUI's graph."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .environment import relaunch_if_needed
+from .errors import PackError
+
+BAR_WIDTH = 40
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Converts; returns the exit code: 0, or 1 with one sentence on standard error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bonsai_ops.convert",
+        description="Converts a Bonsai pack (MLX, gemlite, unpacked; a file or a folder) to one native .safetensors.",
+    )
+    parser.add_argument("source", type=Path, help="pack file or folder")
+    parser.add_argument("target", type=Path, help="new .safetensors file (or a folder to put it in)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file that is not the source")
+    arguments = parser.parse_args(argv)
+    relaunch_if_needed("bonsai_ops.convert", sys.argv[1:] if argv is None else argv)
+    started = time.perf_counter()
+    try:
+        target = _convert(arguments.source, arguments.target, arguments.overwrite)
+    except (PackError, OSError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nCancelled; nothing was written.", file=sys.stderr)
+        return 130
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+    return 0
+
+
+def _convert(source: Path, target: Path, overwrite: bool) -> Path:
+    """Packs `source` and writes `target`; returns the file written. Raises PackError or OSError."""
+    from .formats import native  # torch is there only after the relaunch
+    from .transformer import open_transformer, read_weights, source_record
+
+    pack, entries = open_transformer(source)
+    if target.is_dir():
+        target = target / f"{source.stem if source.is_file() else source.name}-bonsai.safetensors"
+    if target.suffix != ".safetensors":
+        raise PackError(target, f"ends in {target.suffix!r}", "Choose a name that ends in .safetensors.")
+    if target.exists() and target.samefile(pack.path):
+        raise PackError(target, "is the file that is being read", "Choose another name.")
+    if target.exists() and not overwrite:
+        raise PackError(target, "exists", "Choose another name or say --overwrite.")
+    weights = read_weights(pack, entries, _bar("packing"))
+    record = native.make_record(weights, source_record(pack.path, pack.format, pack.source))
+    native.write(target, weights, record, _bar("writing"), overwrite)
+    return target
+
+
+def _bar(stage: str) -> Callable[[int, int], None]:
+    """A progress bar (done, total) for a terminal, silent where standard error is none."""
+
+    def report(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            filled = BAR_WIDTH * done // max(total, 1)
+            print(
+                f"\r{stage} [{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {100 * done // max(total, 1):3d} %",
+                end="\n" if done >= total else "",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return report
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
