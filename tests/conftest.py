@@ -1,0 +1,117 @@
+"""Shared fixtures, and the order in which modules are found.
+
+ComfyUI owns the top-level names `nodes`, `server`, `utils` and `tests`, so its folder comes before this repository:
+`import nodes` finds ComfyUI's, `import bonsai_ops` ours. The folder of the tests comes third, for `import peers`.
+ComfyUI's options are set here, before anything imports comfy: processor only, files in a temporary base directory.
+BONSAI_TEST_DEVICE=cuda lets the ComfyUI inside this process use the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bonsai_ops.environment import COMFYUI_VERSIONS, NEWEST, comfyui_version, link_plugin
+from bonsai_ops.environment import comfyui_path as path_of_version
+from bonsai_ops.server import ComfyServer
+
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+
+
+def _put_first(folders: list[Path]) -> None:
+    names = [str(folder) for folder in folders]
+    sys.path[:] = names + [entry for entry in sys.path if entry not in (*names, "")]
+
+
+def _find_comfyui() -> Path | None:
+    chosen = os.environ.get("BONSAI_COMFYUI")
+    folder = Path(chosen).resolve() if chosen else path_of_version(NEWEST)
+    return folder if (folder / "main.py").is_file() else None
+
+
+def _set_comfyui_options(base_directory: Path) -> None:
+    """Have comfy.cli_args parse our options instead of pytest's; it reads sys.argv once, when it is imported."""
+    import comfy.options
+
+    device = [] if os.environ.get("BONSAI_TEST_DEVICE", "cpu") != "cpu" else ["--cpu"]
+    kept = sys.argv
+    sys.argv = ["main.py", *device, "--base-directory", str(base_directory)]
+    try:
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args
+    finally:
+        sys.argv = kept
+        comfy.options.enable_args_parsing(False)
+
+
+COMFYUI = _find_comfyui()
+BASE_DIRECTORY = Path(tempfile.mkdtemp(prefix="bonsai-tests-")).resolve()
+_put_first([*([COMFYUI] if COMFYUI else []), REPOSITORY, TESTS])
+if COMFYUI is not None:
+    _set_comfyui_options(BASE_DIRECTORY)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(BASE_DIRECTORY, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path:
+    """The ComfyUI folder that `import comfy` and `import nodes` use in this process."""
+    if COMFYUI is None:
+        pytest.skip("no ComfyUI here: run the tests with `python -m tests`, or set BONSAI_COMFYUI")
+    return COMFYUI
+
+
+@pytest.fixture(scope="session")
+def comfy_version(comfyui_path: Path) -> str:
+    """The version of the ComfyUI in this process, such as "0.30.0"."""
+    return comfyui_version(comfyui_path)
+
+
+@pytest.fixture(scope="session")
+def comfy_base_directory(comfyui_path: Path) -> Path:
+    """Base directory (models, input, output) of the ComfyUI in this process, removed when the run ends."""
+    return BASE_DIRECTORY
+
+
+@pytest.fixture(scope="session")
+def comfy_server(
+    comfyui_path: Path, comfy_version: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., ComfyServer]]:
+    """A function from a ComfyUI version (default: that of this process) to a running server with this plugin.
+
+    Each version is started once and stopped at the end. Models go to `server.base_directory / "models"`.
+    """
+    running: dict[str, ComfyServer] = {}
+
+    def start(version: str = comfy_version) -> ComfyServer:
+        if version not in running:
+            folder = comfyui_path if version == comfy_version else path_of_version(version)
+            if not (folder / "main.py").is_file():
+                pytest.skip(f"ComfyUI {version} is not here: run the tests with `python -m tests`")
+            base = tmp_path_factory.mktemp(f"comfyui-{version}")
+            link_plugin(base)
+            server = ComfyServer(Path(sys.executable), folder, base)
+            server.start()
+            running[version] = server
+        return running[version]
+
+    yield start
+    for server in running.values():
+        server.stop()
+
+
+@pytest.fixture(scope="session", params=COMFYUI_VERSIONS)
+def every_comfy_server(request: pytest.FixtureRequest, comfy_server: Callable[..., ComfyServer]) -> ComfyServer:
+    """A running server of each supported ComfyUI version in turn."""
+    return comfy_server(request.param)
