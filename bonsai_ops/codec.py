@@ -60,21 +60,22 @@ def get_codec(name: str) -> Codec:
 
 def step_rows(codec: Codec, columns: int) -> int:
     """Byte rows a step may take so that its temporaries stay below SCRATCH_BYTES."""
-    return max(8, SCRATCH_BYTES // (6 * codec.fields * columns) // 8 * 8)
+    return max(8, SCRATCH_BYTES // (6 * codec.fields * max(columns, 1)) // 8 * 8)
 
 
 def encode_rows(name: str, rows: int, columns: int, read: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
     """Packs codes that `read` delivers piece by piece.
 
     read(lo, hi) -> uint8 codes [hi - lo, columns] of rows lo .. hi-1, each below the radix; called with at most
-    step_rows() rows. Returns uint8 [byte_rows, columns] on the device of what `read` returns. Raises ValueError for a
-    piece of the wrong shape or dtype or a code outside the codec.
+    step_rows() rows. Returns uint8 [byte_rows, columns] on the device of what `read` returns. Raises ValueError for an
+    empty weight, a piece of the wrong shape or dtype or a code outside the codec.
     """
     codec = get_codec(name)
+    if rows < 1 or columns < 1:
+        raise ValueError(f"cannot encode a weight of shape {(rows, columns)}")
     n = codec.byte_rows(rows)
     step = step_rows(codec, columns)
     to_byte = 256 / codec.radix**codec.fields
-    out: torch.Tensor | None = None
     for lo in range(0, n, step):
         hi = min(lo + step, n)
         value: torch.Tensor | None = None
@@ -97,13 +98,11 @@ def encode_rows(name: str, rows: int, columns: int, read: Callable[[int, int], t
                 value = torch.zeros(hi - lo, columns, dtype=torch.uint8, device=codes.device)
             value[: last - first].add_(codes)
         if value is None:
-            continue
-        if out is None:
+            continue  # nothing but padding
+        if lo == 0:
             out = torch.zeros(n, columns, dtype=torch.uint8, device=value.device)
         # ceil(256 v / r^P); v is below r^P, so the quotient is never within rounding of the next integer
         out[lo:hi] = value if to_byte == 1 else (value.to(torch.float32) * to_byte).ceil_().to(torch.uint8)
-    if out is None:
-        raise ValueError(f"cannot encode a weight of shape {(rows, columns)}")
     return out
 
 

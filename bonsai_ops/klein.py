@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from .errors import PackError
+from .formats.dense import require_float
 from .formats.entries import CodedTensor, DenseTensor, Entry, PackedTensor, fuse_rows
 from .recognise import foreign_model
 
@@ -149,13 +150,16 @@ def diffusers_sources(g: Geometry) -> dict[str, tuple[str, ...]]:
 def to_bfl(path: Path, entries: Mapping[str, Entry]) -> tuple[Geometry, dict[str, Entry]]:
     """(sizes, {BFL name: entry}) of a transformer with diffusers or BFL names, complete and of the right shapes.
 
-    Raises PackError for another architecture, a missing or extra tensor and a wrong shape.
+    Raises PackError for another architecture, a missing or extra tensor, a wrong shape or dtype.
     """
     entries = _strip_prefix(entries)
     diffusers = any(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in entries)
     if not diffusers:
         entries = {re.sub(r"(norm\.(?:query|key)_norm)\.weight$", r"\1.scale", name): e for name, e in entries.items()}
     geometry = _measure(path, entries, diffusers)
+    for entry in entries.values():
+        if isinstance(entry, DenseTensor):
+            require_float(entry)
     sources = diffusers_sources(geometry) if diffusers else {name: (name,) for name in expected_shapes(geometry)}
     needed = {old for parts in sources.values() for old in parts}
     missing, extra = sorted(needed - entries.keys()), sorted(entries.keys() - needed)
@@ -249,8 +253,9 @@ def _measure(path: Path, entries: Mapping[str, Entry], diffusers: bool) -> Geome
 
 
 def _blocks(entries: Mapping[str, Entry], prefix: str) -> int:
-    numbers = [int(m.group(1)) for name in entries if (m := re.match(rf"{prefix}\.(\d+)\.", name))]
-    return max(numbers, default=-1) + 1
+    """Highest block number + 1, but never more blocks than tensors: a damaged name must not ask for billions."""
+    numbers = [int(m.group(1)) for name in entries if (m := re.match(rf"{prefix}\.(\d{{1,9}})\.", name))]
+    return min(max(numbers, default=-1) + 1, len(entries))
 
 
 def _swap_halves(entry: DenseTensor) -> DenseTensor:

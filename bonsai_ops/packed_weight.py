@@ -46,7 +46,7 @@ class PackedWeight:
         if self.codec not in SCHEMES.get(self.scheme, ()):
             raise ValueError(f"scheme {self.scheme!r} with codec {self.codec!r} is not a packed weight")
         rows, columns = self.shape
-        if self.group_size % 32 or columns % self.group_size:
+        if self.group_size < 32 or self.group_size % 32 or columns % self.group_size:
             raise ValueError(
                 f"group size {self.group_size} does not fit {columns} columns: expected a multiple of 32 "
                 "that divides them"

@@ -8,6 +8,7 @@ from pathlib import Path
 from .errors import PackError
 
 KINDS = (
+    (("cap_embedder.", "noise_refiner."), "is a Lumina or Z-Image model", 'Load it with "Load Diffusion Model".'),
     (
         ("model.layers.", "layers.", "language_model."),
         "is a language model (a text encoder)",
@@ -28,7 +29,6 @@ KINDS = (
         "is a checkpoint of another architecture",
         'Load it with "Load Checkpoint".',
     ),
-    (("cap_embedder.", "noise_refiner."), "is a Lumina or Z-Image model", 'Load it with "Load Diffusion Model".'),
     (
         ("img_in.", "transformer_blocks.", "double_blocks.", "joint_blocks.", "blocks."),
         "is a diffusion transformer, but not of the FLUX.2 family",

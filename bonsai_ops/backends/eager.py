@@ -23,10 +23,13 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
 
 
 def linear_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """x = y W for y [.., N]; x [.., K]: the gradient of `linear` with respect to its input."""
+    """x = y W for y [.., N]; x [.., K] in y's dtype: the gradient of `linear` with respect to its input.
+
+    The products of the pieces are summed in fp32.
+    """
     rows, columns = weight.shape
     flat = grad.reshape(-1, rows)
-    out = torch.zeros(flat.shape[0], columns, dtype=grad.dtype, device=grad.device)
+    out = torch.zeros(flat.shape[0], columns, dtype=torch.float32, device=grad.device)
     for first, last, values in weight.pieces(grad.dtype):
-        out.addmm_(flat[:, first:last], values)
-    return out.view(*grad.shape[:-1], columns)
+        out += torch.mm(flat[:, first:last], values)
+    return out.to(grad.dtype).view(*grad.shape[:-1], columns)

@@ -72,8 +72,8 @@ def open_pack(path: Path | str) -> Pack:
             record = native.read_record(opened)
             return Pack(file, "native", native.read_entries(opened, record), record.source if record else {})
         if mlx.is_mlx(opened):
-            return Pack(file, "mlx", mlx.read_entries(opened))
-        return Pack(file, "unpacked", dense.read_entries(opened))
+            return Pack(file, "mlx", mlx.read_entries(opened, mlx.TRANSFORMER_BITS))
+        return Pack(file, "unpacked", dense.read_entries(opened, floats_only=False))
     if file.suffix == ".pt":
         if file.name == "qmodel.pt":
             raise PackError(file, "is an HQQ text encoder", 'Load it with "Load Bonsai Text Encoder".')

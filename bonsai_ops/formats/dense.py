@@ -27,19 +27,28 @@ STEP_WEIGHTS = 2 << 20
 CURE = 'Load a dense model with "Load Diffusion Model", or quantize it with "Patch to BitLinear".'
 
 
-def read_entries(file: SafetensorsFile) -> dict[str, Entry]:
-    """Every tensor of the file as DenseTensor. Raises PackError for a tensor that is not floating point."""
+def read_entries(file: SafetensorsFile, floats_only: bool = True) -> dict[str, Entry]:
+    """Every tensor of the file as DenseTensor. Raises PackError for a tensor that is not one of FLOATS.
+
+    floats_only False lets it pass, for a caller that first says what kind of model the file is.
+    """
     entries: dict[str, Entry] = {}
     for name, (shape, dtype) in file.tensors.items():
-        if dtype not in FLOATS:
-            raise PackError(
-                file.path,
-                f"is {dtype} {list(shape)}",
-                "Expected bf16, fp16 or fp32 weights, or a Bonsai pack: gemlite, MLX or our native file.",
-                name,
-            )
         entries[name] = DenseTensor(file.path, name, shape, dtype, lambda name=name: file.get(name))
+        if floats_only:
+            require_float(entries[name])
     return entries
+
+
+def require_float(entry: DenseTensor) -> None:
+    """Raises PackError unless the entry is one of FLOATS."""
+    if entry.dtype not in FLOATS:
+        raise PackError(
+            entry.path,
+            f"is {entry.dtype} {list(entry.shape)}",
+            "Expected bf16, fp16 or fp32 weights, or a Bonsai pack: gemlite, MLX or our native file.",
+            entry.key,
+        )
 
 
 def find_levels(entry: DenseTensor) -> CodedTensor:

@@ -20,6 +20,10 @@ from ..packed_weight import PackedWeight, narrow_exact
 DOWNLOAD_AGAIN = "Download the file again and compare its size and sha256 with the repository's."
 
 
+class _FourthLevelError(ValueError):
+    """A code that a three-level weight cannot have."""
+
+
 @dataclass(frozen=True)
 class DenseTensor:
     """A tensor stored as it is. `load()` -> tensor of `shape` and `dtype`."""
@@ -62,8 +66,8 @@ class CodedTensor:
         """The canonical weight with exactly the values of the file.
 
         Binary (zero = -scale/2) and ternary (zero = -scale or -2 scale) tables lose their second table once that
-        relation is proved for every group; anything else keeps both. Raises PackError for a fourth level in a ternary
-        tensor and for tables that are not finite.
+        relation is proved for every group; anything else keeps both. Raises PackError for a fourth level in a tensor
+        whose tables say ternary (zero = -scale) and for tables that are not finite.
         """
         scale, zero = self.tables()
         for name, table in (("scale", scale), ("zero", zero)):
@@ -74,19 +78,22 @@ class CodedTensor:
         symmetric = None if self.zero_point or self.bits == 4 else self._symmetric(scale.float(), zero.float())
         if symmetric is not None:
             magnitude, read, scheme, codec = symmetric
-            codes = codecs.encode_rows(codec, *self.shape, read)
-            return PackedWeight(codes, narrow_exact(magnitude), self.shape, scheme, codec, self.group_size)
+            try:
+                codes = codecs.encode_rows(codec, *self.shape, read)
+            except _FourthLevelError as found:
+                if torch.equal(zero.float(), -scale.float()):
+                    raise PackError(
+                        self.path,
+                        f"{found}, a fourth level, in a ternary weight (zero = -scale) whose codes are 0, 1 and 2",
+                        DOWNLOAD_AGAIN,
+                        self.key,
+                    ) from None
+            else:
+                return PackedWeight(codes, narrow_exact(magnitude), self.shape, scheme, codec, self.group_size)
         codec = {1: "bit", 2: "crumb", 4: "nibble"}[self.bits]
         codes = codecs.encode_rows(codec, *self.shape, self.read)
-        return PackedWeight(
-            codes,
-            narrow_exact(scale),
-            self.shape,
-            "zero_point" if self.zero_point else "affine",
-            codec,
-            self.group_size,
-            narrow_exact(zero),
-        )
+        scheme = "zero_point" if self.zero_point else "affine"
+        return PackedWeight(codes, narrow_exact(scale), self.shape, scheme, codec, self.group_size, narrow_exact(zero))
 
     def _symmetric(
         self, scale: torch.Tensor, zero: torch.Tensor
@@ -122,13 +129,7 @@ class CodedTensor:
             trits = torch.where(negative, 1 + trits, 1 - trits).to(torch.uint8)
         if int(trits.max()) > 2:
             row, column = (trits > 2).nonzero()[0].tolist()
-            raise PackError(
-                self.path,
-                f"row {lo + row}, column {column} has code {int(codes[row, column])}, a fourth "
-                "level, in a ternary weight whose codes must stay within three neighbours",
-                DOWNLOAD_AGAIN,
-                self.key,
-            )
+            raise _FourthLevelError(f"row {lo + row}, column {column} has code {int(codes[row, column])}")
         return trits
 
     def _spread(self, table: torch.Tensor) -> torch.Tensor:

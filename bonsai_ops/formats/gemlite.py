@@ -77,9 +77,11 @@ def _coded(path: Path, layer: str, content: dict[str, torch.Tensor]) -> CodedTen
         if content[key].dtype not in dtypes:
             raise PackError(path, f"is {content[key].dtype}", f"Expected {dtypes[0]}. {AS_PUBLISHED}", key)
         leaves[leaf] = content[key]
-    metadata, orig_shape = leaves["metadata"], leaves["orig_shape"]
-    if metadata.numel() < 11 or orig_shape.numel() != 2:
-        raise PackError(path, f"has {metadata.numel()} values", f"Expected 12. {AS_PUBLISHED}", f"{layer}.metadata")
+    metadata, orig_shape = leaves["metadata"].flatten(), leaves["orig_shape"].flatten()
+    for leaf, values, least in (("metadata", metadata, 11), ("orig_shape", orig_shape, 2)):
+        if values.numel() < least:
+            expected = f"Expected {12 if leaf == 'metadata' else 2}. {AS_PUBLISHED}"
+            raise PackError(path, f"has {values.numel()} values", expected, f"{layer}.{leaf}")
     bits, group_size, mode = int(metadata[1]), int(metadata[2]), int(metadata[10])
     if bits not in (1, 2) or group_size < 32 or group_size % 32 or mode != W_GROUP_MODE_FMA:
         raise PackError(
@@ -89,7 +91,7 @@ def _coded(path: Path, layer: str, content: dict[str, torch.Tensor]) -> CodedTen
             f"scale). {AS_PUBLISHED}",
             f"{layer}.metadata",
         )
-    rows, columns = (int(v) for v in orig_shape)
+    rows, columns = (int(v) for v in orig_shape[:2])
     per_byte = 8 // bits
     if rows < 1 or columns < group_size or columns % group_size:
         raise PackError(

@@ -11,7 +11,8 @@ For each quantized layer (N, K) with b = 1, 2 or 4 bits and group size g:
 
 A layer is quantized if and only if `.scales` and `.biases` stand beside its `.weight`; everything else is dense. The
 transformer has diffusers names, 1 bit (biases = -scales / 2) or 2 bit (biases = -scales) and g = 128; the text encoder
-Hugging Face's Qwen3 names, 4 bit, g = 64. b follows from the shapes: words of 32 bits against groups.
+Hugging Face's Qwen3 names, 4 bit, g = 64. b follows from g and the shapes: b g = 32 words / groups. g stands in a JSON
+beside the file; without one it is 128 for 1 and 2 bit and 64 for 4 bit, which look alike at 2 and 4 bit.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from .safetensors_file import SafetensorsFile
 TRANSFORMER_FILE = "transformer-packed-mflux/diffusion_pytorch_model.safetensors"
 TEXT_ENCODER_FILE = "text_encoder-mlx-4bit/model.safetensors"
 CONFIG_NAMES = ("quantization_config.json", "config.json")
+TRANSFORMER_BITS = (1, 2, 4)
+TEXT_ENCODER_BITS = (4, 1, 2)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def is_mlx(file: SafetensorsFile) -> bool:
@@ -39,8 +43,11 @@ def is_mlx(file: SafetensorsFile) -> bool:
     )
 
 
-def read_entries(file: SafetensorsFile) -> dict[str, Entry]:
-    """{name without `.weight`-siblings: entry}; packed layers are keyed `<layer>.weight` like dense ones."""
+def read_entries(file: SafetensorsFile, bits: tuple[int, ...] = TEXT_ENCODER_BITS) -> dict[str, Entry]:
+    """{name without `.weight`-siblings: entry}; packed layers are keyed `<layer>.weight` like dense ones.
+
+    bits: the first that fits is meant where no JSON beside the file names a group size.
+    """
     config_group = _configured_group_size(file.path)
     entries: dict[str, Entry] = {}
     for name, (shape, dtype) in file.tensors.items():
@@ -56,7 +63,7 @@ def read_entries(file: SafetensorsFile) -> dict[str, Entry]:
             continue
         siblings = [f"{layer}.{s}" in file.tensors for s in ("scales", "biases")]
         if leaf == "weight" and any(siblings):
-            entries[name] = _coded(file, layer, config_group)
+            entries[name] = _coded(file, layer, config_group, bits)
         elif dtype == torch.uint32:
             raise PackError(
                 file.path, "has u32 codes without scales and biases", "Use the file as it was published.", name
@@ -66,7 +73,7 @@ def read_entries(file: SafetensorsFile) -> dict[str, Entry]:
     return entries
 
 
-def _coded(file: SafetensorsFile, layer: str, config_group: int | None) -> CodedTensor:
+def _coded(file: SafetensorsFile, layer: str, config_group: int | None, preferred: tuple[int, ...]) -> CodedTensor:
     weight, scales, biases = (f"{layer}.{leaf}" for leaf in ("weight", "scales", "biases"))
     for name in (scales, biases):
         if name not in file.tensors:
@@ -83,12 +90,15 @@ def _coded(file: SafetensorsFile, layer: str, config_group: int | None) -> Coded
         raise PackError(
             file.path, f"has shape {list(file.tensors[biases][0])}", f"Expected {list(table)} like the scales.", biases
         )
+    for name in (scales, biases):
+        if file.tensors[name][1] not in FLOATS:
+            raise PackError(file.path, f"is {file.tensors[name][1]}", "Expected bf16, fp16 or fp32.", name)
     words, groups = shape[1], table[1]
     candidates = [
-        (bits, 32 * words // (bits * groups)) for bits in (1, 2, 4) if groups and 32 * words % (bits * groups) == 0
+        (bits, 32 * words // (bits * groups)) for bits in preferred if groups and 32 * words % (bits * groups) == 0
     ]
     fitting = [(b, g) for b, g in candidates if g == (config_group or _default_group(b))]
-    if len(fitting) != 1:
+    if not fitting:
         raise PackError(
             file.path,
             f"has {words} words and {groups} groups a row",
@@ -125,7 +135,8 @@ def _configured_group_size(path: Path) -> int | None:
                 content = json.loads(config.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise PackError(config, f"is not JSON ({error})", "Download it again.") from error
-            size = content.get("group_size") or (content.get("quantization") or {}).get("group_size")
-            if isinstance(size, int):
-                return size
+            tables = [content, content.get("quantization")] if isinstance(content, dict) else []
+            for table in tables:
+                if isinstance(table, dict) and isinstance(table.get("group_size"), int):
+                    return table["group_size"]
     return None

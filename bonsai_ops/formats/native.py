@@ -78,7 +78,7 @@ def read_record(file: SafetensorsFile) -> NativeRecord | None:
         return NativeRecord(
             record["variant"],
             dict(record["layers"]),
-            record.get("source") or {},
+            dict(record.get("source") or {}),
             record["architecture"],
             version,
             record.get("packer", ""),
@@ -131,7 +131,7 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
             told = (tuple(described["shape"]), described["group_size"])
         except (KeyError, TypeError) as error:
             raise PackError(file.path, f"is described by {described!r}", DOWNLOAD_AGAIN, weight) from error
-        if told != (shape, group_size) or codec not in SCHEMES.get(scheme, ()):
+        if told != (shape, group_size) or codec not in SCHEMES.get(str(scheme), ()):
             raise PackError(
                 file.path,
                 f"is {shape} in groups of {group_size} by its tensors, but {scheme} {codec} "
@@ -145,6 +145,14 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
             f"has {code_shape[0]} byte rows {'with' if has_zero else 'without'} a zero table",
             f"Expected {codecs.get_codec(codec).byte_rows(shape[0])} for {scheme} {codec}. {DOWNLOAD_AGAIN}",
             weight,
+        )
+
+    if has_zero and (file.tensors[zero][0] != table or file.tensors[zero][1] not in SCALE_DTYPES):
+        raise PackError(
+            file.path,
+            f"is {file.tensors[zero][1]} {list(file.tensors[zero][0])}",
+            f"Expected bf16, fp16 or fp32 {list(table)} like the scale. {DOWNLOAD_AGAIN}",
+            zero,
         )
 
     def load() -> PackedWeight:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..errors import PackError
 
@@ -62,15 +62,25 @@ class SafetensorsFile:
         if not isinstance(header, dict):
             raise PackError(path, "has a header that is no table of tensors", DOWNLOAD_AGAIN)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        try:
+            described = {
+                name: (str(e["dtype"]), tuple(map(int, e["shape"])), int(e["data_offsets"][1]))
+                for name, e in header.items()
+            }
+        except (TypeError, KeyError, ValueError, IndexError) as error:
+            raise PackError(path, "has a header that is no table of tensors", DOWNLOAD_AGAIN) from error
+        end = 8 + length + max((stop for _, _, stop in described.values()), default=0)
         if size != end:
             raise PackError(path, f"has {size} bytes, its header describes {end}", DOWNLOAD_AGAIN)
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise PackError(path, f"has dtype {entry['dtype']}", f"Expected one of {', '.join(DTYPES)}.", name)
-            self.tensors[name] = (tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        self._handle = safe_open(str(path), framework="pt", device="cpu")
+        for name, (dtype, shape, _) in described.items():
+            if dtype not in DTYPES:
+                raise PackError(path, f"has dtype {dtype}", f"Expected one of {', '.join(DTYPES)}.", name)
+            self.tensors[name] = (shape, DTYPES[dtype])
+        try:
+            self._handle = safe_open(str(path), framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise PackError(path, f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor called `name`, mapped from the file: copied only when something writes to it."""

@@ -11,9 +11,8 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from peers import tiny_klein
 from safetensors.torch import load_file
-
-from tests.peers import tiny_klein
 
 pytestmark = pytest.mark.parity
 VARIANTS = tiny_klein.VARIANTS
@@ -63,7 +62,7 @@ def test_unpacked_linears_have_few_levels(unpacked: dict[str | None, Path], vari
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gemlite_linear_reads_back(shape: tuple[int, int], variant: str, meta_dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    gemlite_pack = pytest.importorskip("tests.peers.gemlite_pack")
+    gemlite_pack = pytest.importorskip("peers.gemlite_pack")
     weight = random_weight(shape, variant)
     leaves = gemlite_pack.pack_linear(weight, variant, meta_dtype)
     rows, columns = shape
@@ -84,7 +83,7 @@ def test_gemlite_linear_reads_back(shape: tuple[int, int], variant: str, meta_dt
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gemlite_pack_reads_back(unpacked: dict[str | None, Path], tmp_path: Path, variant: str) -> None:
     pytest.importorskip("triton")
-    gemlite_pack = pytest.importorskip("tests.peers.gemlite_pack")
+    gemlite_pack = pytest.importorskip("peers.gemlite_pack")
     gemlite_pack.write_gemlite_pack(unpacked[variant], tmp_path, variant, text_encoder=False)
     folder = tmp_path / gemlite_pack.TRANSFORMER_FOLDER[variant]
     state = torch.load(folder / "state_dict.pt", weights_only=True, mmap=True)
@@ -104,7 +103,7 @@ def test_gemlite_pack_reads_back(unpacked: dict[str | None, Path], tmp_path: Pat
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gemlite_fuses_along_dim_1(variant: str) -> None:
     pytest.importorskip("triton")
-    gemlite_pack = pytest.importorskip("tests.peers.gemlite_pack")
+    gemlite_pack = pytest.importorskip("peers.gemlite_pack")
     fused = random_weight((3 * 256, 256), variant)
     whole = gemlite_pack.pack_linear(fused, variant)
     parts = [gemlite_pack.pack_linear(part, variant) for part in fused.chunk(3)]
@@ -116,7 +115,7 @@ def test_gemlite_fuses_along_dim_1(variant: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mlx_linear_reads_back(shape: tuple[int, int], variant: str) -> None:
     pytest.importorskip("mlx.core")
-    from tests.peers import mlx_pack
+    from peers import mlx_pack
 
     weight = random_weight(shape, variant)
     if variant == "ternary":
@@ -135,7 +134,7 @@ def test_mlx_linear_reads_back(shape: tuple[int, int], variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mlx_fuses_along_dim_0(variant: str) -> None:
     pytest.importorskip("mlx.core")
-    from tests.peers import mlx_pack
+    from peers import mlx_pack
 
     fused = random_weight((3 * 256, 256), variant)
     whole = mlx_pack.pack_linear(fused, variant)
@@ -148,8 +147,8 @@ def test_mlx_fuses_along_dim_0(variant: str) -> None:
 def test_gemlite_and_mlx_hold_the_same_bits(variant: str) -> None:
     pytest.importorskip("triton")
     pytest.importorskip("mlx.core")
-    gemlite_pack = pytest.importorskip("tests.peers.gemlite_pack")
-    from tests.peers import mlx_pack
+    gemlite_pack = pytest.importorskip("peers.gemlite_pack")
+    from peers import mlx_pack
 
     weight = random_weight((256, 1024), variant)
     leaves = gemlite_pack.pack_linear(weight, variant)
@@ -162,7 +161,7 @@ def test_gemlite_and_mlx_hold_the_same_bits(variant: str) -> None:
 
 def test_mlx_quantize_alone_keeps_binary_and_breaks_ternary() -> None:
     pytest.importorskip("mlx.core")
-    from tests.peers import mlx_pack
+    from peers import mlx_pack
 
     binary = random_weight((64, 512), "binary")
     assert same_bits(mlx_pack.dequantize(mlx_pack.quantize_linear(binary, 1), 1), binary)
@@ -175,7 +174,7 @@ def test_mlx_quantize_alone_keeps_binary_and_breaks_ternary() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mlx_pack_reads_back(unpacked: dict[str | None, Path], tmp_path: Path, variant: str, quantizer: str) -> None:
     pytest.importorskip("mlx.core")
-    from tests.peers import mlx_pack
+    from peers import mlx_pack
 
     source = unpacked[variant if quantizer == "exact" else None]
     reference = tmp_path / "reference" if quantizer == "mlx" else None
@@ -196,7 +195,7 @@ def test_mlx_pack_reads_back(unpacked: dict[str | None, Path], tmp_path: Path, v
 
 def test_hqq_text_encoder_loads(unpacked: dict[str | None, Path], tmp_path: Path) -> None:
     pytest.importorskip("hqq")
-    from tests.peers import gemlite_pack, reference
+    from peers import gemlite_pack, reference
 
     source = unpacked["ternary"] / "text_encoder"
     target = tmp_path / gemlite_pack.TEXT_ENCODER_FOLDER
@@ -225,7 +224,7 @@ def test_hqq_text_encoder_loads(unpacked: dict[str | None, Path], tmp_path: Path
 
 def test_mlx_text_encoder_loads(unpacked: dict[str | None, Path], tmp_path: Path) -> None:
     pytest.importorskip("mlx.core")
-    from tests.peers import mlx_pack, reference
+    from peers import mlx_pack, reference
 
     source = unpacked["ternary"] / "text_encoder"
     mlx_pack.mlx_text_encoder(source, tmp_path)
@@ -239,7 +238,7 @@ def test_mlx_text_encoder_loads(unpacked: dict[str | None, Path], tmp_path: Path
 
 def test_reference_is_repeatable(unpacked: dict[str | None, Path]) -> None:
     """The latent is what the picture was decoded from, and another seed gives another one."""
-    from tests.peers import reference
+    from peers import reference
 
     embeds = torch.randn(1, 512, 3 * 128, generator=torch.Generator().manual_seed(1))
     run = {

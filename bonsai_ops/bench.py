@@ -1,0 +1,119 @@
+"""`python -m bonsai_ops.bench --memory [--json FILE]`: size and load time of 4B packs in the real host.
+
+Every row is one process of its own that loads one file through ComfyUI, so that peak memory belongs to that file. The
+packs are synthetic: random codes, the real shapes. Rivals in the same run: a dense bf16 file through ComfyUI's own
+loader, and the sizes of the published MLX and gemlite files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .environment import PLUGIN, clean_environment, ensure_or_exit, relaunch_if_needed
+
+VARIANTS = ("ternary", "binary")
+PUBLISHED_BYTES = {
+    "ternary": {"mlx file": 1_425_271_472, "gemlite file": 1_540_457_482},
+    "binary": {"mlx tensors": 965_164_032, "gemlite tensors": 1_080_179_712},
+}
+"""Sizes of the published files; binary: the sum of their tensors, the files' own sizes are not known."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the chosen benchmark; returns the exit code."""
+    arguments_given = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m bonsai_ops.bench", description=__doc__)
+    parser.add_argument("--memory", action="store_true", help="resident bytes, file sizes, load time, peak memory")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--work", type=Path, help="folder for the synthetic packs (13 GB); default: a temporary one")
+    parser.add_argument("--comfyui", type=Path, help="use this ComfyUI folder and its Python")
+    parser.add_argument("--no-dense", action="store_true", help="leave out the dense bf16 file (7.75 GB)")
+    arguments = parser.parse_args(arguments_given)
+    if not arguments.memory:
+        parser.error("choose a benchmark: --memory")
+    relaunch_if_needed("bonsai_ops.bench", arguments_given)
+    environment = ensure_or_exit(comfyui=arguments.comfyui)
+    with tempfile.TemporaryDirectory(prefix="bonsai-bench-") as temporary:
+        figures = memory(environment.comfyui, arguments.work or Path(temporary), dense=not arguments.no_dense)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    return 0
+
+
+def memory(comfyui: Path, folder: Path, *, dense: bool = True) -> dict:
+    """Writes the packs into `folder`, loads each in its own process, prints the table; returns the figures.
+
+    Sizes in bytes, times in seconds. peak_rss_bytes is the process's, idle_rss_bytes that of a ComfyUI that has loaded
+    nothing.
+    """
+    from . import synthetic  # torch is there only after the relaunch
+    from .formats import native
+    from .transformer import open_transformer, read_weights
+
+    idle = _load(comfyui, "idle", Path())
+    figures: dict = {"idle_rss_bytes": idle["peak_rss_bytes"]}
+    print(f"ComfyUI with nothing loaded: {_mb(idle['peak_rss_bytes'])} peak", flush=True)
+    for variant in VARIANTS:
+        source, file = folder / variant / "mlx.safetensors", folder / variant / "native.safetensors"
+        if not source.is_file():
+            synthetic.write_mlx(source, variant)
+        repacked = _load(comfyui, "bonsai", source)
+        if not file.is_file():
+            weights = read_weights(*open_transformer(source))
+            native.write(file, weights, native.make_record(weights))
+            del weights
+        loaded = _load(comfyui, "bonsai", file)
+        figures[variant] = {
+            **loaded,
+            "file_bytes": file.stat().st_size,
+            "repack_seconds": repacked["load_seconds"],
+            "repack_peak_rss_bytes": repacked["peak_rss_bytes"],
+        }
+        _print_variant(variant, figures[variant], source.stat().st_size)
+    if dense:
+        file = folder / "dense.safetensors"
+        if not file.is_file():
+            synthetic.write_dense(file)
+        figures["dense_bf16"] = _load(comfyui, "stock", file)
+        print(
+            f"dense bf16, stock ComfyUI: file {_mb(file.stat().st_size)}, resident "
+            f"{_mb(figures['dense_bf16']['resident_bytes'])}, load {figures['dense_bf16']['load_seconds']:.1f} s, "
+            f"peak {_mb(figures['dense_bf16']['peak_rss_bytes'])}",
+            flush=True,
+        )
+    return figures
+
+
+def _print_variant(variant: str, row: dict, mlx_bytes: int) -> None:
+    published = ", ".join(f"{name} {_mb(size)}" for name, size in PUBLISHED_BYTES[variant].items())
+    print(
+        f"{variant}: resident {_mb(row['resident_bytes'])}, native file {_mb(row['file_bytes'])}, load "
+        f"{row['load_seconds']:.1f} s, peak {_mb(row['peak_rss_bytes'])}, of it the file's pages that were read"
+    )
+    print(
+        f"  from the MLX file ({_mb(mlx_bytes)}): repack and load {row['repack_seconds']:.1f} s, peak "
+        f"{_mb(row['repack_peak_rss_bytes'])}; published: {published}",
+        flush=True,
+    )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _load(comfyui: Path, kind: str, file: Path) -> dict:
+    """Loads one file in a fresh process; its figures."""
+    command = [sys.executable, "-m", "bonsai_ops.bench_load", str(comfyui), kind, str(file)]
+    done = subprocess.run(command, cwd=PLUGIN, env=clean_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"loading {file} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

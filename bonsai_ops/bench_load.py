@@ -1,0 +1,59 @@
+"""One row of the memory benchmark: `python -m bonsai_ops.bench_load COMFYUI KIND FILE`, a process of its own.
+
+KIND: idle (load nothing), bonsai (our loader) or stock (ComfyUI's). Prints one line of JSON. After loading, every
+weight is read once, as a first sampling step would, so that mapped files count in the peak.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    """Loads and prints {"resident_bytes", "load_seconds", "peak_rss_bytes"}."""
+    comfyui, kind, file = argv
+    sys.path.insert(0, comfyui)
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.sd
+    import torch
+
+    from .loader import load_bonsai_model
+
+    resident, seconds = 0, 0.0
+    with torch.inference_mode():
+        started = time.perf_counter()
+        if kind != "idle":
+            model = load_bonsai_model(file) if kind == "bonsai" else comfy.sd.load_diffusion_model(file)
+            tensors = model.model.diffusion_model.state_dict().values()
+            seconds = time.perf_counter() - started
+            for tensor in tensors:
+                resident += tensor.nbytes
+                tensor.view(-1).view(torch.uint8)[::4096].sum()
+    print(json.dumps({"resident_bytes": resident, "load_seconds": seconds, "peak_rss_bytes": peak_rss()}))
+    return 0
+
+
+def peak_rss() -> int:
+    """Peak resident set of this process in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(row for row in status.read_text(encoding="ascii").splitlines() if row.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        import psutil  # Windows: ComfyUI brings it
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
