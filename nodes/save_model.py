@@ -27,8 +27,8 @@ class SaveBonsaiModel(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/bonsai",
-                    tooltip="Folder and name below ComfyUI's output folder; a number is added. Move the file to "
-                    "models/bonsai to load it.",
+                    tooltip="Folder and name below ComfyUI's output folder; a number is added. With the default, "
+                    "Load Bonsai Model lists the file after a refresh.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],

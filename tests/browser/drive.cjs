@@ -1,0 +1,118 @@
+// Opens ComfyUI's page in Chromium, loads one graph, may run it, takes a picture, prints one JSON line.
+//
+//   node drive.cjs job.json      job: {url, chromium, graph, run, screenshot, size: [w, h], vue, locale, timeout}
+//
+// url: the running server. graph: path of a workflow in UI format. run: queue it once and wait. screenshot: path of a
+// .png, or null. size: of the window. vue: nodes drawn as HTML instead of on the canvas. locale: such as "en".
+// Answer: {types: unknown node types, widgets: {id: values}, missing: [{node, name, url, directory}], media: [names],
+// errors: what failed (page, validation, execution), outputs: {id: output}, titles: [as shown]}
+
+const fs = require('fs')
+const { chromium } = require('playwright-core')
+
+const FLAGS = [
+  '--no-sandbox',
+  '--disable-gpu',
+  '--disable-background-networking',
+  '--disable-component-update',
+  '--disable-sync'
+]
+
+async function openPage(browser, job) {
+  const [width, height] = job.size || [1800, 1000]
+  const page = await browser.newPage({ viewport: { width, height } })
+  const settings = {
+    'Comfy.Locale': job.locale || 'en',
+    'Comfy.VueNodes.Enabled': Boolean(job.vue),
+    'Comfy.TutorialCompleted': true,
+    'Comfy.Workflow.Persist': false,
+    'Comfy.Minimap.Visible': false
+  }
+  const answer = await fetch(`${job.url}/api/settings`, {
+    method: 'POST',
+    headers: { 'Content-Type': 'application/json' },
+    body: JSON.stringify(settings)
+  })
+  if (!answer.ok) throw new Error(`the settings were refused: ${answer.status}`)
+  await page.goto(job.url)
+  await page.waitForFunction(
+    () => window.app?.graph && window.LiteGraph?.registered_node_types?.BonsaiSampler,
+    null,
+    { timeout: job.timeout }
+  )
+  await page.waitForTimeout(1000)
+  return page
+}
+
+// Runs in the page.
+async function load(graph) {
+  const pinia = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia.state.value
+  await window.app.loadGraphData(graph)
+  await new Promise((resolve) => setTimeout(resolve, 1500))
+  const nodes = window.app.graph.nodes
+  const known = window.LiteGraph.registered_node_types
+  return {
+    types: nodes.map((node) => node.type).filter((type) => !known[type]),
+    widgets: Object.fromEntries(window.app.graph.serialize().nodes.map((node) => [node.id, node.widgets_values ?? []])),
+    missing: (pinia.missingModel.missingModelCandidates || []).map((model) => ({
+      node: String(model.nodeId),
+      name: model.name,
+      url: model.url,
+      directory: model.directory
+    })),
+    media: (pinia.missingMedia.missingMediaCandidates || []).map((media) => media.name),
+    titles: nodes.map((node) => node.getTitle()),
+    errors: (pinia.missingNodesError.missingNodesError?.nodeTypes || []).map((type) => `missing node ${type.type ?? type}`)
+  }
+}
+
+// Runs in the page. Resolves to {outputs, errors} when the prompt has ended.
+async function run(timeout) {
+  const api = window.app.api ?? window.comfyAPI.api.api
+  const outputs = {}
+  const ended = new Promise((resolve) => {
+    const finish = (errors) => resolve({ outputs, errors })
+    setTimeout(() => finish([`no end of the prompt within ${timeout / 1000} s`]), timeout)
+    api.addEventListener('executed', ({ detail }) => (outputs[detail.node] = detail.output))
+    api.addEventListener('execution_success', () => finish([]))
+    api.addEventListener('execution_interrupted', () => finish(['interrupted']))
+    api.addEventListener('execution_error', ({ detail }) =>
+      finish([`node ${detail.node_id} (${detail.node_type}): ${detail.exception_type}: ${detail.exception_message}`])
+    )
+  })
+  await window.app.queuePrompt(0, 1)
+  const refused = window.app.lastNodeErrors
+  if (refused && Object.keys(refused).length) return { outputs, errors: [`refused: ${JSON.stringify(refused)}`] }
+  return ended
+}
+
+async function main() {
+  const job = { timeout: 300000, ...JSON.parse(fs.readFileSync(process.argv[2], 'utf8')) }
+  const browser = await chromium.launch({ executablePath: job.chromium, args: FLAGS })
+  try {
+    const page = await openPage(browser, job)
+    const failures = []
+    page.on('pageerror', (error) => failures.push(`page: ${error.message}`))
+    const answer = await page.evaluate(load, JSON.parse(fs.readFileSync(job.graph, 'utf8')))
+    if (job.run) {
+      const { outputs, errors } = await page.evaluate(run, job.timeout)
+      answer.outputs = outputs
+      answer.errors.push(...errors)
+      await page.waitForTimeout(500)
+    }
+    if (job.screenshot) {
+      await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
+      await page.waitForTimeout(1500)
+      await page.screenshot({ path: job.screenshot })
+    }
+    answer.errors.push(...failures)
+    process.stdout.write(`${JSON.stringify(answer)}\n`)
+  } finally {
+    await browser.close()
+  }
+}
+
+main().catch((error) => {
+  process.stderr.write(`${error.stack || error}\n`)
+  process.exit(1)
+})

@@ -1,0 +1,324 @@
+"""What the plugin ships besides code: workflows, thumbnails, help pages and translations, against running servers."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from bonsai_ops.environment import NEWEST, PLUGIN_NAME
+from bonsai_ops.server import ComfyServer
+
+pytestmark = pytest.mark.host
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
+HELP, LOCALES = REPOSITORY / "web" / "docs", REPOSITORY / "locales"
+LANGUAGES = sorted(path.name for path in LOCALES.iterdir())
+OURS = ("BonsaiSampler", "LoadBonsaiModel", "LoadBonsaiPack", "LoadBonsaiTextEncoder", "SaveBonsaiModel")
+PAGE_ONLY = ("MarkdownNote", "Note", "Reroute", "PrimitiveNode")
+"""Node types that live in the page and are unknown to the server."""
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
+MACHINE_PATH = re.compile(
+    r"[A-Za-z]:\\|(?<![\w.:/-])/(?:home|Users|root|tmp|mnt|media|opt|var|work|workspace|content)/"
+)
+SYNTAX = set("{}|@")
+"""Characters that the page's translations read as syntax."""
+TITLE_HEIGHT = 30
+
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All strings in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings(inner)
+
+
+def download(server: ComfyServer, path: str) -> bytes:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(server.url + path, timeout=30) as answer:
+        return answer.read()
+
+
+def inputs_of(schema: Mapping[str, Any]) -> dict[str, list]:
+    """{input: [type, options]} in the order of the node's widgets."""
+    order = schema.get("input_order") or {kind: list(found) for kind, found in schema["input"].items()}
+    kinds = [kind for kind in ("required", "optional") if kind in schema["input"]]
+    return {name: schema["input"][kind][name] for kind in kinds for name in order[kind]}
+
+
+def options_of(spec: list) -> Mapping[str, Any]:
+    return spec[1] if len(spec) > 1 else {}
+
+
+def is_widget(spec: list) -> bool:
+    return (isinstance(spec[0], list) or spec[0] in WIDGETS) and not options_of(spec).get("forceInput")
+
+
+def widget_values(node: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """{widget: value} of a node of a saved workflow; what the page adds is checked and left out."""
+    left = list(node.get("widgets_values") or ())
+    values = {}
+    for name, spec in inputs_of(schema).items():
+        if is_widget(spec):
+            values[name] = left.pop(0)
+            if options_of(spec).get("control_after_generate") or name in ("seed", "noise_seed"):
+                assert left.pop(0) in AFTER_GENERATE
+            if options_of(spec).get("image_upload"):
+                assert left.pop(0) == "image"
+    assert left == [], f"{node['type']} has values without a widget: {left}"
+    return values
+
+
+def refusal(value: Any, spec: list) -> str | None:
+    """Why a widget does not take `value`, None if it does."""
+    options = options_of(spec)
+    choices = spec[0] if isinstance(spec[0], list) else options.get("options")
+    if choices is not None:
+        return None if value in choices else f"{value!r} is none of {choices}"
+    if spec[0] in ("INT", "FLOAT"):
+        number = isinstance(value, int if spec[0] == "INT" else (int, float)) and not isinstance(value, bool)
+        if not number or not options.get("min", value) <= value <= options.get("max", value):
+            return f"{value!r} is outside {options.get('min')} .. {options.get('max')}"
+        return None
+    expected = {"STRING": str, "BOOLEAN": bool}[spec[0]]
+    return None if isinstance(value, expected) else f"{value!r} is no {expected.__name__}"
+
+
+@pytest.fixture(scope="module")
+def newest(comfy_server: Callable[..., ComfyServer]) -> ComfyServer:
+    """A running server of the version that the workflows were saved with."""
+    return comfy_server(NEWEST)
+
+
+@pytest.fixture
+def with_files(newest: ComfyServer) -> Iterator[ComfyServer]:
+    """That server with empty files at the places that the notes in the workflows name."""
+    models, made = newest.base_directory / "models", []
+    pack = models / "bonsai" / "bonsai-image-ternary-4B-mlx-2bit" / "transformer-packed-mflux"
+    wanted = [pack / "diffusion_pytorch_model.safetensors", newest.base_directory / "input" / "example.png"]
+    for path in WORKFLOWS:
+        for node in read(path)["nodes"]:
+            wanted += [models / m["directory"] / m["name"] for m in node["properties"].get("models", ())]
+    for file in dict.fromkeys(wanted):
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            made.append(file)
+    yield newest
+    for file in made:
+        file.unlink()
+    if pack.is_dir() and not any(pack.iterdir()):
+        pack.rmdir()
+        pack.parent.rmdir()
+
+
+# Workflows
+
+
+def test_there_are_workflows() -> None:
+    assert WORKFLOWS
+    assert len({read(path)["id"] for path in WORKFLOWS}) == len(WORKFLOWS)
+
+
+@each_workflow
+def test_node_types_exist_in_every_version(path: Path, every_comfy_server: ComfyServer) -> None:
+    known = every_comfy_server.object_info()
+    assert [n["type"] for n in read(path)["nodes"] if n["type"] not in known and n["type"] not in PAGE_ONLY] == []
+
+
+def test_our_nodes_exist_in_every_version(every_comfy_server: ComfyServer) -> None:
+    known = every_comfy_server.object_info()
+    found = sorted(name for name, node in known.items() if node["python_module"] == f"custom_nodes.{PLUGIN_NAME}")
+    assert found == sorted(OURS), every_comfy_server.log_tail()
+
+
+@each_workflow
+def test_widget_values_are_allowed(path: Path, with_files: ComfyServer) -> None:
+    known = with_files.object_info()
+    wrong = []
+    for node in read(path)["nodes"]:
+        if node["type"] in PAGE_ONLY:
+            continue
+        schema = known[node["type"]]
+        specs = inputs_of(schema)
+        for name, value in widget_values(node, schema).items():
+            reason = refusal(value, specs[name])
+            if reason:
+                wrong.append(f"{node['type']}.{name}: {reason}")
+    assert wrong == []
+
+
+@each_workflow
+def test_our_widget_values_are_allowed_in_every_version(path: Path, every_comfy_server: ComfyServer) -> None:
+    known = every_comfy_server.object_info()
+    for node in read(path)["nodes"]:
+        if node["type"] in OURS:
+            specs = inputs_of(known[node["type"]])
+            values = widget_values(node, known[node["type"]])
+            files = ("model_name", "pack_name", "text_encoder_name")
+            assert [refusal(v, specs[n]) for n, v in values.items() if n not in files and refusal(v, specs[n])] == []
+
+
+@each_workflow
+def test_links_are_consistent(path: Path, newest: ComfyServer) -> None:
+    graph, known = read(path), newest.object_info()
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    links = {link[0]: link for link in graph["links"]}
+    assert len(nodes) == len(graph["nodes"]) and len(links) == len(graph["links"])
+    assert graph["last_node_id"] == max(nodes) and graph["last_link_id"] == max(links)
+    for number, source, out, target, slot, kind in graph["links"]:
+        assert number in nodes[source]["outputs"][out]["links"]
+        assert nodes[target]["inputs"][slot]["link"] == number
+        assert known[nodes[source]["type"]]["output"][out] == kind
+        wanted = inputs_of(known[nodes[target]["type"]])[nodes[target]["inputs"][slot]["name"]][0]
+        assert wanted == kind
+    for node in graph["nodes"]:
+        for entry in node["inputs"]:
+            assert entry["link"] is None or entry["link"] in links
+        for entry in node["outputs"]:
+            assert all(number in links for number in entry["links"] or ())
+        if node["type"] not in PAGE_ONLY:
+            linked = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
+            required = known[node["type"]]["input"].get("required", {})
+            assert {name for name, spec in required.items() if not is_widget(spec)} <= linked, node["type"]
+
+
+@each_workflow
+def test_no_path_of_a_machine(path: Path) -> None:
+    assert [text for text in strings(read(path)) if MACHINE_PATH.search(text)] == []
+
+
+@each_workflow
+def test_nodes_do_not_overlap(path: Path) -> None:
+    boxes = [
+        (n["pos"][0], n["pos"][1] - TITLE_HEIGHT, n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1], n["type"])
+        for n in read(path)["nodes"]
+    ]
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+            assert apart, f"{a[4]} covers {b[4]}"
+
+
+@each_workflow
+def test_model_links(path: Path, newest: ComfyServer) -> None:
+    """The page offers a download only if name and widget agree and the address is one that it trusts."""
+    known = newest.object_info()
+    loaders = ("LoadBonsaiModel", "CLIPLoader", "VAELoader")
+    for node in read(path)["nodes"]:
+        models = node["properties"].get("models", [])
+        assert bool(models) == (node["type"] in loaders), node["type"]
+        for model in models:
+            assert model["name"] in widget_values(node, known[node["type"]]).values()
+            assert model["name"].endswith(".safetensors") and model["url"].endswith(".safetensors")
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["directory"] in newest.get("/models")
+
+
+# What the template browser shows
+
+
+def test_template_browser_lists_every_workflow(newest: ComfyServer) -> None:
+    assert sorted(newest.get("/api/workflow_templates")[PLUGIN_NAME]) == [path.stem for path in WORKFLOWS]
+
+
+@each_workflow
+def test_template_and_thumbnail_are_served(path: Path, newest: ComfyServer) -> None:
+    place = f"/api/workflow_templates/{PLUGIN_NAME}/{path.stem}"
+    assert newest.get(f"{place}.json") == read(path)
+    thumbnail = path.with_suffix(".jpg")
+    assert download(newest, f"{place}.jpg") == thumbnail.read_bytes()
+    with Image.open(thumbnail) as picture:
+        assert picture.format == "JPEG" and picture.width == picture.height == 512
+
+
+# Help and translations
+
+
+def described(nodes: Mapping[str, Any]) -> dict[str, Any]:
+    """The texts of our nodes as the schemas have them, in the form of nodeDefs.json."""
+    texts = {}
+    for name in OURS:
+        node = nodes[name]
+        entry = {"display_name": node["display_name"], "description": node["description"], "inputs": {}}
+        for key, spec in inputs_of(node).items():
+            options = options_of(spec)
+            entry["inputs"][key] = {"name": options.get("display_name") or key, "tooltip": options.get("tooltip")}
+            if options.get("control_after_generate"):
+                entry["inputs"]["control_after_generate"] = {"name": "control after generate"}
+        outputs = zip(node["output_name"], node["output_tooltips"], strict=True) if node["output"] else ()
+        for i, (output, tooltip) in enumerate(outputs):
+            entry.setdefault("outputs", {})[str(i)] = {"name": output, "tooltip": tooltip}
+        texts[name] = entry
+    return texts
+
+
+def leaves(value: Any, place: str = "") -> dict[str, Any]:
+    """{path: text} of nested dicts."""
+    if not isinstance(value, dict):
+        return {place: value}
+    return {p: text for key, inner in value.items() for p, text in leaves(inner, f"{place}/{key}").items()}
+
+
+def test_every_input_and_output_has_a_tooltip(newest: ComfyServer) -> None:
+    assert [place for place, text in leaves(described(newest.object_info())).items() if not text] == []
+
+
+def test_english_equals_the_schemas(newest: ComfyServer) -> None:
+    wanted, found = leaves(described(newest.object_info())), leaves(read(LOCALES / "en" / "nodeDefs.json"))
+    differing = {p for p in wanted.keys() | found.keys() if wanted.get(p) != found.get(p)}
+    assert {p: wanted.get(p) for p in sorted(differing)} == {}, "these belong into locales/en/nodeDefs.json"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_translations_are_complete(language: str) -> None:
+    for name in ("main.json", "nodeDefs.json"):
+        english, texts = leaves(read(LOCALES / "en" / name)), leaves(read(LOCALES / language / name))
+        assert sorted(texts) == sorted(english)
+        assert [p for p, text in texts.items() if not text or SYNTAX & set(text)] == []
+        if name == "nodeDefs.json" and language != "en":
+            assert [p for p in texts if p.endswith("tooltip") and texts[p] == english[p]] == []
+
+
+def test_categories_are_in_the_translations(newest: ComfyServer) -> None:
+    known, main = newest.object_info(), read(LOCALES / "en" / "main.json")
+    assert {part for name in OURS for part in known[name]["category"].split("/")} == set(main["nodeCategories"])
+    assert PLUGIN_NAME in main["templateWorkflows"]["category"]
+
+
+def test_translations_are_served(newest: ComfyServer) -> None:
+    served = newest.get("/i18n")
+    for language in LANGUAGES:
+        assert {n: served[language]["nodeDefs"][n] for n in OURS} == read(LOCALES / language / "nodeDefs.json")
+
+
+def test_help_pages_belong_to_nodes() -> None:
+    assert sorted(path.stem for path in HELP.glob("*.md")) == sorted(OURS)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_help_page_tells_every_input_and_output(name: str, newest: ComfyServer) -> None:
+    text = download(newest, f"/extensions/{PLUGIN_NAME}/docs/{name}.md").decode()
+    assert text == (HELP / f"{name}.md").read_text(encoding="utf-8")
+    node = newest.object_info()[name]
+    assert text.startswith(f"# {node['display_name']}\n")
+    for row in (*inputs_of(node), *(node["output_name"] or ())):
+        assert f"\n| {row} | " in text, f"{name}.md has no row for {row}"
+    for heading in ("Inputs", "Typical wiring", "Errors and cures"):
+        assert f"\n## {heading}\n" in text
