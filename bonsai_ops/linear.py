@@ -1,8 +1,8 @@
 """ComfyUI operations whose Linear (and Embedding) hold packed weights: `custom_operations=make_bonsai_ops()`.
 
 The modules own no dense memory before a state dict arrives. A packed entry of it (a QuantizedTensor from layout.py) is
-multiplied in packed form, wherever it lies; a dense entry behaves as in ComfyUI's manual_cast operations. Patches that
-ComfyUI merges into a weight turn that one layer dense until they are removed: nothing is ever rounded back to codes.
+multiplied in packed form, wherever it lies, with its LoRAs as a branch beside it (lora.py); a dense entry behaves as in
+ComfyUI's manual_cast operations.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from . import ops
 from .layout import is_packed, unwrap
+from .lora import LOWVRAM_PATCH, SideBranch, branch_of
 
 
 class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
@@ -20,10 +21,14 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     comfy_cast_weights = True
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
+        self.compute_dtype = dtype
         self.weight_function: list = []
         self.bias_function: list = []
+        self.resident_patch: SideBranch | None = None
+        self.hook_patch: SideBranch | None = None
+        self._dynamic_patch: object = None
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
 
@@ -36,6 +41,45 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     def weight_zero(self) -> torch.Tensor | None:
         """Zero table like `weight_scale`, None where the weight has none."""
         return unwrap(self.weight).zero if is_packed(self.weight) else None
+
+    @property
+    def weight_lowvram_function(self) -> object:
+        """Where dynamic VRAM puts a patch that it would merge and round; hidden from it while the weight is packed."""
+        return None if is_packed(self.weight) else self._dynamic_patch
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, patch: object) -> None:
+        self._dynamic_patch = patch
+
+    def _branches(self) -> list[SideBranch]:
+        """The patches on a packed weight; those of an offloaded layer's LowVramPatch stand for its resident_patch."""
+        offloaded = [f for f in self.weight_function if isinstance(f, LOWVRAM_PATCH)]
+        if self._dynamic_patch is not None:
+            offloaded.append(self._dynamic_patch)
+        branches = [branch_of(f, self.weight.shape) for f in offloaded] or [self.resident_patch]
+        return [b for b in (*branches, self.hook_patch) if b is not None]
+
+    def _wrappers(self) -> list:
+        """Weight functions that are no patches: what `ModelPatcher.add_weight_wrapper` put there."""
+        return [f for f in self.weight_function if not isinstance(f, LOWVRAM_PATCH)]
+
+    def _patched(self, dense: torch.Tensor, branches: list[SideBranch], wrappers: list) -> torch.Tensor:
+        """The unpacked fp32 weight with patches merged and wrappers applied."""
+        for branch in branches:
+            dense = branch.merged(dense)
+        for function in wrappers:
+            dense = function(dense)
+        return dense
+
+    def _cast_packed(self, device: torch.device, bias_dtype: torch.dtype) -> tuple:
+        """(packed weight, bias, stream) on `device`: ComfyUI moves the codes, its weight functions stay away."""
+        functions, self.weight_function = self.weight_function, []
+        try:
+            return comfy.ops.cast_bias_weight(
+                self, dtype=self.weight.dtype, device=device, bias_dtype=bias_dtype, offloadable=True
+            )
+        finally:
+            self.weight_function = functions
 
     def _load_from_state_dict(
         self,
@@ -87,8 +131,8 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return_weight: bool = False,
         **kwargs: object,
     ) -> torch.Tensor | None:
-        """Takes a patched dense weight as it is, in the dtype the layer computes in."""
-        weight = weight.to(self.weight.dtype)
+        """Takes a patched dense weight as it is, in the dtype the model computes in."""
+        weight = weight.to(self.compute_dtype or self.weight.dtype)
         if return_weight:
             return weight
         self.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
@@ -106,24 +150,32 @@ class PackedLinear(_PackedModule):
         device: object = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dtype)
         self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [.., in_features] -> [.., out_features], computed in x's dtype on x's device."""
         comfy.ops.run_every_op()
-        if is_packed(self.weight) and not self.weight_function and not self.bias_function:
-            weight, bias, stream = comfy.ops.cast_bias_weight(
-                self, dtype=self.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True
-            )
-            y = (
-                ops.linear(x, unwrap(weight), bias)
-                if is_packed(weight)
-                else torch.nn.functional.linear(x, weight.to(x.dtype), bias)
-            )
+        if is_packed(self.weight):
+            return self._packed_forward(x)
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+        y = torch.nn.functional.linear(x, weight, bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return y
+
+    def _packed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches, wrappers = self._branches(), self._wrappers()
+        if torch.compiler.is_compiling() and not (branches or wrappers) and self.weight.device == x.device:
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+        weight, bias, stream = self._cast_packed(x.device, x.dtype)
+        if wrappers or any(branch.terms is None for branch in branches):
+            dense = self._patched(unwrap(weight).dequantize(torch.float32), branches, wrappers)
+            y = torch.nn.functional.linear(x, dense.to(x.dtype), bias)
         else:
-            weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-            y = torch.nn.functional.linear(x, weight, bias)
+            y = ops.linear(x, unwrap(weight), bias)
+            resident = self.weight.device == x.device
+            for branch in branches:
+                y = branch.add_to(y, x, keep=resident)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
 
@@ -145,19 +197,25 @@ class PackedEmbedding(_PackedModule):
         dtype: torch.dtype | None = None,
         **kwargs: object,
     ) -> None:
-        super().__init__()
+        super().__init__(dtype)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
 
     def forward(self, index: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """index int64 [..] -> rows [.., channels] in `out_dtype` (default: the weight's dtype)."""
         comfy.ops.run_every_op()
         dtype = out_dtype or self.weight.dtype
-        weight, _, stream = comfy.ops.cast_bias_weight(
-            self, dtype=self.weight.dtype, device=index.device, offloadable=True
-        )
-        if is_packed(weight):
-            rows = unwrap(weight).select_rows(index.reshape(-1), dtype).view(*index.shape, self.embedding_dim)
+        if is_packed(self.weight):
+            weight, _, stream = self._cast_packed(index.device, dtype)
+            branches, wrappers = self._branches(), self._wrappers()
+            if branches or wrappers:
+                dense = self._patched(unwrap(weight).dequantize(torch.float32), branches, wrappers)
+                rows = torch.nn.functional.embedding(index, dense).to(dtype)
+            else:
+                rows = unwrap(weight).select_rows(index.reshape(-1), dtype).view(*index.shape, self.embedding_dim)
         else:
+            weight, _, stream = comfy.ops.cast_bias_weight(
+                self, dtype=self.weight.dtype, device=index.device, offloadable=True
+            )
             rows = torch.nn.functional.embedding(index, weight, self.padding_idx).to(dtype)
         comfy.ops.uncast_bias_weight(self, weight, None, stream)
         return rows

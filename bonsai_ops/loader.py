@@ -17,6 +17,7 @@ from .errors import PackError
 from .formats import Pack
 from .layout import wrap
 from .linear import make_bonsai_ops
+from .lora import adopt
 from .packed_weight import PackedWeight
 from .precision import compute_dtype
 from .transformer import open_transformer, read_weights
@@ -99,6 +100,7 @@ def load_bonsai_model(
         )
     # ComfyUI falls back to fp32 for a dtype it thinks slow on the device (bf16 on every CPU); the loader has decided.
     model.model.manual_cast_dtype = None
+    adopt(model)
     model.cached_patcher_init = (load_bonsai_model, (str(path), asdict(settings)))
     model.set_attachments(ATTACHMENT, report)
     logger.info(

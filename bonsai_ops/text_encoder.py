@@ -24,6 +24,7 @@ from .formats.dense import read_entries as read_dense
 from .formats.safetensors_file import SafetensorsFile
 from .layout import wrap
 from .linear import make_bonsai_ops
+from .lora import adopt
 from .packed_weight import PackedWeight
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def load_bonsai_text_encoder(
         embedding_directory=embedding_directory,
         disable_dynamic=disable_dynamic,
     )
+    adopt(clip.patcher)
     clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (str(path), embedding_directory))
     logger.info(
         "Bonsai text encoder: %s, %d layers, %d matrices packed, %.1f MB, %.1f s from %s",

