@@ -13,6 +13,7 @@ import comfy.sd
 import torch
 from comfy.cli_args import args
 
+from . import dispatch
 from .errors import PackError
 from .formats import Pack
 from .layout import wrap
@@ -49,6 +50,8 @@ class LoadReport:
     seconds: float
     dtype: str
     backend: str
+    declined: Mapping[str, str]
+    """{faster backend: why it is not used}."""
     source: Mapping[str, str]
 
     @property
@@ -86,7 +89,7 @@ def load_bonsai_model(
             supported_dtypes=[torch.bfloat16, torch.float16, torch.float32],
         )
         dtype = comfy.model_management.unet_manual_cast(dtype, device) or dtype
-    report = _report(pack, weights, dtype, started)
+    report = _report(pack, weights, device, dtype, started)
     state_dict = {name: wrap(w, dtype) if isinstance(w, PackedWeight) else w for name, w in weights.items()}
     del weights
     model = comfy.sd.load_diffusion_model_state_dict(
@@ -104,13 +107,14 @@ def load_bonsai_model(
     model.cached_patcher_init = (load_bonsai_model, (str(path), asdict(settings)))
     model.set_attachments(ATTACHMENT, report)
     logger.info(
-        "Bonsai: %s %s, %d layers packed, %.1f MB resident, computes in %s, backend %s, %.1f s from %s",
+        "Bonsai: %s %s, %d layers packed, %.1f MB resident, computes in %s, backend %s%s, %.1f s from %s",
         report.variant,
         report.format,
         report.packed_layers,
         report.resident_bytes / 1e6,
         report.dtype,
         report.backend,
+        "".join(f" ({name}: {reason})" for name, reason in report.declined.items()),
         report.seconds,
         report.path,
     )
@@ -118,11 +122,16 @@ def load_bonsai_model(
 
 
 def _report(
-    pack: Pack, weights: Mapping[str, PackedWeight | torch.Tensor], dtype: torch.dtype, started: float
+    pack: Pack,
+    weights: Mapping[str, PackedWeight | torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    started: float,
 ) -> LoadReport:
     packed = [w for w in weights.values() if isinstance(w, PackedWeight)]
     schemes = sorted({w.scheme for w in packed})
     dense = sum(w.nbytes for w in weights.values() if not isinstance(w, PackedWeight))
+    backend, declined = dispatch.choose(dispatch.call_of(device, dtype, packed[0]))
     return LoadReport(
         str(pack.path),
         pack.format,
@@ -132,6 +141,7 @@ def _report(
         dense,
         time.perf_counter() - started,
         str(dtype).removeprefix("torch."),
-        "eager",
+        backend.name,
+        declined,
         pack.source,
     )

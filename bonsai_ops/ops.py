@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from . import dispatch
 from .backends import eager
 from .packed_weight import PackedWeight
 
@@ -50,7 +51,7 @@ def _linear(
     group_size: int,
 ) -> torch.Tensor:
     weight = PackedWeight(codes, scale, (rows, codes.shape[1]), scheme, codec, group_size, zero)
-    return eager.linear(x, weight, bias)
+    return dispatch.linear(x, weight, bias)
 
 
 def _linear_transposed(
