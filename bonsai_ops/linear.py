@@ -110,7 +110,13 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return destination
 
     def _apply(self, fn: object, recurse: bool = True) -> torch.nn.Module:
-        """Module._apply sets `param.data`, which a QuantizedTensor does not support: put a new Parameter instead."""
+        """Module._apply sets `param.data`, which a QuantizedTensor does not support: put a new Parameter instead.
+
+        What the patches hold for the old place goes with it.
+        """
+        for branch in (self.resident_patch, self.hook_patch):
+            if branch is not None:
+                branch.forget()
         for name, param in self._parameters.items():
             if param is not None:
                 moved = fn(param)

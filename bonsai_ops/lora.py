@@ -90,6 +90,10 @@ class SideBranch:
                 y.narrow(-1, *rows).add_(change)
         return y
 
+    def forget(self) -> None:
+        """Drops the matrices that `add_to` kept."""
+        self._prepared = {}
+
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """The dense weight with all patches, by ComfyUI's own arithmetic in the weight's dtype."""
         return comfy.lora.calculate_weight(self.patches, weight, self.key, intermediate_dtype=weight.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bonsai_ops import bench
+from bonsai_ops.bench import memory
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
@@ -23,7 +23,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def figures(work: Path, comfyui_path: Path) -> dict:
-    return bench.memory(comfyui_path, work, dense=False)
+    return memory.measure(comfyui_path, work, dense=False)
 
 
 @pytest.mark.parametrize("variant", LIMITS)

@@ -1,4 +1,4 @@
-"""One row of the memory benchmark: `python -m bonsai_ops.bench_load COMFYUI KIND FILE`, a process of its own.
+"""One row of the memory benchmark: `python -m bonsai_ops.bench.load COMFYUI KIND FILE`, a process of its own.
 
 KIND: idle (load nothing), bonsai (our loader) or stock (ComfyUI's). Prints one line of JSON. After loading, every
 weight is read once, as a first sampling step would, so that mapped files count in the peak.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
@@ -23,7 +22,8 @@ def main(argv: list[str]) -> int:
     import comfy.sd
     import torch
 
-    from .loader import load_bonsai_model
+    from ..loader import load_bonsai_model
+    from .report import peak_rss
 
     resident, seconds = 0, 0.0
     with torch.inference_mode():
@@ -37,22 +37,6 @@ def main(argv: list[str]) -> int:
                 tensor.view(-1).view(torch.uint8)[::4096].sum()
     print(json.dumps({"resident_bytes": resident, "load_seconds": seconds, "peak_rss_bytes": peak_rss()}))
     return 0
-
-
-def peak_rss() -> int:
-    """Peak resident set of this process in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(row for row in status.read_text(encoding="ascii").splitlines() if row.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        import psutil  # Windows: ComfyUI brings it
-
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

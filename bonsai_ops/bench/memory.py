@@ -1,4 +1,4 @@
-"""`python -m bonsai_ops.bench --memory [--json FILE]`: size and load time of 4B packs in the real host.
+"""Size, load time and peak memory of 4B packs in the real host.
 
 Every row is one process of its own that loads one file through ComfyUI, so that peak memory belongs to that file. The
 packs are synthetic: random codes, the real shapes. Rivals in the same run: a dense bf16 file through ComfyUI's own
@@ -7,14 +7,12 @@ loader, and the sizes of the published MLX and gemlite files.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from .environment import PLUGIN, clean_environment, ensure_or_exit, relaunch_if_needed
+from ..environment import PLUGIN, clean_environment
 
 VARIANTS = ("ternary", "binary")
 PUBLISHED_BYTES = {
@@ -24,36 +22,15 @@ PUBLISHED_BYTES = {
 """Sizes of the published files; binary: the sum of their tensors, the files' own sizes are not known."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the chosen benchmark; returns the exit code."""
-    arguments_given = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m bonsai_ops.bench", description=__doc__)
-    parser.add_argument("--memory", action="store_true", help="resident bytes, file sizes, load time, peak memory")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--work", type=Path, help="folder for the synthetic packs (13 GB); default: a temporary one")
-    parser.add_argument("--comfyui", type=Path, help="use this ComfyUI folder and its Python")
-    parser.add_argument("--no-dense", action="store_true", help="leave out the dense bf16 file (7.75 GB)")
-    arguments = parser.parse_args(arguments_given)
-    if not arguments.memory:
-        parser.error("choose a benchmark: --memory")
-    relaunch_if_needed("bonsai_ops.bench", arguments_given)
-    environment = ensure_or_exit(comfyui=arguments.comfyui)
-    with tempfile.TemporaryDirectory(prefix="bonsai-bench-") as temporary:
-        figures = memory(environment.comfyui, arguments.work or Path(temporary), dense=not arguments.no_dense)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    return 0
-
-
-def memory(comfyui: Path, folder: Path, *, dense: bool = True) -> dict:
+def measure(comfyui: Path, folder: Path, *, dense: bool = True) -> dict:
     """Writes the packs into `folder`, loads each in its own process, prints the table; returns the figures.
 
     Sizes in bytes, times in seconds. peak_rss_bytes is the process's, idle_rss_bytes that of a ComfyUI that has loaded
     nothing.
     """
-    from . import synthetic  # torch is there only after the relaunch
-    from .formats import native
-    from .transformer import open_transformer, read_weights
+    from .. import synthetic
+    from ..formats import native
+    from ..transformer import open_transformer, read_weights
 
     idle = _load(comfyui, "idle", Path())
     figures: dict = {"idle_rss_bytes": idle["peak_rss_bytes"]}
@@ -108,12 +85,8 @@ def _mb(size: int) -> str:
 
 def _load(comfyui: Path, kind: str, file: Path) -> dict:
     """Loads one file in a fresh process; its figures."""
-    command = [sys.executable, "-m", "bonsai_ops.bench_load", str(comfyui), kind, str(file)]
+    command = [sys.executable, "-m", "bonsai_ops.bench.load", str(comfyui), kind, str(file)]
     done = subprocess.run(command, cwd=PLUGIN, env=clean_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"loading {file} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
