@@ -8,10 +8,11 @@ from ..bonsai_ops import folders
 from .load_model import LoadBonsaiModel
 from .load_pack import LoadBonsaiPack
 from .load_text_encoder import LoadBonsaiTextEncoder
+from .model_info import BonsaiModelInfo
 from .sampler import BonsaiSampler
 from .save_model import SaveBonsaiModel
 
-NODES = [LoadBonsaiPack, LoadBonsaiModel, LoadBonsaiTextEncoder, BonsaiSampler, SaveBonsaiModel]
+NODES = [LoadBonsaiPack, LoadBonsaiModel, LoadBonsaiTextEncoder, BonsaiSampler, SaveBonsaiModel, BonsaiModelInfo]
 
 
 class BonsaiExtension(ComfyExtension):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..packed_weight import PackedWeight
+from ..packed_weight import SCRATCH_BYTES, PackedWeight
+
+GPU_SCRATCH_BYTES = 128 << 20
+"""Bound on the unpacked piece on a GPU: a few launches a layer instead of dozens."""
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -15,7 +18,8 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
-    for first, last, values in weight.pieces(x.dtype):
+    scratch = SCRATCH_BYTES if x.device.type == "cpu" else GPU_SCRATCH_BYTES
+    for first, last, values in weight.pieces(x.dtype, scratch):
         torch.mm(flat, values.t(), out=out[:, first:last])
     if bias is not None:
         out += bias.to(x.dtype)

@@ -15,7 +15,14 @@ from bonsai_ops.server import ComfyServer, PromptInterruptedError
 
 pytestmark = pytest.mark.host
 
-NODES = ("LoadBonsaiPack", "LoadBonsaiModel", "LoadBonsaiTextEncoder", "BonsaiSampler", "SaveBonsaiModel")
+NODES = (
+    "LoadBonsaiPack",
+    "LoadBonsaiModel",
+    "LoadBonsaiTextEncoder",
+    "BonsaiSampler",
+    "SaveBonsaiModel",
+    "BonsaiModelInfo",
+)
 PACK = "matrix"
 
 
@@ -150,6 +157,19 @@ def test_image_to_image_and_reference(server: ComfyServer) -> None:
     }
     prompt["sampler"]["inputs"]["positive"] = ["reference", 0]
     assert float((run(server, prompt) - plain).norm() / plain.norm()) > 1e-3
+
+
+def test_model_info(server: ComfyServer) -> None:
+    """The facts as text: scheme, sizes, backend; and a picture."""
+    prompt = graph()
+    prompt["info"] = {"class_type": "BonsaiModelInfo", "inputs": {"model": ["pack", 0]}}
+    prompt["image"] = {"class_type": "SaveImage", "inputs": {"images": ["info", 1], "filename_prefix": "info"}}
+    entry = server.wait(server.queue(prompt))
+    text = entry["outputs"]["info"]["text"][0]
+    assert "ternary" in text
+    assert "bits a weight" in text
+    assert "backend" in text
+    assert len(server.images(entry)) == 1
 
 
 def test_interrupt_then_again(server: ComfyServer) -> None:

@@ -21,7 +21,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 HELP, LOCALES = REPOSITORY / "web" / "docs", REPOSITORY / "locales"
 LANGUAGES = sorted(path.name for path in LOCALES.iterdir())
-OURS = ("BonsaiSampler", "LoadBonsaiModel", "LoadBonsaiPack", "LoadBonsaiTextEncoder", "SaveBonsaiModel")
+OURS = (
+    "BonsaiModelInfo",
+    "BonsaiSampler",
+    "LoadBonsaiModel",
+    "LoadBonsaiPack",
+    "LoadBonsaiTextEncoder",
+    "SaveBonsaiModel",
+)
 PAGE_ONLY = ("MarkdownNote", "Note", "Reroute", "PrimitiveNode")
 """Node types that live in the page and are unknown to the server."""
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")

@@ -1,0 +1,33 @@
+"""Bonsai Model Info: what a packed MODEL is, as text and as a picture."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..bonsai_ops import model_info
+from . import inputs
+
+
+class BonsaiModelInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BonsaiModelInfo",
+            display_name="Bonsai Model Info",
+            category=inputs.CATEGORY,
+            description="Shows what a packed model takes in memory, which backend multiplies it and why no faster one.",
+            inputs=[io.Model.Input("model", tooltip="A model from Load Bonsai Model or Load Bonsai Pack.")],
+            outputs=[
+                io.String.Output("text", tooltip="The facts, a line each."),
+                io.Image.Output(
+                    "picture", tooltip="The same as a picture, with the memory beside that of a dense bf16 model."
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: object) -> io.NodeOutput:
+        lines = model_info.describe(model)
+        text = model_info.to_text(lines)
+        return io.NodeOutput(text, model_info.draw(model, lines), ui={"text": [text]})
