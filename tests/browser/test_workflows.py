@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from bonsai_ops.environment import NEWEST
 from bonsai_ops.server import ComfyServer
-from bonsai_ops.synthetic import write_pipeline
+from bonsai_ops.synthetic import TINY, write_pipeline
 
 pytestmark = [pytest.mark.browser, pytest.mark.host, pytest.mark.slow]
 
@@ -34,7 +36,10 @@ WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 LANGUAGES = sorted(path.name for path in (REPOSITORY / "locales").iterdir())
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PACK, MODEL, PICTURE = "browser-tiny", "browser-tiny.safetensors", "browser-tiny.png"
-REPLACED = {"LoadBonsaiModel": MODEL, "LoadBonsaiPack": PACK, "LoadImage": PICTURE}
+LORA, LORA_RANK = "browser-tiny-lora.safetensors", 4
+REPLACED = {"LoadBonsaiModel": MODEL, "LoadBonsaiPack": PACK, "LoadImage": PICTURE, "LoraLoaderModelOnly": LORA}
+NOT_SHIPPED = {"LoadImage": PICTURE, "LoraLoaderModelOnly": LORA}
+"""Node: file that takes the place of one that the user brings, for which the workflow names no address."""
 STOCK_LOADERS = {"CLIPLoader": 1, "VAELoader": 2}
 """Loader: output of Load Bonsai Pack that takes its place."""
 DRIVE_SECONDS = 400
@@ -95,25 +100,43 @@ def tools() -> tuple[str, str]:
     return node, chromium
 
 
+def write_lora(path: Path) -> None:
+    """A plain LoRA for one packed layer of the tiny pack, named as LoRAs for FLUX.2 Klein are."""
+    layer = "diffusion_model.double_blocks.0.img_attn.qkv"
+    down, up = torch.randn(LORA_RANK, TINY.hidden), torch.randn(3 * TINY.hidden, LORA_RANK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"{layer}.lora_A.weight": down / TINY.hidden**0.5, f"{layer}.lora_B.weight": up / LORA_RANK**0.5}, path)
+
+
+def write_picture(path: Path) -> None:
+    """A gradient whose middle is masked: Load Image makes the mask from what is transparent."""
+    picture = Image.linear_gradient("L").resize((300, 200)).convert("RGB")
+    alpha = Image.new("L", picture.size, 255)
+    alpha.paste(0, (100, 50, 200, 150))
+    picture.putalpha(alpha)
+    picture.save(path)
+
+
 @pytest.fixture(scope="module")
 def page(
     tools: tuple[str, str], comfy_server: Callable[..., ComfyServer], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Page]:
-    """The page of a running server that has the tiny pack; the pack is removed at the end."""
+    """The page of a running server that has the tiny pack and a LoRA for it; they are removed at the end."""
     server = comfy_server(NEWEST)
     models, picture = server.base_directory / "models", server.base_directory / "input" / PICTURE
-    pack, model = models / "bonsai" / PACK, models / "diffusion_models" / MODEL
+    pack, model, lora = models / "bonsai" / PACK, models / "diffusion_models" / MODEL, models / "loras" / LORA
     write_pipeline(pack, variant="ternary", seed=0)
     model.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(pack / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", model)
-    Image.linear_gradient("L").resize((300, 200)).convert("RGB").save(picture)
+    write_lora(lora)
+    write_picture(picture)
     folder = tmp_path_factory.mktemp("page")
     pictures = Path(os.environ.get("BONSAI_SCREENSHOTS") or folder)
     pictures.mkdir(parents=True, exist_ok=True)
     yield Page(server, *tools, folder, pictures)
     shutil.rmtree(pack)
-    model.unlink()
-    picture.unlink()
+    for file in (model, lora, picture):
+        file.unlink()
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -187,8 +210,8 @@ def test_workflow_as_shipped_names_its_files(path: Path, page: Page) -> None:
     """Drawn as HTML nodes, the other way the page draws them. Node titles are those of the schemas."""
     graph = read(path)
     for node in graph["nodes"]:
-        if node["type"] == "LoadImage":  # ComfyUI's own example picture is not in this base directory
-            node["widgets_values"][0] = PICTURE
+        if node["type"] in NOT_SHIPPED:
+            node["widgets_values"][0] = NOT_SHIPPED[node["type"]]
     answer = page.drive(f"{path.stem}-shipped", graph, run=False, vue=True)
     assert answer["errors"] == [] and answer["types"] == [] and answer["media"] == []
     assert answer["widgets"] == values_of(graph)

@@ -122,6 +122,8 @@ def with_files(newest: ComfyServer) -> Iterator[ComfyServer]:
     for path in WORKFLOWS:
         for node in read(path)["nodes"]:
             wanted += [models / m["directory"] / m["name"] for m in node["properties"].get("models", ())]
+            if node["type"] == "LoraLoaderModelOnly":
+                wanted.append(models / "loras" / node["widgets_values"][0])
     for file in dict.fromkeys(wanted):
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
