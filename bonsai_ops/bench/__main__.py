@@ -1,8 +1,9 @@
-"""`python -m bonsai_ops.bench [--memory | --layers | --step] [--json FILE]`.
+"""`python -m bonsai_ops.bench [--memory | --layers | --step | --lora] [--json FILE]`.
 
 --memory  sizes, load time and peak memory of synthetic 4B packs in the real host, beside a dense bf16 file
 --layers  every linear layer of the 4B model: ours, dense bf16, dense fp32 and unpacking the whole layer at each call
 --step    one sampling step of the 4B model in the real host: ours, a dense model in bf16, stock ComfyUI
+--lora    what a LoRA on every linear layer costs a step in the real host: ours, a dense model in bf16
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from ..environment import ensure_or_exit, relaunch_if_needed
 
-BENCHMARKS = ("memory", "layers", "step")
+BENCHMARKS = ("memory", "layers", "step", "lora")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--comfyui", type=Path, help="use this ComfyUI folder and its Python")
     parser.add_argument("--no-dense", action="store_true", help="memory: leave out the dense bf16 file (7.75 GB)")
     parser.add_argument("--tokens", type=int, default=1536, help="layers: rows of the activations (1536: 512x512)")
-    parser.add_argument("--size", type=int, default=512, help="step: width and height in pixels")
+    parser.add_argument("--size", type=int, default=512, help="step, lora: width and height in pixels")
+    parser.add_argument("--rank", type=int, default=16, help="lora: rank of the LoRA")
     parser.add_argument("--threads", type=int, help="threads torch computes with")
     arguments = parser.parse_args(given)
     relaunch_if_needed("bonsai_ops.bench", given)
@@ -50,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         if "step" in chosen:
             comfyui = ensure_or_exit(comfyui=arguments.comfyui).comfyui
             figures["step"] = step.measure(comfyui, work, arguments.size)
+        if "lora" in chosen:
+            comfyui = ensure_or_exit(comfyui=arguments.comfyui).comfyui
+            figures["lora"] = step.measure_lora(comfyui, work, arguments.size, arguments.rank)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return 0

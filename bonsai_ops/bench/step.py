@@ -19,21 +19,9 @@ WAYS = {
 
 def measure(comfyui: Path, folder: Path, size: int) -> dict:
     """Prints the table and returns {"size", "ours_s", "dense_bf16_s", "stock_s", "<way>_bytes", "<way>_peak_rss"}."""
-    from .. import synthetic
-
-    pack, dense = folder / "ternary" / "mlx.safetensors", folder / "dense.safetensors"
-    if not pack.is_file():
-        synthetic.write_mlx(pack, "ternary")
-    if not dense.is_file():
-        synthetic.write_dense(dense)
     figures: dict = {"size": size}
     for way in WAYS:
-        file = pack if way == "ours" else dense
-        command = [sys.executable, "-m", "bonsai_ops.bench.run_step", str(comfyui), way, str(file), str(size)]
-        done = subprocess.run(command, cwd=PLUGIN, env=clean_environment(), capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
-        row = json.loads(done.stdout.strip().splitlines()[-1])
+        row = _run(comfyui, folder, way, size, 0)
         figures |= {f"{way}_s": row["seconds"], f"{way}_bytes": row["bytes"], f"{way}_peak_rss": row["peak_rss"]}
     print(f"one step of the 4B model at {size}x{size}")
     show_table(
@@ -51,3 +39,34 @@ def measure(comfyui: Path, folder: Path, size: int) -> dict:
         ],
     )
     return figures
+
+
+def measure_lora(comfyui: Path, folder: Path, size: int, rank: int) -> dict:
+    """Prints what a LoRA on every linear layer costs a step, ours and dense; returns the seconds and ratios."""
+    figures: dict = {"size": size, "rank": rank}
+    rows = []
+    for way in ("ours", "dense_bf16"):
+        row = _run(comfyui, folder, way, size, rank)
+        cost = row["lora_seconds"] / row["seconds"]
+        figures |= {f"{way}_s": row["seconds"], f"{way}_lora_s": row["lora_seconds"], f"{way}_cost": cost}
+        rows.append((WAYS[way], row["seconds"], row["lora_seconds"], cost))
+    print(f"a rank {rank} LoRA on every linear layer of the 4B model at {size}x{size}, seconds a step")
+    show_table(("way", "without", "with", "cost"), rows)
+    return figures
+
+
+def _run(comfyui: Path, folder: Path, way: str, size: int, rank: int) -> dict:
+    """One way in a fresh process, its pack written first if it is not there; its figures."""
+    from .. import synthetic
+
+    file = folder / "ternary" / "mlx.safetensors" if way == "ours" else folder / "dense.safetensors"
+    if not file.is_file():
+        if way == "ours":
+            synthetic.write_mlx(file, "ternary")
+        else:
+            synthetic.write_dense(file)
+    command = [sys.executable, "-m", "bonsai_ops.bench.run_step", str(comfyui), way, str(file), str(size), str(rank)]
+    done = subprocess.run(command, cwd=PLUGIN, env=clean_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
