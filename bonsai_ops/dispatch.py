@@ -29,7 +29,10 @@ OVERRIDE = "BONSAI_BACKEND"
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend needs to know to accept a product. rows, columns: N, K of the weight."""
+    """What a backend needs to know to accept a product.
+
+    rows, columns: N, K of the weight. capability: (major, minor) of an NVIDIA device, None elsewhere.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -38,6 +41,7 @@ class Call:
     scheme: str
     codec: str
     group_size: int
+    capability: tuple[int, int] | None = None
 
 
 Product = Callable[[torch.Tensor, PackedWeight, "torch.Tensor | None"], torch.Tensor]
@@ -56,7 +60,32 @@ def _cpu_declines(call: Call) -> str | None:
     return cpu.declines(call.device, call.dtype, call.scheme, cpu_has_fast_bf16())
 
 
+def _triton_declines(call: Call) -> str | None:
+    if call.device.type != "cuda":
+        return f"the weight is on {call.device.type}"
+    from .backends import triton  # imports Triton, which only a GPU needs
+
+    return triton.unavailable() or triton.declines(
+        call.device,
+        call.capability,
+        call.dtype,
+        call.rows,
+        call.columns,
+        call.scheme,
+        call.codec,
+        call.group_size,
+        "exact",
+    )
+
+
+def _triton_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    from .backends import triton
+
+    return triton.linear(x, weight, bias)
+
+
 BACKENDS = (
+    Backend("triton", _triton_declines, _triton_linear),
     Backend("cpu", _cpu_declines, cpu.linear),
     Backend("eager", lambda call: None, eager.linear),
 )
@@ -132,7 +161,15 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
 
 def call_of(device: torch.device, dtype: torch.dtype, weight: PackedWeight) -> Call:
     """The call that multiplies activations of `dtype` on `device` with `weight`."""
-    return Call(device, dtype, *weight.shape, weight.scheme, weight.codec, weight.group_size)
+    return Call(device, dtype, *weight.shape, weight.scheme, weight.codec, weight.group_size, _capability(str(device)))
+
+
+@functools.cache
+def _capability(device: str) -> tuple[int, int] | None:
+    """(major, minor) of an NVIDIA device, None for any other."""
+    if not device.startswith("cuda") or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def _check(name: str | None) -> None:

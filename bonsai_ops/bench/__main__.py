@@ -1,9 +1,10 @@
-"""`python -m bonsai_ops.bench [--memory | --layers | --step | --lora] [--json FILE]`.
+"""`python -m bonsai_ops.bench [--memory | --layers | --step | --lora | --static] [--json FILE]`.
 
 --memory  sizes, load time and peak memory of synthetic 4B packs in the real host, beside a dense bf16 file
 --layers  every linear layer of the 4B model: ours, dense bf16, dense fp32 and unpacking the whole layer at each call
 --step    one sampling step of the 4B model in the real host: ours, a dense model in bf16, stock ComfyUI
 --lora    what a LoRA on every linear layer costs a step in the real host: ours, a dense model in bf16
+--static  every GPU kernel compiled for ten GPUs without one: registers, spills, instructions, beside gemlite's
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name in BENCHMARKS:
         parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--static", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--work", type=Path, help="folder for the synthetic packs (13 GB); default: a temporary one")
     parser.add_argument("--comfyui", type=Path, help="use this ComfyUI folder and its Python")
@@ -37,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="threads torch computes with")
     arguments = parser.parse_args(given)
     relaunch_if_needed("bonsai_ops.bench", given)
+    if arguments.static:
+        from .static import run_static
+
+        return run_static(arguments.json)
     chosen = [name for name in BENCHMARKS if getattr(arguments, name)] or ["layers", "step"]
     from . import layers, memory, report, step  # torch is there only after the relaunch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -78,6 +79,27 @@ def test_choice_and_reasons() -> None:
         assert "AVX-512 BF16" in declined["cpu"]
     affine = dispatch.Call(device, torch.bfloat16, 128, 256, "affine", "crumb", 128)
     assert "second table" in dispatch.why_not(affine)["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"capability": (7, 5)}, "compute capability 7.5"),
+        ({"device": torch.device("mps")}, "the weight is on mps"),
+        ({"device": torch.device("xpu")}, "the weight is on xpu"),
+        ({"columns": 96, "group_size": 96}, "groups of 128"),
+        ({"dtype": torch.float32}, "float16 and bfloat16"),
+    ],
+    ids=["sm_75", "mps", "xpu", "columns", "fp32"],
+)
+def test_why_not_triton(changes: dict, reason: str) -> None:
+    """The reference takes what the fused kernels decline, and the reason is said."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    call = dispatch.Call(torch.device("cuda", 0), torch.bfloat16, 128, 256, "ternary", "trit5", 128, (8, 6))
+    assert dispatch.choose(call)[0].name == "triton"
+    backend, declined = dispatch.choose(dataclasses.replace(call, **changes))
+    assert backend.name == "eager"
+    assert reason in declined["triton"]
 
 
 def test_forcing_a_backend() -> None:

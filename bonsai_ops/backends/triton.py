@@ -1,0 +1,257 @@
+"""The Triton backend: y = x W^T straight from the packed bytes, on CUDA (sm_80 and newer) and ROCm.
+
+Importing this module never fails: without a usable Triton, `unavailable` says why. When Triton breaks at its first
+launch (no C compiler, no ptxas, no Python.h), the call is answered by the eager backend, one log line names the cure,
+and `unavailable` gives the reason from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..codec import get_codec
+from ..packed_weight import PackedWeight
+from . import eager
+
+try:
+    import triton
+
+    from . import triton_kernels as kernels
+except Exception as error:  # a half-installed Triton raises nearly anything: ImportError, OSError, RuntimeError
+    triton = kernels = None
+    _IMPORT_ERROR: Exception | None = error
+else:
+    _IMPORT_ERROR = None
+
+NAME = "triton"
+MODES = ("exact", "fp16_accumulate")
+"""exact: fp32 sums. fp16_accumulate: fp16 sums of 64 or 128 products, then fp32; x fp16, relative error about 5e-4."""
+
+GROUP = 128
+DTYPES = (torch.float16, torch.bfloat16)
+LARGEST_PRODUCT_SUM = 2.0**15
+"""What a fp16 sum may reach in fp16_accumulate mode; half of fp16's range."""
+
+INSTALL = "pip install triton" if os.name != "nt" else "pip install triton-windows"
+CURES = (
+    ("python.h", "install Python's headers (Debian, Ubuntu: apt install python3-dev)"),
+    ("c compiler", "install a C compiler (Debian, Ubuntu: apt install build-essential) or set CC to one"),
+    ("gcc", "install a C compiler (Debian, Ubuntu: apt install build-essential) or set CC to one"),
+    ("ptxas", f"reinstall Triton ({INSTALL} --force-reinstall --no-deps) or point TRITON_PTXAS_PATH to a newer ptxas"),
+    ("no such file", f"reinstall Triton: {INSTALL} --force-reinstall --no-deps"),
+    ("permission", "make ~/.triton writable or set TRITON_CACHE_DIR to a folder that is"),
+    ("wrong values", "update this plugin and report the GPU's name"),
+    ("out of resource", "update this plugin and report the GPU's name"),
+)
+"""Words in an error of Triton -> what a user can do. The first that fits is shown."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Health:
+    """What is known about Triton in this process. `verified`: kernels that gave the reference's answer."""
+
+    failure: str | None = None
+    verified: set[tuple] = field(default_factory=set)
+
+    def record(self, error: BaseException) -> None:
+        chain = []
+        link: BaseException | None = error
+        while link is not None and len(chain) < 4:
+            output = getattr(link, "stderr", None) or ""
+            chain.append(f"{type(link).__name__}: {link} {output if isinstance(output, str) else output.decode()}")
+            link = link.__cause__ or link.__context__
+        text = " ".join(chain)
+        cure = next((c for words, c in CURES if words in text.lower()), f"reinstall Triton: {INSTALL}")
+        summary = " ".join(chain[0].split())[:300]
+        self.failure = f"Triton could not compile or start a kernel ({summary}); to use it, {cure}"
+        _log.warning("%s. Until then packed layers run without it, more slowly.", self.failure)
+
+
+_health = _Health()
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported), on the CPU."""
+    return kernels is not None and not hasattr(kernels.weight_first_kernel, "device_caches")
+
+
+def unavailable() -> str | None:
+    """Why no kernel can run in this process, with the cure; None if they can."""
+    if _IMPORT_ERROR is not None:
+        if isinstance(_IMPORT_ERROR, ModuleNotFoundError) and _IMPORT_ERROR.name == "triton":
+            return f"Triton is not installed; to use it, {INSTALL}"
+        return f"Triton cannot be imported ({_IMPORT_ERROR}); to use it, reinstall it: {INSTALL}"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 3):
+        return f"Triton {triton.__version__} is too old; to use it, update PyTorch to 2.7 or newer (Triton 3.3)"
+    return _health.failure
+
+
+def declines(
+    device: torch.device,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    scheme: str,
+    codec: str,
+    group_size: int,
+    mode: str,
+) -> str | None:
+    """Why this backend does not multiply such a weight [rows, columns] by x of `dtype`; None if it does.
+
+    `capability`: (major, minor) of a CUDA device; None on ROCm and on devices without one.
+    """
+    hip = torch.version.hip is not None
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"Triton needs a CUDA or ROCm device, not {device.type}"
+    if device.type == "cuda" and not hip and (capability is None or capability < (8, 0)):
+        shown = "unknown" if capability is None else f"{capability[0]}.{capability[1]}"
+        return f"Triton has no tensor-core code for compute capability {shown}, only for 8.0 and newer"
+    if mode not in MODES:
+        return f"Triton has no mode {mode!r}, only {', '.join(MODES)}"
+    if dtype not in DTYPES:
+        return f"Triton multiplies float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if (scheme, codec) not in (("binary", "bit"), ("ternary", "trit5")):
+        return f"Triton has no kernel for {scheme} weights stored as {codec}"
+    if group_size != GROUP or columns % GROUP:
+        return f"Triton needs groups of {GROUP} columns, not {group_size} in {columns}"
+    if rows * (columns // GROUP) >= 2**31 or rows >= 2**27:
+        return f"a weight of {rows} rows is too large for Triton's 32-bit scale index"
+    if mode == "fp16_accumulate":
+        if dtype != torch.float16:
+            return f"fp16 accumulation needs float16 input, not {str(dtype).removeprefix('torch.')}"
+        if device.type == "cuda" and (hip or capability is None or capability in kernels.DATA_CENTER):
+            return "fp16 accumulation is not faster than exact on this GPU"
+    return None
+
+
+def config(target: int | str, ternary: bool, mode: str = "exact") -> Any:
+    """The kernel configuration for a target: compute capability as 86, or an AMD architecture such as "gfx1100"."""
+    return kernels.CONFIGS[kernels.family(target), "ternary" if ternary else "binary", mode]
+
+
+def _target(device: torch.device) -> int | str:
+    if device.type != "cuda":
+        return 80
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
+) -> torch.Tensor:
+    """y = x W^T + bias: x [.., K] fp16 or bf16 -> [.., N] in x's dtype. Ask `declines` first.
+
+    Answers with the eager backend when Triton fails. Raises ValueError for a mode that MODES does not list.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+    if unavailable() is not None:
+        return eager.linear(x, weight, bias)
+    rows, columns = weight.shape
+    flat = x.reshape(-1, columns)
+    out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
+    if flat.shape[0]:
+        chosen = config(_target(x.device), weight.scheme == "ternary", mode)
+        try:
+            key = (x.device, x.dtype, weight.scheme, weight.scale.dtype, mode)
+            if key not in _health.verified:
+                _verify(x, weight, chosen, mode)
+                _health.verified.add(key)
+            _run(flat, weight, out, chosen, mode)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what a broken Triton raises at first launch has no common class
+            _health.record(error)
+            return eager.linear(x, weight, bias)
+    if bias is not None:
+        out += bias.to(x.dtype)
+    return out.view(*x.shape[:-1], rows)
+
+
+def _run(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, chosen: Any, mode: str) -> None:
+    tokens = None
+    if mode == "fp16_accumulate":
+        x, tokens = _bounded(x, chosen.block_k)
+    launch(_aligned(x), weight, out, tokens, chosen)
+
+
+def _verify(x: torch.Tensor, weight: PackedWeight, chosen: Any, mode: str) -> None:
+    """Runs the kernel that x and weight need on a small product, once a process, and compares with eager.
+
+    Raises RuntimeError if they differ: a compiler or GPU nobody has tried must not change pictures silently.
+    """
+    rows, columns, tokens = 160, 256, 17
+    coder = get_codec(weight.codec)
+    count = coder.radix**coder.fields
+    values = torch.arange(coder.byte_rows(rows) * columns, device=x.device) * 37 % count
+    codes = (values * 256 + count - 1).div(count, rounding_mode="floor").to(torch.uint8).view(-1, columns)
+    scale = 0.5 + torch.arange(rows * 2, device=x.device).view(rows, 2) % 7 / 8
+    probe = PackedWeight(codes, scale.to(weight.scale.dtype), (rows, columns), weight.scheme, weight.codec, GROUP)
+    inputs = (torch.arange(tokens * columns, device=x.device).view(tokens, columns) * 29 % 61 - 30).to(x.dtype) / 16
+    out = torch.zeros(tokens, rows, dtype=x.dtype, device=x.device)
+    _run(inputs, probe, out, chosen, mode)
+    expected = eager.linear(inputs, probe).float()
+    if not (out.float() - expected).norm() <= 0.02 * expected.norm():
+        raise RuntimeError(f"a {weight.scheme} kernel computed wrong values on {x.device}")
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] with the 16-byte alignment that the kernels are compiled for."""
+    if x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _bounded(x: torch.Tensor, summed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] times a power of two per token, so that a fp16 sum of `summed` products with +-2 stays in range.
+
+    Returns (x, fp32 [M] that undoes it). Tokens that fit already, and those with NaN or infinity, stay as they are.
+    """
+    limit = LARGEST_PRODUCT_SUM / (2 * summed)
+    _, exponent = torch.frexp(x.abs().amax(dim=1).float() / limit)
+    factor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), -exponent.clamp(0, 30))
+    return x * factor.to(x.dtype).unsqueeze(1), 1 / factor
+
+
+def launch(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, tokens: torch.Tensor | None, chosen: Any) -> None:
+    """Runs the kernel `chosen` names: out [M, N] = x [M, K] W^T. `tokens`: see weight_first_kernel."""
+    rows, columns = weight.shape
+    ternary = weight.scheme == "ternary"
+    interpret = interpreting()
+    codes = weight.codes if weight.codes.is_contiguous() and weight.codes.data_ptr() % 16 == 0 else weight.codes.clone()
+    n = get_codec(weight.codec).byte_rows(rows)
+    constants = kernels.constants(chosen, ternary, tokens is not None, interpret)
+    if chosen.weight_first and constants["ASM"]:
+        codes = codes.view(torch.int16)
+    kernel = kernels.weight_first_kernel if chosen.weight_first else kernels.input_first_kernel
+    tiles = triton.cdiv(x.shape[0], chosen.block_m) * triton.cdiv(n, chosen.block_n)
+    options = {} if interpret else {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    arguments = (
+        x,
+        codes,
+        weight.scale.contiguous(),
+        out if tokens is None else tokens,
+        out,
+        x.shape[0],
+        rows,
+        columns,
+        n // 8,
+        x.stride(0),
+        out.stride(0),
+    )
+    if x.device.type != "cuda":
+        kernel[(tiles * chosen.parts,)](*arguments, **constants, **options)
+        return
+    with torch.cuda.device(x.device):
+        kernel[(tiles * chosen.parts,)](*arguments, **constants, **options)

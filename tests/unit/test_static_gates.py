@@ -1,0 +1,48 @@
+"""Every shipped Triton kernel, compiled for every target without a GPU: no spills, tensor cores, few other steps.
+
+The gates are in bonsai_ops/bench/static.py (Row.failures); what is counted is explained there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bonsai_ops.bench import static
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("target", static.TARGETS, ids=static.label)
+def test_every_kernel_passes_its_gates(target: int | str) -> None:
+    rows = list(static.report((target,), gemlite=False))
+    assert len(rows) == len(list(static.shipped(target)))
+    assert {row.name: row.failures() for row in rows if row.failures()} == {}
+
+
+@pytest.mark.parametrize("target", [86, 90])
+def test_fewer_instructions_than_gemlite(target: int) -> None:
+    peer = static.gemlite_overhead(target, 2, "fp16")
+    if peer is None:
+        pytest.skip("gemlite is not installed")
+    assert static.measure(target, "ternary", "exact", "fp16").ovh_per_hmma < peer
+
+
+def test_report_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "static.json"
+    assert static.run_static(file, (86,)) == 0
+    rows = json.loads(file.read_text(encoding="utf-8"))["kernels"]
+    keys = {"name", "mode", "target", "spills", "smem", "registers", "mma", "ovh_per_hmma", "gemlite_ovh_per_hmma"}
+    assert rows and all(set(row) == keys for row in rows)
+    assert {row["name"] for row in rows} >= {"ternary_exact_fp16", "binary_exact_bf16", "ternary_fp16_accumulate_fp16"}
+    assert "misses a gate" not in capsys.readouterr().out
+
+
+def test_a_spilling_kernel_fails() -> None:
+    row = static.Row("ternary_exact_fp16", "exact", "sm_86", 3, 120_000, 255, [], 9.0)
+    assert len(row.failures()) == 4
+    assert not static.Row("ternary_exact_bf16", "exact", "sm_90", 0, 200_000, 255, ["HGMMA"], 1.6).failures()
