@@ -13,9 +13,10 @@ strength on the base weight other than 1) turn the layer dense until the patches
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import comfy.lora
@@ -167,6 +168,7 @@ class PackedPatcher:
             if key not in self.backup:
                 self.backup[key] = _Backup(module.weight, False)
             comfy.utils.set_attr_param(self.model, key, module.weight.to(device_to))
+        module.weight_lowvram_function = None  # left over if dynamic VRAM streamed this layer before
         module.resident_patch = None if patches is None else SideBranch(key, patches, module.weight.shape)
         return module.weight
 
@@ -181,6 +183,49 @@ class PackedPatcher:
             for module in self.model.modules():
                 if hasattr(module, "resident_patch"):
                     module.resident_patch = None
+
+    def state_dict_for_saving(self, *args, **kwargs):
+        """What ComfyUI's save nodes write. Raises ValueError if a packed layer carries a LoRA."""
+        with self._storable():
+            return super().state_dict_for_saving(*args, **kwargs)
+
+    def model_state_dict_for_saving(self, *args, **kwargs):
+        """The same for one part of the model, in versions of ComfyUI that have it."""
+        with self._storable():
+            return super().model_state_dict_for_saving(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _storable(self) -> Iterator[None]:
+        """Inside, our layers count as resident, so that ComfyUI takes their tensors from the state dict as they are.
+
+        Its lazily cast parameters, meant for offloaded layers, hold neither uint8 nor a result of another dtype. An
+        offloaded layer of a merge is merged inside, as it would be if it were resident.
+        """
+        ours = {n: m for n, m in self.model.named_modules() if hasattr(m, "resident_patch") and m.weight is not None}
+        patched = {name: patches for name in ours if (patches := self.patches.get(f"{name}.weight"))}
+        loras = [n for n, patches in patched.items() if is_packed(ours[n].weight) and not merges_models(patches)]
+        if loras:
+            raise ValueError(
+                f"{len(loras)} packed layers ({loras[0]}, ..) carry a LoRA, which cannot be merged into their codes "
+                "nor be kept apart in this file. Save the model without it: Save Bonsai Model leaves LoRAs out."
+            )
+        before = [(m, m.weight, getattr(m, "comfy_patched_weights", None)) for m in ours.values()]
+        try:
+            for name, patches in patched.items():
+                module = ours[name]
+                if is_packed(module.weight) or getattr(module, "comfy_patched_weights", None) is not True:
+                    dense = module.convert_weight(module.weight.to(torch.float32, copy=True))
+                    module.set_weight(SideBranch(f"{name}.weight", patches, dense.shape).merged(dense))
+            for module in ours.values():
+                module.comfy_patched_weights = True
+            yield
+        finally:
+            for module, weight, resident in before:
+                module.weight = weight
+                if resident is None:
+                    del module.comfy_patched_weights
+                else:
+                    module.comfy_patched_weights = resident
 
     def patch_hooks(self, hooks):
         self.cached_hook_patches.clear()  # ComfyUI's cache holds merged weights; a packed layer has none to cache
@@ -198,6 +243,10 @@ class PackedPatcher:
         for module in self.model.modules():
             if getattr(module, "hook_patch", None) is not None:
                 module.hook_patch = None
+        for key in list(self.hook_backup):  # ComfyUI copies values back, which would leave them in the merged dtype
+            if not whitelist_keys_set or key in whitelist_keys_set:
+                weight, device = self.hook_backup.pop(key)
+                comfy.utils.set_attr_param(self.model, key, weight.to(device))
         super().unpatch_hooks(whitelist_keys_set)
 
     def _report_slow_patches(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from .formats import native
 from .layout import is_packed, unwrap
 from .loader import ATTACHMENT
+from .lora import merges_models
 from .packed_weight import PackedWeight, narrow_exact
 from .transformer import source_record
 
@@ -23,8 +24,10 @@ MODEL_PREFIX = "diffusion_model."
 def base_weights(model: object) -> dict[str, PackedWeight | torch.Tensor]:
     """{BFL name: packed or dense weight} of a ModelPatcher's transformer as it was loaded, patches undone.
 
-    Raises ValueError if no layer of it is packed.
+    Raises ValueError if no layer of it is packed, or if it is a merge, whose layers are dense.
     """
+    if any(merges_models(patches) for patches in model.patches.values()):
+        raise ValueError("this model is a merge, which is dense: save it with Save Model")
     transformer = model.model.diffusion_model
     weights: dict[str, PackedWeight | torch.Tensor] = {}
     for name, parameter in transformer.named_parameters():

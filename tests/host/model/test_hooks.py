@@ -1,0 +1,191 @@
+"""LoRAs as hooks: on one conditioning, scheduled over the steps, beside ordinary LoRAs; against the dense twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import (
+    QKV,
+    SHAPES,
+    Pair,
+    bfl_lora,
+    draw,
+    loaded,
+    low_rank,
+    packed_layers,
+    relative,
+    run_node,
+    run_node_outputs,
+    same_state,
+    state_bytes,
+    text,
+    unloaded,
+    with_lora,
+)
+
+pytestmark = pytest.mark.host
+
+HOOKS = "comfy_extras.nodes_hooks."
+
+
+def lora_hook(name: str, strength: float = 1.0) -> Any:
+    """HOOKS of CreateHookLora."""
+    return run_node(f"{HOOKS}CreateHookLora", lora_name=name, strength_model=strength, strength_clip=0.0)
+
+
+def hooked(conditioning: list, hooks: Any) -> list:
+    """The conditioning with hooks, as ConditioningSetProperties sets them."""
+    return run_node(
+        f"{HOOKS}ConditioningSetProperties", cond_NEW=conditioning, strength=1.0, set_cond_area="default", hooks=hooks
+    )
+
+
+def nothing_left(model: Any) -> bool:
+    """True if no hook is on any layer or on the patcher."""
+    modules = [m for m in model.model.modules() if hasattr(m, "hook_patch")]
+    return not model.hook_backup and model.current_hooks is None and all(m.hook_patch is None for m in modules)
+
+
+def test_a_hook_equals_the_lora_itself(pair: Pair, lora_file: Callable[..., str]) -> None:
+    """On the only conditioning of a run: the dense twin's, the picture of an ordinary LoRA, and nothing stays."""
+    name, state, first = lora_file(bfl_lora()), state_bytes(pair.packed), draw(pair.packed)
+    positive = hooked(text(), lora_hook(name, 0.6))
+    found = pair.check(positive=positive)
+    assert relative(found, draw(with_lora(pair.packed, name, 0.6))) < 1e-5
+    assert relative(found, first) > 1e-2
+    assert nothing_left(pair.packed) and packed_layers(pair.packed) == 22
+    assert torch.equal(draw(pair.packed, positive=positive), found)
+    assert torch.equal(draw(pair.packed), first)
+    unloaded(pair.packed)
+    assert same_state(state_bytes(pair.packed), state)
+
+
+def test_a_hook_on_the_positive_prompt_only(pair: Pair, lora_file: Callable[..., str]) -> None:
+    """With CFG the LoRA acts on one of the two predictions of each step."""
+    positive = hooked(text(), lora_hook(lora_file(bfl_lora()), 0.6))
+    found = pair.check(positive=positive, cfg=2.5)
+    assert relative(found, draw(pair.packed, cfg=2.5)) > 1e-2
+    both = pair.check(positive=positive, negative=hooked(text(2), lora_hook(lora_file(bfl_lora()), 0.6)), cfg=2.5)
+    assert relative(found, both) > 1e-3
+    assert nothing_left(pair.packed)
+
+
+def test_two_hooks_at_once(pair: Pair, lora_file: Callable[..., str]) -> None:
+    a, b = lora_hook(lora_file(bfl_lora()), 0.5), lora_hook(lora_file(bfl_lora(seed=9, rank=2, alpha=1.0)), -0.7)
+    hooks = run_node(f"{HOOKS}CombineHooks", hooks_A=a, hooks_B=b)
+    pair.check(positive=hooked(text(), hooks))
+    pair.check(positive=hooked(text(), a), negative=hooked(text(2), b), cfg=2.0)
+    assert nothing_left(pair.packed)
+
+
+def test_a_hook_beside_an_ordinary_lora(pair: Pair, lora_file: Callable[..., str]) -> None:
+    """The LoRA on the model and the hook's add up; without the hook the LoRA is what it was."""
+    plain, other = lora_file(bfl_lora()), lora_file(bfl_lora(seed=4, rank=3))
+    changed = pair.both(lambda m: with_lora(m, plain, 0.4))
+    first = draw(changed.packed)
+    found = changed.check(positive=hooked(text(), lora_hook(other, 0.5)))
+    assert relative(found, first) > 1e-3
+    assert relative(found, draw(with_lora(changed.packed, other, 0.5))) < 1e-5
+    assert torch.equal(draw(changed.packed), first)
+
+
+def test_a_scheduled_hook(pair: Pair, lora_file: Callable[..., str]) -> None:
+    """Keyframes: strength 1 in the first half of the steps, 0.2 in the second; other than any constant strength."""
+    keyframes = run_node(f"{HOOKS}CreateHookKeyframe", strength_mult=1.0, start_percent=0.0)
+    keyframes = run_node(f"{HOOKS}CreateHookKeyframe", strength_mult=0.2, start_percent=0.3, prev_hook_kf=keyframes)
+    name = lora_file(bfl_lora())
+    hooks = run_node(f"{HOOKS}SetHookKeyframes", hooks=lora_hook(name, 0.8), hook_kf=keyframes)
+    positive = hooked(text(), hooks)
+    found = pair.check(positive=positive, steps=4)
+    for strength in (0.8, 0.16, 0.48):
+        assert relative(found, draw(with_lora(pair.packed, name, strength), steps=4)) > 1e-3
+    assert torch.equal(draw(pair.packed, positive=positive, steps=4), found)
+    assert nothing_left(pair.packed)
+
+
+def test_a_hook_over_a_range_of_steps(pair: Pair, lora_file: Callable[..., str]) -> None:
+    """PairConditioningSetProperties with a timestep range and a default for the rest."""
+    timesteps, _, _ = run_node_outputs(f"{HOOKS}ConditioningTimestepsRange", start_percent=0.0, end_percent=0.4)
+    positive, negative = run_node_outputs(
+        f"{HOOKS}PairConditioningSetProperties",
+        positive_NEW=text(),
+        negative_NEW=text(2),
+        strength=1.0,
+        set_cond_area="default",
+        hooks=lora_hook(lora_file(bfl_lora()), 0.7),
+        timesteps=timesteps,
+    )
+    positive, negative = run_node_outputs(
+        f"{HOOKS}PairConditioningSetDefaultAndCombine",
+        positive=positive,
+        negative=negative,
+        positive_DEFAULT=text(),
+        negative_DEFAULT=text(2),
+    )
+    pair.check(positive=positive, negative=negative, cfg=2.0, steps=4)
+    assert nothing_left(pair.packed)
+
+
+def test_a_hook_that_is_no_plain_lora(pair: Pair, lora_file: Callable[..., str]) -> None:
+    layer, (rows, columns) = QKV.removesuffix(".weight"), SHAPES[QKV]
+    tensors = low_rank({layer: (rows, columns)}, names=("lora_up.weight", "lora_down.weight"))
+    name = lora_file(tensors | {f"{layer}.dora_scale": torch.ones(rows, 1)})
+    pair.check(positive=hooked(text(), lora_hook(name, 0.8)))
+    assert nothing_left(pair.packed)
+
+
+@pytest.mark.parametrize("mode", ["MaxSpeed", "MinVram"])
+def test_hook_modes(pair: Pair, comfy: Any, lora_file: Callable[..., str], mode: str) -> None:
+    """ComfyUI keeps merged weights of the dense layers between the steps or not."""
+    import comfy.hooks
+
+    def change(model: Any) -> Any:
+        model = model.clone()
+        model.set_hook_mode(getattr(comfy.hooks.EnumHookMode, mode))
+        return model
+
+    positive = hooked(text(), lora_hook(lora_file(bfl_lora()), 0.6))
+    pair.both(change).check(positive=positive, negative=text(2), cfg=2.0, steps=3)
+
+
+def test_hooks_on_an_offloaded_model(pair: Pair, comfy: Any, lora_file: Callable[..., str]) -> None:
+    """No layer resident: the hook is applied to the packed layers all the same."""
+    import comfy.hooks
+
+    name = lora_file(bfl_lora())
+    hooks = lora_hook(name, 0.6)
+    model = pair.packed.clone()
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    model.register_all_hook_patches(hooks, target, model_options=model.model_options)
+    loaded(model, 1)
+    model.patch_hooks(hooks)
+    modules = [m for m in model.model.modules() if getattr(m, "hook_patch", None) is not None]
+    assert len(modules) == 22
+    model.patch_hooks(None)
+    assert nothing_left(model)
+    unloaded(model)
+
+
+def test_a_text_encoder_hook_registers_nothing_on_the_model(pair: Pair, lora_file: Callable[..., str]) -> None:
+    """A LoRA that has no key of this model changes nothing."""
+    name = lora_file(low_rank({"text_encoders.qwen3_4b.transformer.model.layers.0.mlp.up_proj": (512, 256)}))
+    assert torch.equal(draw(pair.packed, positive=hooked(text(), lora_hook(name))), draw(pair.packed))
+
+
+def test_interrupted_with_a_hook(pair: Pair, comfy: Any, lora_file: Callable[..., str]) -> None:
+    """An interrupt in the middle of a run with hooks leaves no hook on any layer."""
+    positive = hooked(text(), lora_hook(lora_file(bfl_lora()), 0.6))
+    whole, plain = draw(pair.packed, positive=positive), draw(pair.packed)
+    module = pair.packed.model.diffusion_model.single_blocks[2].linear2
+    handle = module.register_forward_hook(lambda *_: comfy.model_management.throw_exception_if_processing_interrupted())
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        draw(pair.packed, positive=positive)
+    handle.remove()
+    assert nothing_left(pair.packed)
+    assert torch.equal(draw(pair.packed), plain)
+    assert torch.equal(draw(pair.packed, positive=positive), whole)

@@ -1,0 +1,342 @@
+"""ComfyUI's LoRA loaders on packed layers against the dense twin with the same LoRA merged, fp32, relative 1e-5."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import (
+    DENSE,
+    LINEAR1,
+    LINEAR2,
+    PROJ,
+    QKV,
+    SHAPES,
+    Pair,
+    bfl_lora,
+    draw,
+    loaded,
+    low_rank,
+    module_of,
+    packed_layers,
+    predict,
+    relative,
+    run_node_outputs,
+    same_state,
+    state_bytes,
+    unloaded,
+    with_lora,
+)
+from .conftest import H as HIDDEN
+
+pytestmark = pytest.mark.host
+
+LoraFile = Callable[[Mapping[str, torch.Tensor]], str]
+MLP = 6 * HIDDEN
+DIFFUSERS = {
+    "transformer_blocks.0.attn.to_q": (HIDDEN, HIDDEN),
+    "transformer_blocks.0.attn.to_k": (HIDDEN, HIDDEN),
+    "transformer_blocks.0.attn.to_v": (HIDDEN, HIDDEN),
+    "transformer_blocks.1.attn.add_q_proj": (HIDDEN, HIDDEN),
+    "transformer_blocks.1.attn.add_v_proj": (HIDDEN, HIDDEN),
+    "transformer_blocks.1.attn.to_add_out": (HIDDEN, HIDDEN),
+    "transformer_blocks.0.ff.linear_in": (MLP, HIDDEN),
+    "transformer_blocks.1.ff_context.linear_out": (HIDDEN, MLP // 2),
+    "single_transformer_blocks.0.attn.to_qkv_mlp_proj": (3 * HIDDEN + MLP, HIDDEN),
+    "single_transformer_blocks.1.attn.to_out": (HIDDEN, HIDDEN + MLP // 2),
+    "single_transformer_blocks.2.attn.to_q": (HIDDEN, HIDDEN),
+    "single_transformer_blocks.2.attn.to_v": (HIDDEN, HIDDEN),
+}
+BFL = {key.removesuffix(".weight"): shape for key, shape in SHAPES.items()}
+UP_DOWN, B_A = ("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight")
+FORMS = {
+    "bfl": low_rank(BFL, names=B_A),
+    "kohya": low_rank(
+        {f"lora_unet_{k.removeprefix('diffusion_model.').replace('.', '_')}": s for k, s in BFL.items()},
+        names=UP_DOWN,
+        alpha=3.0,
+    ),
+    "diffusers": low_rank({f"transformer.{k}": s for k, s in DIFFUSERS.items()}, names=B_A),
+    "onetrainer": low_rank(
+        {f"lora_transformer_{k.replace('.', '_')}": s for k, s in DIFFUSERS.items()}, names=UP_DOWN, alpha=2.0
+    ),
+    "linear1_qkv": low_rank({"diffusion_model.single_blocks.1.linear1_qkv": (3 * HIDDEN, HIDDEN)}, names=UP_DOWN),
+    "bf16": low_rank(BFL, names=B_A, dtype=torch.bfloat16),
+    "norm_out": low_rank({"transformer.norm_out.linear": (2 * HIDDEN, HIDDEN)}, names=B_A),
+}
+
+
+def layers_with_branch(model: Any) -> int:
+    return sum(getattr(m, "resident_patch", None) is not None for m in model.model.modules())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_key_forms(pair: Pair, lora_file: LoraFile, caplog: pytest.LogCaptureFixture, form: str) -> None:
+    """Every key of the file is taken, the result is the dense one's, and nothing stays once the LoRA is gone."""
+    size, state, first = pair.packed.model_size(), state_bytes(pair.packed), draw(pair.packed)
+    name = lora_file(FORMS[form])
+    with caplog.at_level(logging.WARNING):
+        changed = pair.both(lambda m: with_lora(m, name))
+    assert [r.message for r in caplog.records if "lora" in r.message.lower()] == []
+    found = changed.check()
+    assert relative(found, first) > 1e-2
+    assert layers_with_branch(changed.packed) == sum(
+        key in changed.packed.patches and key != DENSE and "modulation" not in key and "final" not in key
+        for key in changed.packed.patches
+    )
+    assert changed.packed.model_size() == size and pair.packed.model_size() == size
+    assert torch.equal(draw(changed.packed), found)
+    assert torch.equal(draw(pair.packed), first)
+    assert same_state(state_bytes(pair.packed), state)
+
+
+def test_each_variant(each_pair: Pair, lora_file: LoraFile) -> None:
+    name = lora_file(bfl_lora(alpha=2.0))
+    each_pair.both(lambda m: with_lora(m, name, 0.7)).check()
+
+
+def test_three_stacked(pair: Pair, lora_file: LoraFile) -> None:
+    """Other ranks and forms on the same layers, one of them split into q, k and v."""
+    names = [lora_file(FORMS["bfl"]), lora_file(bfl_lora(rank=7, alpha=1.0, seed=5)), lora_file(FORMS["diffusers"])]
+
+    def stack(model: Any) -> Any:
+        for name, strength in zip(names, (0.8, -0.5, 1.3), strict=True):
+            model = with_lora(model, name, strength)
+        return model
+
+    found = pair.both(stack).check()
+    assert relative(found, draw(pair.both(lambda m: with_lora(m, names[0], 0.8)).packed)) > 1e-2
+
+
+def test_strength_is_changed_between_runs(pair: Pair, lora_file: LoraFile) -> None:
+    """1, -1, 0.3, 1 again: each is the dense one's, the last equals the first to the bit."""
+    name = lora_file(FORMS["bfl"])
+    drawn = [pair.both(lambda m, s=s: with_lora(m, name, s)).check() for s in (1.0, -1.0, 0.3, 1.0)]
+    assert torch.equal(drawn[0], drawn[3])
+    assert all(relative(a, drawn[0]) > 1e-2 for a in drawn[1:3])
+
+
+def test_a_lora_and_its_negative_cancel(pair: Pair, lora_file: LoraFile) -> None:
+    name = lora_file(FORMS["bfl"])
+    first = draw(pair.packed)
+    assert relative(draw(with_lora(with_lora(pair.packed, name, 0.6), name, -0.6)), first) < 1e-5
+
+
+def test_the_factor_is_strength_times_alpha_over_rank(pair: Pair) -> None:
+    """One layer by hand: y = x W^T + strength alpha / rank * up(down(x)) on the rows of the value projection."""
+    from bonsai_ops.lora import SideBranch
+
+    module = module_of(pair.packed, QKV)
+    from comfy.weight_adapter import LoRAAdapter
+
+    tensors = low_rank({"x": (HIDDEN, HIDDEN)}, rank=4)
+    up, down = tensors["x.lora_B.weight"], tensors["x.lora_A.weight"]
+    patch = (0.5, LoRAAdapter(set(), (up, down, 3.0, None, None, None)), 1.0, (0, 2 * HIDDEN, HIDDEN), None)
+    x = torch.randn(2, 9, HIDDEN, generator=torch.Generator().manual_seed(4))
+    plain = module(x)
+    module.resident_patch = SideBranch(QKV, [patch], module.weight.shape)
+    expected = plain.clone()
+    expected[..., 2 * HIDDEN :] += 0.5 * 3.0 / 4 * (x @ down.t() @ up.t())
+    assert relative(module(x), expected) < 1e-6
+    module.resident_patch = None
+    assert torch.equal(module(x), plain)
+
+
+def test_slices_of_the_input(pair: Pair) -> None:
+    """A patch whose offset lies on dimension 1 reads only these columns."""
+    from comfy.weight_adapter import LoRAAdapter
+
+    tensors = low_rank({"x": (HIDDEN, HIDDEN)}, rank=2)
+    weights = (tensors["x.lora_B.weight"], tensors["x.lora_A.weight"], None, None, None, None)
+    adapter = LoRAAdapter(set(), weights)
+
+    def change(model: Any) -> Any:
+        model = model.clone()
+        assert model.add_patches({(LINEAR2, (1, 2 * HIDDEN, HIDDEN)): adapter}, 0.8)
+        return model
+
+    pair.both(change).check()
+
+
+def adapters() -> dict[str, dict[str, torch.Tensor]]:
+    """{kind: tensors} of patches that are not plain LoRA, on one layer each or on several."""
+    generator = torch.Generator().manual_seed(11)
+
+    def values(*shape: int, size: float = 1.0) -> torch.Tensor:
+        return size * torch.randn(shape, generator=generator)
+
+    name, (rows, columns) = QKV.removesuffix(".weight"), SHAPES[QKV]
+    other, (out, into) = LINEAR1.removesuffix(".weight"), SHAPES[LINEAR1]
+    return {
+        "dora": low_rank({name: (rows, columns)}, names=UP_DOWN, alpha=2.0)
+        | {f"{name}.dora_scale": values(rows, 1).abs() + 0.5},
+        "loha": {
+            f"{name}.hada_w1_a": values(rows, 2),
+            f"{name}.hada_w1_b": values(2, columns, size=0.2),
+            f"{name}.hada_w2_a": values(rows, 2),
+            f"{name}.hada_w2_b": values(2, columns, size=0.2),
+            f"{name}.alpha": torch.tensor(2.0),
+        },
+        "lokr": {f"{other}.lokr_w1": values(3, 2, size=0.3), f"{other}.lokr_w2": values(out // 3, into // 2, size=0.3)},
+        "diff": {f"{name}.diff": values(rows, columns, size=0.05), f"{other}.diff": values(out, into, size=0.05)},
+        "set": {f"{PROJ.removesuffix('.weight')}.set_weight": values(HIDDEN, HIDDEN, size=0.1)},
+        "locon": low_rank({f"{name}": (rows, columns)}, names=UP_DOWN)
+        | {f"{name}.lora_mid.weight": values(4, 4, 1, 1, size=0.5)},
+    }
+
+
+@pytest.mark.parametrize("kind", adapters())
+@pytest.mark.parametrize("memory", [0, 1], ids=["resident", "offloaded"])
+def test_other_adapters(
+    pair: Pair, lora_file: LoraFile, caplog: pytest.LogCaptureFixture, kind: str, memory: int
+) -> None:
+    """DoRA, LoHa, LoKr, full differences: exact, said once in the log, the weights stay packed."""
+    name = lora_file(adapters()[kind])
+    changed = pair.both(lambda m: with_lora(m, name, 0.8))
+    with caplog.at_level(logging.INFO):
+        found, truth = predict(loaded(changed.packed, memory)), predict(loaded(changed.dense))
+        again = predict(loaded(unloaded(changed.packed), memory))
+    assert relative(found, truth) < 1e-5 and torch.equal(found, again)
+    told = [r.message for r in caplog.records if "not plain LoRA" in r.message]
+    assert len(told) == 1 and "exact, but slower" in told[0]
+    assert packed_layers(changed.packed) == 8 * 2 + 2 * 3
+    unloaded(changed.packed)
+    assert relative(predict(loaded(pair.packed)), found) > 1e-3
+
+
+def test_a_plain_lora_beside_another_adapter(pair: Pair, lora_file: LoraFile) -> None:
+    """Both on the same layer, in both orders."""
+    plain, dora = lora_file(FORMS["bfl"]), lora_file(adapters()["dora"])
+    for first, second in ((plain, dora), (dora, plain)):
+        pair.both(lambda m, a=first, b=second: with_lora(with_lora(m, a, 0.5), b, 0.8)).check()
+
+
+def test_a_lora_of_another_size_is_left_out(pair: Pair, lora_file: LoraFile, caplog: pytest.LogCaptureFixture) -> None:
+    """As ComfyUI does with a dense layer; the rest of the file counts."""
+    tensors = low_rank({QKV.removesuffix(".weight"): (3 * HIDDEN, 2 * HIDDEN), LINEAR1[:-7]: SHAPES[LINEAR1]})
+    name = lora_file(tensors)
+    with caplog.at_level(logging.ERROR):
+        pair.both(lambda m: with_lora(m, name)).check()
+    assert any("does not fit" in r.message and QKV in r.message for r in caplog.records)
+
+
+def test_plain_loras_never_touch_the_codes(pair: Pair, lora_file: LoraFile) -> None:
+    """While it is applied: every layer still packed, the same codes; no backup, no log about slowness."""
+    state = state_bytes(pair.packed)
+    model = loaded(with_lora(pair.packed, lora_file(FORMS["bfl"])))
+    assert packed_layers(model) == 22
+    assert [key for key in model.backup if key in SHAPES and "modulation" not in key] == []
+    kept = {n: t for n, t in state_bytes(model).items() if "modulation" not in n}
+    assert all(torch.equal(t, state[n]) for n, t in kept.items())
+    unloaded(model)
+    assert same_state(state_bytes(model), state)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision(comfy: Any, packs: Mapping[str, Path], lora_file: LoraFile, dtype: str) -> None:
+    """bf16 and fp16 stay within a few roundings of fp32."""
+    from bonsai_ops.loader import load_bonsai_model
+
+    name = lora_file(FORMS["bfl"])
+    exact, found = (
+        predict(loaded(with_lora(load_bonsai_model(packs["ternary"], {"compute_dtype": d}), name, 0.3)))
+        for d in ("fp32", dtype)
+    )
+    assert relative(found, exact) < (3e-2 if dtype == "bf16" else 5e-3)
+
+
+def test_two_models_with_different_loras(make_pair: Callable[..., Pair], lora_file: LoraFile) -> None:
+    """Nothing of one model reaches the other: trap 9."""
+    first, second = make_pair("ternary"), make_pair("binary")
+    names = lora_file(FORMS["bfl"]), lora_file(FORMS["diffusers"])
+    a = first.both(lambda m: with_lora(m, names[0]))
+    b = second.both(lambda m: with_lora(m, names[1]))
+    drawn = a.check(), b.check()
+    assert torch.equal(a.check(), drawn[0]) and torch.equal(b.check(), drawn[1])
+    second.check()
+
+
+@pytest.fixture(scope="module")
+def text_encoders(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """(our CLIP, a CLIP of ComfyUI's own operations with the same weights in fp32)."""
+    import comfy.sd
+    import comfy.supported_models_base
+    import comfy.text_encoders.flux as flux_text
+
+    from bonsai_ops import synthetic, text_encoder
+
+    folder = tmp_path_factory.mktemp("pack") / "tiny"
+    synthetic.write_pipeline(folder)
+    ours = text_encoder.load_bonsai_text_encoder(folder)
+    dense = {
+        name.removeprefix("qwen3_4b.transformer."): p.dequantize() if hasattr(p, "dequantize") else p.float()
+        for name, p in ours.patcher.model.named_parameters()
+        if name.startswith("qwen3_4b.transformer.")
+    }
+    config = {
+        "vocab_size": synthetic.VOCABULARY,
+        "hidden_size": synthetic.TEXT_HIDDEN,
+        "num_hidden_layers": text_encoder.LAYERS,
+        "final_norm": False,
+        "intermediate_size": synthetic.TEXT_MLP,
+        "num_attention_heads": synthetic.TEXT_HEADS,
+        "num_key_value_heads": synthetic.TEXT_KEYS,
+    }
+    stock = comfy.sd.CLIP(
+        comfy.supported_models_base.ClipTarget(text_encoder.TruncatingTokenizer, flux_text.klein_te()),
+        state_dict=[dense],
+        model_options={"qwen3_4b_model_config": config, "dtype": torch.float32},
+    )
+    return ours, stock
+
+
+def test_text_encoder_lora(pair: Pair, text_encoders: tuple[Any, Any], lora_file: LoraFile) -> None:
+    """LoraLoader on MODEL and CLIP; a difference on the packed embedding table goes through the dense path."""
+    layer, hidden = "text_encoders.qwen3_4b.transformer.model.layers.3", 256
+    tensors = low_rank({f"{layer}.self_attn.q_proj": (256, hidden), f"{layer}.mlp.down_proj": (hidden, 512)})
+    name = lora_file(FORMS["bfl"] | tensors)
+
+    def encode(clip: Any) -> torch.Tensor:
+        return clip.encode_from_tokens_scheduled(clip.tokenize("a tree"))[0][0]
+
+    base = [encode(clip) for clip in text_encoders]
+    assert relative(*base) < 1e-5
+    changed = [
+        run_node_outputs("nodes.LoraLoader", model=m, clip=c, lora_name=name, strength_model=0.5, strength_clip=0.8)
+        for m, c in zip((pair.packed, pair.dense), text_encoders, strict=True)
+    ]
+    found, truth = (encode(clip) for _, clip in changed)
+    assert relative(found, truth) < 1e-5 and relative(found, base[0]) > 1e-3
+    Pair(pair.path, changed[0][0], changed[1][0]).check()
+    key = "qwen3_4b.transformer.model.embed_tokens.weight"
+    table = torch.zeros(151936, hidden)
+    table[:2000] = 0.3
+    embedded = []
+    for clip in text_encoders:
+        clip = clip.clone()
+        assert clip.add_patches({key: ("diff", (table,))}, 1.0) == [key]
+        embedded.append(encode(clip))
+    assert relative(*embedded) < 1e-5 and relative(embedded[0], base[0]) > 1e-3
+    assert torch.equal(encode(text_encoders[0]), base[0])
+
+
+def test_save_clip_node(text_encoders: tuple[Any, Any], comfy_base_directory: Path) -> None:
+    """CLIPSave writes the codes and tables of the text encoder as they are."""
+    from safetensors.torch import load_file
+
+    clip = text_encoders[0]
+    state = clip.patcher.model.state_dict()
+    run_node_outputs("comfy_extras.nodes_model_merging.CLIPSave", clip=clip, filename_prefix="clip/test")
+    (path,) = (comfy_base_directory / "output" / "clip").glob("*.safetensors")
+    saved = load_file(path)
+    path.unlink()
+    suffix = "model.layers.3.self_attn.q_proj.weight"
+    for ending in ("", "_scale", "_zero"):
+        (found,) = (t for n, t in saved.items() if n.endswith(suffix + ending))
+        (expected,) = (t for n, t in state.items() if n.endswith(suffix + ending))
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
