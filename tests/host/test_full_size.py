@@ -12,8 +12,6 @@ from bonsai_ops.bench import memory
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 LIMITS = {"ternary": 1.19e9, "binary": 0.91e9}
-REPACK_SECONDS = 60
-"""Generous: the benchmark prints the time; on two idle cores it is below 25."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,6 @@ def test_size_and_memory(figures: dict, variant: str) -> None:
     assert row["resident_bytes"] <= LIMITS[variant]
     assert row["file_bytes"] <= row["resident_bytes"] + 100_000
     assert row["peak_rss_bytes"] <= 1.25 * row["file_bytes"] + figures["idle_rss_bytes"]
-    assert row["repack_seconds"] <= REPACK_SECONDS
 
 
 @pytest.mark.parametrize("variant", LIMITS)
