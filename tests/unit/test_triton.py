@@ -371,7 +371,7 @@ def test_declines_with_a_reason(change: dict, reason: str) -> None:
         (RuntimeError("Failed to find C compiler. Please specify via CC"), "install a C compiler"),
         (subprocess.CalledProcessError(1, "gcc", stderr=b"main.c:1: fatal error: Python.h: No such file"), "headers"),
         (RuntimeError("Cannot find ptxas"), "TRITON_PTXAS_PATH"),
-        (PermissionError(13, "Permission denied", "/root/.triton"), "TRITON_CACHE_DIR"),
+        (PermissionError(13, "Permission denied", "/home/user/.triton"), "TRITON_CACHE_DIR"),
         (ValueError("something new"), "reinstall Triton"),
     ],
 )
