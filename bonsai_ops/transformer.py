@@ -21,9 +21,14 @@ def open_transformer(path: str | Path) -> tuple[Pack, dict[str, Entry]]:
     """(the open pack, {BFL name: entry}): headers only, checked for completeness. Raises PackError."""
     pack = open_pack(path)
     _, entries = klein.to_bfl(pack.path, pack.entries)
-    if pack.format != "unpacked" and all(isinstance(e, DenseTensor) for e in entries.values()):
+    if not any(klein.is_block_linear(name) and _can_be_packed(pack, entry) for name, entry in entries.items()):
         raise PackError(pack.path, "has no packed layer", "Use the file as it was published.")
     return pack, entries
+
+
+def _can_be_packed(pack: Pack, entry: Entry) -> bool:
+    """Dense tensors of an unpacked file are packed while they are read; those of other formats stay dense."""
+    return pack.format == "unpacked" or not isinstance(entry, DenseTensor)
 
 
 def read_weights(

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..bonsai_ops import folders
 from ..bonsai_ops.loader import load_bonsai_model
-from ..bonsai_ops.text_encoder import load_bonsai_text_encoder
+from ..bonsai_ops.text_encoder import find_text_encoder, load_bonsai_text_encoder
 from ..bonsai_ops.vae import load_vae
 from . import inputs
 
@@ -40,6 +40,7 @@ class LoadBonsaiPack(io.ComfyNode):
     def execute(cls, pack_name: str, compute_dtype: str = "auto", memory: str = "auto") -> io.NodeOutput:
         folder = folders.pack_path(pack_name)
         options = {"compute_dtype": compute_dtype, "memory": memory}
+        find_text_encoder(folder)  # a missing one is told before the transformer is repacked
         vae = load_vae(folder)
         model = load_bonsai_model(folder, options, progress=inputs.progress())
         clip = load_bonsai_text_encoder(folder, folder_paths.get_folder_paths("embeddings"), progress=inputs.progress())

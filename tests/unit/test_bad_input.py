@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -485,3 +486,12 @@ def test_a_large_file_is_refused_at_once(tmp_path: Path, wrong: str) -> None:
     started = time.perf_counter()
     refuse(path, found)
     assert time.perf_counter() - started < 2
+
+
+def test_transformer_without_blocks(tmp_path: Path) -> None:
+    """Embedders alone are no model: one sentence instead of an empty one."""
+    geometry = dataclasses.replace(TINY, double_blocks=0, single_blocks=0)
+    file = tmp_path / "embedders.safetensors"
+    write_dense(file, geometry)
+    with pytest.raises(PackError, match=r"embedders\.safetensors: has no packed layer"):
+        open_transformer(file)
