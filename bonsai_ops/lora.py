@@ -80,15 +80,13 @@ class SideBranch:
         keep: hold the matrices on that device in that dtype for the next call (resident layers).
         """
         for rows, columns, down, up in self._matrices(x.device, x.dtype, keep):
-            part = x if columns is None else x.narrow(-1, *columns)
-            change = torch.nn.functional.linear(torch.nn.functional.linear(part, down), up)
-            if rows is None:
-                y = y + change if y.requires_grad or change.requires_grad else y.add_(change)
-            elif y.requires_grad or change.requires_grad:
+            inner = torch.nn.functional.linear(x if columns is None else x.narrow(-1, *columns), down)
+            if y.requires_grad or inner.requires_grad:
                 y = y.clone()
-                y.narrow(-1, *rows).add_(change)
-            else:
-                y.narrow(-1, *rows).add_(change)
+            # In place: a buffer of y's size would cost more than the product itself.
+            slice_ = y.view(-1, y.shape[-1])
+            slice_ = slice_ if rows is None else slice_.narrow(-1, *rows)
+            slice_.addmm_(inner.reshape(-1, inner.shape[-1]), up.t())
         return y
 
     def forget(self) -> None:
