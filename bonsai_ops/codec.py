@@ -127,6 +127,22 @@ def planes(name: str, packed: torch.Tensor) -> Iterator[torch.Tensor]:
         rest.bitwise_and_(255)
 
 
+def decode_plane(name: str, packed: torch.Tensor, plane: int) -> torch.Tensor:
+    """The codes of one plane of `packed` (uint8 [i, K], any run of byte rows): uint8 [i, K]."""
+    radix = get_codec(name).radix
+    prefix = packed.to(torch.int32).mul_(radix ** (plane + 1)).bitwise_right_shift_(8)
+    return prefix.remainder_(radix).to(torch.uint8)
+
+
+def holds(name: str, radix: int, packed: torch.Tensor) -> bool:
+    """True if every byte of `packed` (uint8) is one that the codec makes of codes below `radix`."""
+    codec = get_codec(name)
+    codes = torch.cartesian_prod(*[torch.arange(min(radix, codec.radix), dtype=torch.uint8)] * codec.fields)
+    made = torch.zeros(256, dtype=torch.bool)
+    made[encode(name, codes.t().repeat_interleave(8, 0))[0].long()] = True
+    return bool(made.to(packed.device)[packed.long()].all())
+
+
 def decode(name: str, packed: torch.Tensor, rows: int) -> torch.Tensor:
     """Unpacks uint8 [byte_rows(rows), K] into uint8 codes [rows, K]. Raises ValueError if the shape does not fit."""
     codec = get_codec(name)

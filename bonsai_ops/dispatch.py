@@ -4,6 +4,9 @@ A backend is a name, a function that says why it cannot take a call (or None), a
 the CPU's own path, then the eager reference, which takes everything. `use_backend("eager")` forces one within a block,
 the environment variable BONSAI_BACKEND for a whole process. A backend that raises at its first launch on a device is
 out for that device from then on: one line in the log with the cure, and the next one takes over.
+
+A mode other than exact is a wish: where no backend offers it for a call, the call is exact, and the reason is kept
+under the mode's name beside those of the backends.
 """
 
 from __future__ import annotations
@@ -14,24 +17,28 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .backends import cpu, eager
 from .packed_weight import PackedWeight
-from .precision import cpu_has_fast_bf16
+from .precision import cpu_has_fast_bf16, cpu_has_fast_int8
 
 logger = logging.getLogger(__name__)
 
 OVERRIDE = "BONSAI_BACKEND"
+
+EXACT = "exact"
+MODES = (EXACT, "fp16_accumulate", "a8")
+"""exact: the weight's values, fp32 sums. fp16_accumulate: fp16 sums of up to 128 products. a8: activations in int8."""
 
 
 @dataclass(frozen=True)
 class Call:
     """What a backend needs to know to accept a product.
 
-    rows, columns: N, K of the weight. capability: (major, minor) of an NVIDIA device, None elsewhere.
+    rows, columns: N, K of the weight. capability: (major, minor) of an NVIDIA device, None elsewhere. mode: of MODES.
     """
 
     device: torch.device
@@ -42,9 +49,11 @@ class Call:
     codec: str
     group_size: int
     capability: tuple[int, int] | None = None
+    mode: str = EXACT
 
 
-Product = Callable[[torch.Tensor, PackedWeight, "torch.Tensor | None"], torch.Tensor]
+Product = Callable[..., torch.Tensor]
+"""(x [.., K], weight, bias, mode=..) -> [.., N] in x's dtype."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,17 @@ class Backend:
     linear: Product
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What multiplies a call, in which mode, and {name of a backend or mode before it: why it declined}."""
+
+    backend: Backend
+    mode: str
+    declined: dict[str, str]
+
+
 def _cpu_declines(call: Call) -> str | None:
-    return cpu.declines(call.device, call.dtype, call.scheme, cpu_has_fast_bf16())
+    return cpu.declines(call.device, call.dtype, call.scheme, cpu_has_fast_bf16(), call.mode, cpu_has_fast_int8())
 
 
 def _triton_declines(call: Call) -> str | None:
@@ -74,20 +92,26 @@ def _triton_declines(call: Call) -> str | None:
         call.scheme,
         call.codec,
         call.group_size,
-        "exact",
+        call.mode,
     )
 
 
-def _triton_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def _triton_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT
+) -> torch.Tensor:
     from .backends import triton
 
-    return triton.linear(x, weight, bias)
+    return triton.linear(x, weight, bias, mode=mode)
+
+
+def _eager_declines(call: Call) -> str | None:
+    return None if call.mode == EXACT else "only exact"
 
 
 BACKENDS = (
     Backend("triton", _triton_declines, _triton_linear),
     Backend("cpu", _cpu_declines, cpu.linear),
-    Backend("eager", lambda call: None, eager.linear),
+    Backend("eager", _eager_declines, eager.linear),
 )
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("bonsai_backend", default=None)
@@ -95,9 +119,9 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("bonsai_bac
 
 @dataclass
 class _Broken:
-    """Backends that failed at run time, by device: {(name, device): reason}."""
+    """Backends that failed at run time, by device and mode: {(name, device, mode): reason}."""
 
-    reasons: dict[tuple[str, str], str] = field(default_factory=dict)
+    reasons: dict[tuple[str, str, str], str] = field(default_factory=dict)
 
 
 _broken = _Broken()
@@ -122,12 +146,26 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose(call: Call) -> tuple[Backend, dict[str, str]]:
-    """(the backend for a call, {name of each one before it: why it declined})."""
+def resolve(call: Call) -> Choice:
+    """The backend and the mode for a call: exact by the best backend where none offers the call's mode.
+
+    Raises ValueError for an unknown mode.
+    """
+    check_mode(call.mode)
+    backend, declined = _first(call)
+    if backend is not None:
+        return Choice(backend, call.mode, declined)
+    why = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
+    backend, declined = _first(replace(call, mode=EXACT))
+    return Choice(backend, EXACT, {call.mode: why, **declined})
+
+
+def _first(call: Call) -> tuple[Backend | None, dict[str, str]]:
+    """(the first backend that takes a call as it is, or None; {name of each one before it: why it declined})."""
     wanted = _forced.get() or _override()
     declined: dict[str, str] = {}
     for backend in BACKENDS:
-        reason = _broken.reasons.get((backend.name, str(call.device)))
+        reason = _broken.reasons.get((backend.name, str(call.device), call.mode))
         if reason is None and wanted not in (None, backend.name) and backend.name != "eager":
             reason = f"{wanted} is asked for"
         if reason is None:
@@ -135,33 +173,42 @@ def choose(call: Call) -> tuple[Backend, dict[str, str]]:
         if reason is None:
             return backend, declined
         declined[backend.name] = reason
-    raise AssertionError("the eager backend takes every call")
+    return None, declined
+
+
+def choose(call: Call) -> tuple[Backend, dict[str, str]]:
+    """(the backend for a call, {name of each one before it: why it declined})."""
+    choice = resolve(call)
+    return choice.backend, choice.declined
 
 
 def why_not(call: Call) -> dict[str, str]:
-    """{backend: why it does not take this call} for those that come before the chosen one."""
-    return choose(call)[1]
+    """{backend or mode: why it is not used for this call} for those that come before the chosen one."""
+    return resolve(call).declined
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT) -> torch.Tensor:
     """y = x W^T + bias by the best backend; x [.., K] -> [.., N]. A backend that breaks is replaced, not raised."""
-    call = call_of(x.device, x.dtype, weight)
+    call = call_of(x.device, x.dtype, weight, mode)
     while True:
-        backend, _ = choose(call)
+        choice = resolve(call)
+        name = choice.backend.name
         try:
-            return backend.linear(x, weight, bias)
+            return choice.backend.linear(x, weight, bias, mode=choice.mode)
         except Exception as error:  # a compiler that breaks at its first launch may raise anything
-            if backend.name == "eager" or isinstance(error, torch.OutOfMemoryError):
+            if name == "eager" or isinstance(error, torch.OutOfMemoryError):
                 raise
             first_line = (str(error).strip() or repr(error)).splitlines()[0]
             reason = f"failed on {call.device}: {first_line}"
-            _broken.reasons[(backend.name, str(call.device))] = reason
-            logger.warning("Bonsai: backend %s %s; going on without it, slower", backend.name, reason)
+            _broken.reasons[(name, str(call.device), choice.mode)] = reason
+            logger.warning("Bonsai: backend %s %s; going on without it, slower", name, reason)
 
 
-def call_of(device: torch.device, dtype: torch.dtype, weight: PackedWeight) -> Call:
+def call_of(device: torch.device, dtype: torch.dtype, weight: PackedWeight, mode: str = EXACT) -> Call:
     """The call that multiplies activations of `dtype` on `device` with `weight`."""
-    return Call(device, dtype, *weight.shape, weight.scheme, weight.codec, weight.group_size, _capability(str(device)))
+    return Call(
+        device, dtype, *weight.shape, weight.scheme, weight.codec, weight.group_size, _capability(str(device)), mode
+    )
 
 
 @functools.cache
@@ -170,6 +217,12 @@ def _capability(device: str) -> tuple[int, int] | None:
     if not device.startswith("cuda") or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def check_mode(mode: str) -> None:
+    """Raises ValueError for a mode that MODES does not list."""
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is unknown, expected one of {', '.join(MODES)}")
 
 
 def _check(name: str | None) -> None:

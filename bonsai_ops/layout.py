@@ -19,7 +19,7 @@ from comfy_kitchen.tensor import (
 )
 from comfy_kitchen.tensor.base import BaseLayoutParams
 
-from . import ops
+from . import dispatch, ops
 from .packed_weight import PackedWeight
 
 LAYOUT = "BonsaiPackedLayout"
@@ -27,13 +27,14 @@ LAYOUT = "BonsaiPackedLayout"
 
 @dataclass(frozen=True)
 class PackedParams(BaseLayoutParams):
-    """Everything of a PackedWeight but its codes. `transposed`: the tensor is seen as [K, N]."""
+    """Everything of a PackedWeight but its codes, and the mode of dispatch.py. `transposed`: it is seen as [K, N]."""
 
     scheme: str = "ternary"
     codec: str = "trit5"
     group_size: int = 128
     zero: torch.Tensor | None = None
     transposed: bool = False
+    mode: str = dispatch.EXACT
 
     def _tensor_fields(self) -> list[str]:
         return ["scale"] if self.zero is None else ["scale", "zero"]
@@ -69,8 +70,8 @@ class BonsaiPackedLayout(QuantizedLayout):
         return tensors
 
 
-def wrap(weight: PackedWeight, dtype: torch.dtype) -> QuantizedTensor:
-    """The packed weight as a tensor of shape [N, K] that computes in `dtype`."""
+def wrap(weight: PackedWeight, dtype: torch.dtype, mode: str = dispatch.EXACT) -> QuantizedTensor:
+    """The packed weight as a tensor of shape [N, K] that computes in `dtype` and is multiplied in `mode`."""
     params = PackedParams(
         scale=weight.scale,
         orig_dtype=dtype,
@@ -79,6 +80,7 @@ def wrap(weight: PackedWeight, dtype: torch.dtype) -> QuantizedTensor:
         codec=weight.codec,
         group_size=weight.group_size,
         zero=weight.zero,
+        mode=mode,
     )
     return QuantizedTensor(weight.codes, LAYOUT, params)
 
@@ -91,6 +93,11 @@ def is_packed(tensor: object) -> bool:
 def unwrap(tensor: QuantizedTensor) -> PackedWeight:
     """The packed weight inside a tensor made by `wrap` (also if that is transposed now)."""
     return _weight(tensor._qdata, tensor._params)
+
+
+def mode_of(tensor: QuantizedTensor) -> str:
+    """The mode that `wrap` was given."""
+    return tensor._params.mode
 
 
 def _weight(codes: torch.Tensor, params: PackedParams) -> PackedWeight:
@@ -113,14 +120,14 @@ def _dense(value: object) -> object:
 def _linear(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     x, weight, bias = (*args, None)[:3]
     if is_packed(weight) and not weight._params.transposed and not isinstance(x, QuantizedTensor):
-        return ops.linear(x, unwrap(weight), bias)
+        return ops.linear(x, unwrap(weight), bias, mode_of(weight))
     return torch.nn.functional.linear(_dense(x), _dense(weight), _dense(bias))
 
 
 def _mm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     x, weight = args[:2]
     if is_packed(weight) and weight._params.transposed and not isinstance(x, QuantizedTensor):
-        return ops.linear(x, unwrap(weight))
+        return ops.linear(x, unwrap(weight), None, mode_of(weight))
     return torch.mm(_dense(x), _dense(weight))
 
 
@@ -128,7 +135,7 @@ def _addmm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     bias, x, weight = args[:3]
     plain = kwargs.get("alpha", 1) == 1 and kwargs.get("beta", 1) == 1
     if plain and is_packed(weight) and weight._params.transposed and not isinstance(x, QuantizedTensor):
-        return ops.linear(x, unwrap(weight)) + bias
+        return ops.linear(x, unwrap(weight), None, mode_of(weight)) + bias
     return torch.addmm(_dense(bias), _dense(x), _dense(weight), **kwargs)
 
 

@@ -12,7 +12,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from . import ops
-from .layout import is_packed, unwrap
+from .layout import is_packed, mode_of, unwrap
 from .lora import LOWVRAM_PATCH, SideBranch, branch_of
 
 
@@ -178,7 +178,7 @@ class PackedLinear(_PackedModule):
             dense = self._patched(unwrap(weight).dequantize(torch.float32), branches, wrappers)
             y = torch.nn.functional.linear(x, dense.to(x.dtype), bias)
         else:
-            y = ops.linear(x, unwrap(weight), bias)
+            y = ops.linear(x, unwrap(weight), bias, mode_of(weight))
             resident = self.weight.device == x.device
             for branch in branches:
                 y = branch.add_to(y, x, keep=resident)

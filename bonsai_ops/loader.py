@@ -19,7 +19,7 @@ from .formats import Pack
 from .layout import wrap
 from .linear import make_bonsai_ops
 from .lora import adopt
-from .packed_weight import PackedWeight
+from .packed_weight import LAYOUTS, PackedWeight
 from .precision import compute_dtype
 from .transformer import open_transformer, read_weights
 
@@ -31,10 +31,23 @@ ATTACHMENT = "bonsai"
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load. compute_dtype: auto, bf16, fp16 or fp32. memory: auto or classic (no dynamic VRAM)."""
+    """How to load.
+
+    compute_dtype: auto, bf16, fp16 or fp32. memory: auto or classic (no dynamic VRAM). mode: how packed layers are
+    multiplied (dispatch.MODES). layout: how ternary weights lie in memory (packed_weight.LAYOUTS). Raises ValueError
+    for any other value of the last three.
+    """
 
     compute_dtype: str = "auto"
     memory: str = "auto"
+    mode: str = dispatch.EXACT
+    layout: str = "compact"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("memory mode", self.memory, MEMORY_MODES), ("layout", self.layout, LAYOUTS)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown, expected {' or '.join(known)}")
+        dispatch.check_mode(self.mode)
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,10 @@ class LoadReport:
     dtype: str
     backend: str
     declined: Mapping[str, str]
-    """{faster backend: why it is not used}."""
+    """{faster backend, or mode that was asked for: why it is not used}."""
     source: Mapping[str, str]
+    mode: str = dispatch.EXACT
+    """The mode in use, which is exact if the one that was asked for is declined."""
 
     @property
     def resident_bytes(self) -> int:
@@ -74,13 +89,11 @@ def load_bonsai_model(
     """
     started = time.perf_counter()
     settings = LoadOptions(**dict(options or {}))
-    if settings.memory not in MEMORY_MODES:
-        raise ValueError(f"memory mode {settings.memory!r} is unknown, expected {' or '.join(MEMORY_MODES)}")
     pack, entries = open_transformer(path)
     device = comfy.model_management.get_torch_device()
     told = settings.compute_dtype == "auto" and (args.fp32_unet or args.bf16_unet or args.fp16_unet)
     dtype = None if told else compute_dtype(settings.compute_dtype, device)
-    weights = read_weights(pack, entries, progress)
+    weights = read_weights(pack, entries, progress, settings.layout)
     logical = sum(w.shape[0] * w.shape[1] if isinstance(w, PackedWeight) else w.numel() for w in weights.values())
     if dtype is None:
         dtype = comfy.model_management.unet_dtype(
@@ -89,8 +102,10 @@ def load_bonsai_model(
             supported_dtypes=[torch.bfloat16, torch.float16, torch.float32],
         )
         dtype = comfy.model_management.unet_manual_cast(dtype, device) or dtype
-    report = _report(pack, weights, device, dtype, started)
-    state_dict = {name: wrap(w, dtype) if isinstance(w, PackedWeight) else w for name, w in weights.items()}
+    report = _report(pack, weights, device, dtype, settings.mode, started)
+    state_dict = {
+        name: wrap(w, dtype, settings.mode) if isinstance(w, PackedWeight) else w for name, w in weights.items()
+    }
     del weights
     model = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
@@ -107,14 +122,15 @@ def load_bonsai_model(
     model.cached_patcher_init = (load_bonsai_model, (str(path), asdict(settings)))
     model.set_attachments(ATTACHMENT, report)
     logger.info(
-        "Bonsai: %s %s, %d layers packed, %.1f MB resident, computes in %s, backend %s%s, %.1f s from %s",
+        "Bonsai: %s %s, %d layers packed, %.1f MB resident, computes in %s, backend %s, %s%s, %.1f s from %s",
         report.variant,
         report.format,
         report.packed_layers,
         report.resident_bytes / 1e6,
         report.dtype,
         report.backend,
-        "".join(f" ({name}: {reason})" for name, reason in report.declined.items()),
+        report.mode,
+        "".join(f" (not {name}: {reason})" for name, reason in report.declined.items()),
         report.seconds,
         report.path,
     )
@@ -126,12 +142,13 @@ def _report(
     weights: Mapping[str, PackedWeight | torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
+    mode: str,
     started: float,
 ) -> LoadReport:
     packed = [w for w in weights.values() if isinstance(w, PackedWeight)]
     schemes = sorted({w.scheme for w in packed})
     dense = sum(w.nbytes for w in weights.values() if not isinstance(w, PackedWeight))
-    backend, declined = dispatch.choose(dispatch.call_of(device, dtype, packed[0]))
+    choice = dispatch.resolve(dispatch.call_of(device, dtype, packed[0], mode))
     return LoadReport(
         str(pack.path),
         pack.format,
@@ -141,7 +158,8 @@ def _report(
         dense,
         time.perf_counter() - started,
         str(dtype).removeprefix("torch."),
-        backend.name,
-        declined,
+        choice.backend.name,
+        choice.declined,
         pack.source,
+        choice.mode,
     )

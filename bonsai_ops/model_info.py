@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from . import dispatch
-from .layout import is_packed, unwrap
+from .layout import is_packed, mode_of, unwrap
 from .loader import ATTACHMENT
 from .packed_weight import PackedWeight
 
@@ -23,24 +23,29 @@ Line = tuple[str, str]
 def describe(model: object) -> list[Line]:
     """[(label, text)] about a ModelPatcher from our loaders. Raises ValueError if no layer of it is packed."""
     packed, dense = _weights(model)
+    modes = {mode_of(p) for p in model.model.diffusion_model.parameters() if is_packed(p)}
     if not packed:
         raise ValueError('this model has no packed layer: connect a model from "Load Bonsai Model"')
     report = model.get_attachment(ATTACHMENT)
     device, dtype = model.load_device, model.model.get_dtype_inference()
-    backend, declined = dispatch.choose(dispatch.call_of(device, dtype, packed[0]))
+    choice = dispatch.resolve(dispatch.call_of(device, dtype, packed[0], modes.pop()))
     packed_bytes, dense_bytes = sum(w.nbytes for w in packed), sum(t.nbytes for t in dense)
     numbers = sum(w.shape[0] * w.shape[1] for w in packed)
     whole = numbers + sum(t.numel() for t in dense)
     schemes = sorted({w.scheme for w in packed})
     lines = [
         ("model", f"{', '.join(schemes)}, {whole / 1e9:.3f} billion weights"),
-        ("packed layers", f"{len(packed)}, {_mb(packed_bytes)}, {8 * packed_bytes / numbers:.3f} bits a weight"),
+        (
+            "packed layers",
+            f"{len(packed)} as {', '.join(sorted({w.codec for w in packed}))}, {_mb(packed_bytes)}, "
+            f"{8 * packed_bytes / numbers:.3f} bits a weight",
+        ),
         ("dense tensors", f"{len(dense)}, {_mb(dense_bytes)}"),
         ("in memory", f"{_mb(packed_bytes + dense_bytes)}; as dense bf16 it would be {_mb(BF16_BYTES * whole)}"),
         ("computes in", f"{str(dtype).removeprefix('torch.')} on {device}"),
-        ("backend", backend.name),
+        ("backend", f"{choice.backend.name}, {choice.mode}"),
     ]
-    lines += [(f"not {name}", reason) for name, reason in declined.items()]
+    lines += [(f"not {name}", reason) for name, reason in choice.declined.items()]
     lines.append(("patched layers", str(len(model.patches))))
     if report is not None:
         lines.append(("file", f"{report.format}, {Path(report.path).name}"))

@@ -2,7 +2,7 @@
 
     scheme      code -> value                         codec
     binary      w = s (1 - 2 c),  c in {0, 1}         bit
-    ternary     w = s (1 - c),    c in {0, 1, 2}      trit5
+    ternary     w = s (1 - c),    c in {0, 1, 2}      trit5, crumb
     affine      w = c s + z       (z added last)      bit, crumb, nibble
     zero_point  w = (c - z) s     (z subtracted)      nibble
 
@@ -19,8 +19,16 @@ import torch
 
 from . import codec as codecs
 
-SCHEMES = {"binary": ("bit",), "ternary": ("trit5",), "affine": ("bit", "crumb", "nibble"), "zero_point": ("nibble",)}
-"""Allowed codecs of each scheme."""
+SCHEMES = {
+    "binary": ("bit",),
+    "ternary": ("trit5", "crumb"),
+    "affine": ("bit", "crumb", "nibble"),
+    "zero_point": ("nibble",),
+}
+"""Allowed codecs of each scheme, the smallest first."""
+
+LAYOUTS = {"compact": "trit5", "fast": "crumb"}
+"""How a ternary weight lies in memory: layout -> codec. Every other scheme has one form."""
 
 SCRATCH_BYTES = 24 << 20
 """Bound on the unpacked piece of a weight that `pieces` works on, its integer temporaries included."""
@@ -119,6 +127,35 @@ class PackedWeight:
         else:
             values = values.sub_(zero).mul_(scale.to(torch.float32))
         return values.view(codes.shape).to(dtype)
+
+
+def recode(weight: PackedWeight, codec: str) -> PackedWeight:
+    """The same weight with its codes in another codec, byte rows at a time; `weight` itself if nothing changes.
+
+    Raises ValueError if the scheme has no such codec or a code does not fit it.
+    """
+    if codec == weight.codec:
+        return weight
+    if codec not in SCHEMES[weight.scheme]:
+        raise ValueError(f"scheme {weight.scheme!r} with codec {codec!r} is not a packed weight")
+    rows, columns = weight.shape
+    n = codecs.get_codec(weight.codec).byte_rows(rows)
+
+    def read(lo: int, hi: int) -> torch.Tensor:
+        pieces, row = [], lo
+        while row < hi:
+            plane, first = divmod(row, n)
+            last = min(first + hi - row, n)
+            pieces.append(codecs.decode_plane(weight.codec, weight.codes[first:last], plane))
+            row += last - first
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    return replace(weight, codes=codecs.encode_rows(codec, rows, columns, read), codec=codec)
+
+
+def in_layout(weight: PackedWeight, layout: str) -> PackedWeight:
+    """A ternary weight in the codec of a layout of LAYOUTS, any other weight as it is."""
+    return recode(weight, LAYOUTS[layout]) if weight.scheme == "ternary" else weight
 
 
 def narrow_exact(table: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,12 @@ def cpu_has_fast_bf16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
+def cpu_has_fast_int8() -> bool:
+    """True if this CPU multiplies int8 matrices in hardware (AVX-512 VNNI or AMX)."""
+    names = ("_is_vnni_supported", "_is_avx512_vnni_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     """The dtype for `choice` (auto, bf16, fp16, fp32) on `device`; None means that ComfyUI decides.
 

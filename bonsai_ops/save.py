@@ -1,4 +1,4 @@
-"""A MODEL -> a native file: the base weights, packed as they are; patches such as LoRAs are not part of it."""
+"""A MODEL -> a native file: the base weights in the compact layout; patches such as LoRAs are not part of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .formats import native
 from .layout import is_packed, unwrap
 from .loader import ATTACHMENT
 from .lora import merges_models
-from .packed_weight import PackedWeight, narrow_exact
+from .packed_weight import PackedWeight, in_layout, narrow_exact
 from .transformer import source_record
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ MODEL_PREFIX = "diffusion_model."
 
 
 def base_weights(model: object) -> dict[str, PackedWeight | torch.Tensor]:
-    """{BFL name: packed or dense weight} of a ModelPatcher's transformer as it was loaded, patches undone.
+    """{BFL name: packed (compact) or dense weight} of a ModelPatcher's transformer as it was loaded, patches undone.
 
     Raises ValueError if no layer of it is packed, or if it is a merge, whose layers are dense.
     """
@@ -35,7 +35,7 @@ def base_weights(model: object) -> dict[str, PackedWeight | torch.Tensor]:
         tensor = parameter if backup is None else backup.weight
         name = re.sub(r"(norm\.(?:query|key)_norm)\.weight$", r"\1.scale", name)
         if is_packed(tensor):
-            weights[name] = unwrap(tensor)
+            weights[name] = in_layout(unwrap(tensor), "compact")
         else:
             weights[name] = narrow_exact(tensor.detach()) if tensor.dtype == torch.float32 else tensor.detach()
     if not any(isinstance(w, PackedWeight) for w in weights.values()):

@@ -12,7 +12,8 @@ from . import klein
 from .errors import PackError
 from .formats import DenseTensor, Entry, Pack, PackedTensor, open_pack
 from .formats.dense import find_levels
-from .packed_weight import PackedWeight
+from .formats.entries import DOWNLOAD_AGAIN
+from .packed_weight import PackedWeight, in_layout
 
 HASH_BYTES = 16 << 20
 
@@ -32,11 +33,15 @@ def _can_be_packed(pack: Pack, entry: Entry) -> bool:
 
 
 def read_weights(
-    pack: Pack, entries: Mapping[str, Entry], progress: Callable[[int, int], None] | None = None
+    pack: Pack,
+    entries: Mapping[str, Entry],
+    progress: Callable[[int, int], None] | None = None,
+    layout: str = "compact",
 ) -> dict[str, PackedWeight | torch.Tensor]:
-    """{BFL name: packed or dense weight} of an open pack; the layers of the blocks end up packed.
+    """{BFL name: packed or dense weight} of an open pack; the layers of the blocks end up packed in `layout`.
 
-    Codes are repacked layer by layer; native and dense tensors stay mapped from the file. Raises PackError.
+    Codes are repacked layer by layer; dense tensors and codes that are in the layout already stay mapped from the
+    file. Raises PackError.
     """
     total = sum(e.shape[0] * e.shape[1] for e in entries.values() if len(e.shape) == 2)
     done = 0
@@ -50,11 +55,20 @@ def read_weights(
             weights[name] = find_levels(entry).pack()
         else:
             weights[name] = entry.load()
+        if isinstance(weights[name], PackedWeight):
+            weights[name] = _in_layout(entry, weights[name], layout)
         if len(entry.shape) == 2:
             done += entry.shape[0] * entry.shape[1]
             if progress is not None:
                 progress(done, total)
     return weights
+
+
+def _in_layout(entry: Entry, weight: PackedWeight, layout: str) -> PackedWeight:
+    try:
+        return in_layout(weight, layout)
+    except ValueError as error:
+        raise PackError(entry.path, f"has damaged codes ({error})", DOWNLOAD_AGAIN, entry.key) from error
 
 
 def source_record(path: Path, kind: str, known: Mapping[str, str]) -> dict[str, str]:

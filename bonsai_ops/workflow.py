@@ -48,6 +48,8 @@ def _widget_values(node: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[s
         settings = options[0] if options else {}
         if not (isinstance(kind, list) or kind in WIDGET_TYPES) or settings.get("forceInput"):
             continue
+        if not saved and name in schema.get("optional", {}) and "default" in settings:
+            continue  # saved before the node had this input
         if not saved:
             raise ValueError(f"node {node['id']} ({node['type']}) has no value for {name}")
         values[name] = saved.pop(0)

@@ -8,7 +8,9 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 
+from ..bonsai_ops.dispatch import EXACT, MODES
 from ..bonsai_ops.loader import MEMORY_MODES
+from ..bonsai_ops.packed_weight import LAYOUTS
 from ..bonsai_ops.precision import DTYPES
 
 CATEGORY = "Bonsai"
@@ -31,6 +33,29 @@ def memory() -> io.Combo.Input:
         default="auto",
         tooltip="auto: ComfyUI's own memory management, dynamic VRAM where it is on. classic: no dynamic VRAM for this "
         "model; try it if a driver or an extension misbehaves.",
+    )
+
+
+def mode() -> io.Combo.Input:
+    return io.Combo.Input(
+        "mode",
+        options=list(MODES),
+        default=EXACT,
+        optional=True,
+        tooltip="How packed layers are multiplied. exact: the weights' values, fp32 sums. fp16_accumulate: sums of up "
+        "to 128 products in fp16; for GeForce cards, with compute_dtype fp16. a8: activations rounded to 8 bit; the "
+        "fastest and least exact. Where the device does not offer a mode, exact is used; Bonsai Model Info says why.",
+    )
+
+
+def layout() -> io.Combo.Input:
+    return io.Combo.Input(
+        "layout",
+        options=list(LAYOUTS),
+        default="compact",
+        optional=True,
+        tooltip="How ternary weights lie in memory. compact: five to a byte. fast: four to a byte, which takes a "
+        "quarter more memory for them and unpacks faster. The values are the same; 1-bit models are not affected.",
     )
 
 

@@ -27,11 +27,20 @@ class LoadBonsaiModel(io.ComfyNode):
                 ),
                 inputs.compute_dtype(),
                 inputs.memory(),
+                inputs.mode(),
+                inputs.layout(),
             ],
             outputs=[io.Model.Output(tooltip="An ordinary MODEL: use it with any sampler.")],
         )
 
     @classmethod
-    def execute(cls, model_name: str, compute_dtype: str = "auto", memory: str = "auto") -> io.NodeOutput:
-        options = {"compute_dtype": compute_dtype, "memory": memory}
+    def execute(
+        cls,
+        model_name: str,
+        compute_dtype: str = "auto",
+        memory: str = "auto",
+        mode: str = "exact",
+        layout: str = "compact",
+    ) -> io.NodeOutput:
+        options = {"compute_dtype": compute_dtype, "memory": memory, "mode": mode, "layout": layout}
         return io.NodeOutput(load_bonsai_model(folders.model_path(model_name), options, progress=inputs.progress()))

@@ -28,6 +28,8 @@ class LoadBonsaiPack(io.ComfyNode):
                 ),
                 inputs.compute_dtype(),
                 inputs.memory(),
+                inputs.mode(),
+                inputs.layout(),
             ],
             outputs=[
                 io.Model.Output(tooltip="An ordinary MODEL: use it with any sampler."),
@@ -37,9 +39,16 @@ class LoadBonsaiPack(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pack_name: str, compute_dtype: str = "auto", memory: str = "auto") -> io.NodeOutput:
+    def execute(
+        cls,
+        pack_name: str,
+        compute_dtype: str = "auto",
+        memory: str = "auto",
+        mode: str = "exact",
+        layout: str = "compact",
+    ) -> io.NodeOutput:
         folder = folders.pack_path(pack_name)
-        options = {"compute_dtype": compute_dtype, "memory": memory}
+        options = {"compute_dtype": compute_dtype, "memory": memory, "mode": mode, "layout": layout}
         find_text_encoder(folder)  # a missing one is told before the transformer is repacked
         vae = load_vae(folder)
         model = load_bonsai_model(folder, options, progress=inputs.progress())

@@ -18,22 +18,29 @@ from ..packed_weight import PackedWeight
 SCRATCH_BYTES = 30 << 20
 """Bound on the two buffers, one of codes and one of values."""
 SCHEMES = ("binary", "ternary")
+MODES = ("exact",)
 
 
-def declines(device: torch.device, dtype: torch.dtype, scheme: str, fast_bf16: bool) -> str | None:
+def declines(
+    device: torch.device, dtype: torch.dtype, scheme: str, fast_bf16: bool, mode: str, fast_int8: bool
+) -> str | None:
     """Why this backend cannot take a call, None if it can."""
     if device.type != "cpu":
         return f"the weight is on {device.type}"
-    if dtype != torch.bfloat16:
-        return f"it computes in {str(dtype).removeprefix('torch.')}; this backend is for bf16"
     if scheme not in SCHEMES:
         return f"scheme {scheme} keeps a second table"
+    if mode not in MODES:
+        return f"it has no mode {mode}"
     if not fast_bf16:
         return "this CPU has no AVX-512 BF16 or AMX"
+    if dtype != torch.bfloat16:
+        return f"it computes in {str(dtype).removeprefix('torch.')}; this backend is for bf16"
     return None
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
+) -> torch.Tensor:
     """y = x W^T + bias for x [.., K] bf16; y [.., N] bf16, accumulated in fp32. The values of W are exact."""
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
@@ -41,7 +48,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     n = codecs.get_codec(weight.codec).byte_rows(rows)
     step = min(n, max(8, SCRATCH_BYTES // (4 * columns) // 8 * 8))
     half = weight.scale.to(torch.bfloat16) / 2
-    extract = _trits if weight.scheme == "ternary" else _signs
+    extract = {"trit5": _trits, "crumb": _crumbs, "bit": _signs}[weight.codec]
     rest, values = (torch.empty(step, columns, dtype=torch.int16) for _ in range(2))
     for lo in range(0, n, step):
         hi = min(lo + step, n)
@@ -68,6 +75,18 @@ def _trits(packed: torch.Tensor, rest: torch.Tensor, values: torch.Tensor) -> Ca
         torch.add(carry, rest, alpha=3, out=rest)
         torch.bitwise_and(rest, -0x4000, out=values)
         rest.bitwise_and_(0x3FFF)
+        return values
+
+    return plane
+
+
+def _crumbs(packed: torch.Tensor, rest: torch.Tensor, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The same for ternary codes in crumb: 1 added to each field makes it the two top bits of the value."""
+    rest.copy_(packed).add_(0x55).bitwise_left_shift_(8)
+
+    def plane() -> torch.Tensor:
+        torch.bitwise_and(rest, -0x4000, out=values)
+        rest.bitwise_left_shift_(2)
         return values
 
     return plane

@@ -10,10 +10,13 @@ GPU_SCRATCH_BYTES = 128 << 20
 """Bound on the unpacked piece on a GPU: a few launches a layer instead of dozens."""
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
+) -> torch.Tensor:
     """y = x W^T + bias for x [.., K] in bf16, fp16 or fp32; y [.., N] in x's dtype, accumulated in fp32.
 
-    W in x's dtype is exact (float32 formula, one rounding); at most one piece of it exists at a time.
+    It computes exactly, whatever the mode. W in x's dtype is exact (float32 formula, one rounding); at most one piece
+    of it exists at a time.
     """
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)

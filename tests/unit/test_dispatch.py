@@ -141,7 +141,7 @@ def test_broken_backend_costs_speed_not_the_picture(
     """One that raises at its first launch is left out from then on, said once, and the result is the reference's."""
     launches = []
 
-    def breaks(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    def breaks(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         launches.append(x)
         raise FileNotFoundError("no compiler here")
 

@@ -20,6 +20,7 @@ from bonsai_ops.packed_weight import SCHEMES, PackedWeight
 PAIRS = [(scheme, name) for scheme, names in SCHEMES.items() for name in names]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16}
+"""Of a codec; a ternary weight has codes below 3 in any."""
 SOURCE = {"file": "state_dict.pt", "sha256": "00ff"}
 
 
@@ -27,7 +28,8 @@ def packed(
     scheme: str, name: str, rows: int = 137, columns: int = 256, group: int = 64, dtype: torch.dtype = torch.bfloat16
 ) -> PackedWeight:
     generator = torch.Generator().manual_seed(rows)
-    codes = torch.randint(0, RADIX[name], (rows, columns), dtype=torch.uint8, generator=generator)
+    radix = 3 if scheme == "ternary" else RADIX[name]
+    codes = torch.randint(0, radix, (rows, columns), dtype=torch.uint8, generator=generator)
     tables = [torch.randn(rows, columns // group, generator=generator).to(dtype) for _ in range(2)]
     zero = tables[1] if scheme in ("affine", "zero_point") else None
     return PackedWeight(codec.encode(name, codes), tables[0], (rows, columns), scheme, name, group, zero)

@@ -7,10 +7,19 @@ import pytest
 import torch
 
 from bonsai_ops import codec, klein
-from bonsai_ops.packed_weight import SCHEMES, PackedWeight, narrow_exact, pack_signs
+from bonsai_ops.packed_weight import (
+    LAYOUTS,
+    SCHEMES,
+    PackedWeight,
+    in_layout,
+    narrow_exact,
+    pack_signs,
+    recode,
+)
 from bonsai_ops.synthetic import KLEIN_4B
 
 RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16}
+"""Of a codec; a ternary weight has codes below 3 in any."""
 PAIRS = [(scheme, name) for scheme, names in SCHEMES.items() for name in names]
 SHAPES = [(1, 64), (7, 128), (41, 256), (83, 96), (130, 512)]
 GROUPS = {64: 32, 96: 96, 128: 64, 256: 128, 512: 256}
@@ -22,7 +31,8 @@ def random_weight(
 ) -> tuple[PackedWeight, np.ndarray]:
     """(a weight, its codes [N, K]); the tables are of both signs and hold a zero group."""
     generator = torch.Generator().manual_seed(shape[0])
-    codes = torch.randint(0, RADIX[name], shape, dtype=torch.uint8, generator=generator)
+    radix = 3 if scheme == "ternary" else RADIX[name]
+    codes = torch.randint(0, radix, shape, dtype=torch.uint8, generator=generator)
     tables = [torch.randn(shape[0], shape[1] // group, generator=generator).to(table_dtype) for _ in range(2)]
     tables[0][0, 0] = 0
     zero = tables[1] if scheme in ("affine", "zero_point") else None
@@ -224,3 +234,28 @@ def test_size_of_the_whole_ternary_model() -> None:
     dense = sum(2 * int(np.prod(shape)) for name, shape in shapes.items() if not klein.is_block_linear(name))
     assert dense == 390_085_632
     assert round((codes + scales + dense) / 1e9, 3) == 1.185
+
+
+@pytest.mark.parametrize("rows", [1, 39, 130, 1000])
+def test_layouts_hold_the_same_codes(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There and back, in many small steps: the same bytes."""
+    monkeypatch.setattr(codec, "SCRATCH_BYTES", 6 * 5 * 256 * 8)
+    weight, _ = random_weight("ternary", "trit5", (rows, 256), 64)
+    fast = in_layout(weight, "fast")
+    assert (fast.codec, fast.scheme, fast.shape) == (LAYOUTS["fast"], "ternary", weight.shape)
+    assert torch.equal(fast.codes, codec.encode("crumb", codec.decode("trit5", weight.codes, rows)))
+    assert torch.equal(fast.dequantize(), weight.dequantize())
+    assert torch.equal(in_layout(fast, "compact").codes, weight.codes)
+    assert in_layout(weight, "compact") is weight
+
+
+def test_what_cannot_be_recoded_is_refused() -> None:
+    binary, _ = random_weight("binary", "bit", (41, 256), 64)
+    assert in_layout(binary, "fast") is binary
+    with pytest.raises(ValueError, match="scheme 'binary' with codec 'crumb'"):
+        recode(binary, "crumb")
+    fourth = PackedWeight(
+        torch.full((8, 64), 255, dtype=torch.uint8), torch.ones(8, 1), (8, 64), "ternary", "crumb", 64
+    )
+    with pytest.raises(ValueError, match=r"code 3 in rows 0\.\.7 does not fit codec trit5"):
+        recode(fourth, "trit5")
