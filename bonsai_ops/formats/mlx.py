@@ -13,11 +13,16 @@ A layer is quantized if and only if `.scales` and `.biases` stand beside its `.w
 transformer has diffusers names, 1 bit (biases = -scales / 2) or 2 bit (biases = -scales) and g = 128; the text encoder
 Hugging Face's Qwen3 names, 4 bit, g = 64. b follows from g and the shapes: b g = 32 words / groups. g stands in a JSON
 beside the file; without one it is 128 for 1 and 2 bit and 64 for 4 bit, which look alike at 2 and 4 bit.
+
+A trimmed vocabulary, our own addition for small encoders: `<layer>.token_ids`, i32 [R - 1], ascending, beside a packed
+embedding of R rows. Row r of the file is that of token token_ids[r - 1]; row 0 is that of every other token. It is read
+as the full table of VOCABULARY rows.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +37,8 @@ TEXT_ENCODER_FILE = "text_encoder-mlx-4bit/model.safetensors"
 CONFIG_NAMES = ("quantization_config.json", "config.json")
 TRANSFORMER_BITS = (1, 2, 4)
 TEXT_ENCODER_BITS = (4, 1, 2)
+VOCABULARY = 151936
+"""Rows of Qwen3's embedding."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -52,7 +59,7 @@ def read_entries(file: SafetensorsFile, bits: tuple[int, ...] = TEXT_ENCODER_BIT
     entries: dict[str, Entry] = {}
     for name, (shape, dtype) in file.tensors.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf in ("scales", "biases"):
+        if leaf in ("scales", "biases", "token_ids"):
             if f"{layer}.weight" not in file.tensors:
                 raise PackError(
                     file.path,
@@ -63,7 +70,8 @@ def read_entries(file: SafetensorsFile, bits: tuple[int, ...] = TEXT_ENCODER_BIT
             continue
         siblings = [f"{layer}.{s}" in file.tensors for s in ("scales", "biases")]
         if leaf == "weight" and any(siblings):
-            entries[name] = _coded(file, layer, config_group, bits)
+            coded = _coded(file, layer, config_group, bits)
+            entries[name] = _expanded(file, layer, coded) if f"{layer}.token_ids" in file.tensors else coded
         elif dtype == torch.uint32:
             raise PackError(
                 file.path, "has u32 codes without scales and biases", "Use the file as it was published.", name
@@ -119,6 +127,34 @@ def _coded(file: SafetensorsFile, layer: str, config_group: int | None, preferre
         group_size,
         lambda: (file.get(scales), file.get(biases)),
         read,
+    )
+
+
+def _expanded(file: SafetensorsFile, layer: str, trimmed: CodedTensor) -> CodedTensor:
+    """The full embedding table behind a trimmed one. Raises PackError if the ids do not fit its rows."""
+    key = f"{layer}.token_ids"
+    ids = file.get(key).to(torch.int64)
+    count = trimmed.shape[0] - 1
+    ascending = ids.ndim == 1 and len(ids) == count and bool((ids.diff() > 0).all())
+    if not ascending or (count and not 0 <= int(ids[0]) <= int(ids[-1]) < VOCABULARY):
+        raise PackError(
+            file.path,
+            f"has shape {list(ids.shape)} and does not fit {trimmed.shape[0]} rows",
+            f"Expected {count} ascending token ids below {VOCABULARY}: use the file as it was published.",
+            key,
+        )
+    row_of = torch.zeros(VOCABULARY, dtype=torch.int64)
+    row_of[ids] = torch.arange(1, count + 1)
+
+    def tables() -> tuple[torch.Tensor, torch.Tensor]:
+        scale, zero = trimmed.tables()
+        return scale[row_of], zero[row_of]
+
+    return replace(
+        trimmed,
+        shape=(VOCABULARY, trimmed.shape[1]),
+        tables=tables,
+        read=lambda lo, hi: trimmed.read(0, trimmed.shape[0])[row_of[lo:hi]],
     )
 
 
