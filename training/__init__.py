@@ -1,0 +1,1 @@
+"""How the seedling was made: the small Bonsai that ships with the project. `python -m training` runs every stage."""
