@@ -29,6 +29,8 @@ SCHEMES = {
 
 LAYOUTS = {"compact": "trit5", "fast": "crumb"}
 """How a ternary weight lies in memory: layout -> codec. Every other scheme has one form."""
+TABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of a scale or zero table."""
 
 SCRATCH_BYTES = 24 << 20
 """Bound on the unpacked piece of a weight that `pieces` works on, its integer temporaries included."""
@@ -38,8 +40,8 @@ SCRATCH_BYTES = 24 << 20
 class PackedWeight:
     """A weight [N, K] in packed form.
 
-    codes: uint8 [byte_rows(N), K]. scale: bf16, fp16 or fp32 [N, K / group_size]. zero: None (binary, ternary) or
-    like scale. shape: (N, K). Raises ValueError when the parts do not fit together.
+    codes: uint8 [byte_rows(N), K]. scale: bf16, fp16 or fp32 [N, K / group_size]. zero: None (binary, ternary) or of
+    that shape and one of these dtypes. shape: (N, K). Raises ValueError when the parts do not fit together.
     """
 
     codes: torch.Tensor
@@ -63,12 +65,13 @@ class PackedWeight:
         if self.codes.dtype != torch.uint8 or tuple(self.codes.shape) != expected:
             raise ValueError(f"codes are {self.codes.dtype} {tuple(self.codes.shape)}, expected torch.uint8 {expected}")
         table = (rows, columns // self.group_size)
-        if tuple(self.scale.shape) != table:
-            raise ValueError(f"scale has shape {tuple(self.scale.shape)}, expected {table}")
         if (self.zero is None) != (self.scheme in ("binary", "ternary")):
             raise ValueError(f"scheme {self.scheme} {'has no' if self.zero is not None else 'needs a'} zero table")
-        if self.zero is not None and tuple(self.zero.shape) != table:
-            raise ValueError(f"zero has shape {tuple(self.zero.shape)}, expected {table}")
+        for name, found in (("scale", self.scale), ("zero", self.zero)):
+            if found is not None and (tuple(found.shape) != table or found.dtype not in TABLE_DTYPES):
+                raise ValueError(
+                    f"{name} is {found.dtype} {tuple(found.shape)}, expected bf16, fp16 or fp32 of shape {table}"
+                )
 
     @property
     def nbytes(self) -> int:
@@ -159,7 +162,10 @@ def in_layout(weight: PackedWeight, layout: str) -> PackedWeight:
 
 
 def narrow_exact(table: torch.Tensor) -> torch.Tensor:
-    """`table` in the narrowest of bf16, fp16 and fp32 that holds every value exactly (fp64 and fp32 input included)."""
+    """`table`, of any float dtype, in the first of bf16, fp16 and fp32 that holds every value exactly.
+
+    fp64 values that none of them holds are rounded to fp32, the precision in which values are computed.
+    """
     for dtype in (torch.bfloat16, torch.float16):
         narrow = table.to(dtype)
         if torch.equal(narrow.to(table.dtype), table):

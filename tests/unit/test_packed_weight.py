@@ -190,10 +190,13 @@ def parts(**changed: object) -> dict:
         ({"group_size": -32}, "group size -32 does not fit 64 columns"),
         ({"codes": torch.zeros(16, 64, dtype=torch.uint8)}, r"codes are torch.uint8 \(16, 64\), expected .* \(8, 64\)"),
         ({"codes": torch.zeros(8, 64, dtype=torch.int8)}, r"codes are torch.int8 \(8, 64\), expected torch.uint8"),
-        ({"scale": torch.ones(9, 1)}, r"scale has shape \(9, 1\), expected \(9, 2\)"),
+        ({"scale": torch.ones(9, 1)}, r"scale is torch.float32 \(9, 1\), expected .* \(9, 2\)"),
+        ({"scale": torch.ones(9, 2, dtype=torch.float64)}, "scale is torch.float64 .* expected bf16, fp16 or fp32"),
+        ({"scale": torch.ones(9, 2, dtype=torch.int32)}, "scale is torch.int32"),
         ({"zero": torch.ones(9, 2)}, "scheme ternary has no zero table"),
         ({"scheme": "affine", "codec": "bit"}, "scheme affine needs a zero table"),
-        ({"scheme": "affine", "codec": "bit", "zero": torch.ones(2, 9)}, r"zero has shape \(2, 9\), expected \(9, 2\)"),
+        ({"scheme": "affine", "codec": "bit", "zero": torch.ones(2, 9)}, r"zero is .* \(2, 9\), expected .* \(9, 2\)"),
+        ({"scheme": "affine", "codec": "bit", "zero": torch.ones(9, 2).double()}, "zero is torch.float64"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changed: dict, message: str) -> None:
