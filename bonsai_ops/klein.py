@@ -27,7 +27,7 @@ import torch
 
 from .errors import PackError
 from .formats.dense import require_float
-from .formats.entries import CodedTensor, DenseTensor, Entry, PackedTensor, fuse_rows
+from .formats.entries import CodedTensor, DenseTensor, Entry, PackedTensor, describe_shape, fuse_rows
 from .recognise import foreign_model
 
 HEAD_DIM = 128
@@ -187,7 +187,7 @@ def to_bfl(path: Path, entries: Mapping[str, Entry]) -> tuple[Geometry, dict[str
             if tuple(part.shape) != expected:
                 raise PackError(
                     path,
-                    f"has shape {list(part.shape)}",
+                    describe_shape(part),
                     f"Expected {list(expected)} for hidden size {geometry.hidden}. {AS_PUBLISHED}",
                     part.key,
                 )

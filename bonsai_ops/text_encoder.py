@@ -21,6 +21,7 @@ from transformers import Qwen2Tokenizer
 from .errors import PackError
 from .formats import DenseTensor, Entry, hqq, mlx
 from .formats.dense import read_entries as read_dense
+from .formats.entries import describe_shape
 from .formats.safetensors_file import SafetensorsFile
 from .layout import wrap
 from .linear import make_bonsai_ops
@@ -214,9 +215,7 @@ def _measure(path: Path, entries: Mapping[str, Entry]) -> tuple[dict, dict[str, 
         if name not in entries:
             raise PackError(path, "is missing", f"Klein reads {LAYERS} layers. {AS_PUBLISHED}", name)
         if tuple(entries[name].shape) != shape:
-            raise PackError(
-                path, f"has shape {list(entries[name].shape)}", f"Expected {list(shape)}. {AS_PUBLISHED}", name
-            )
+            raise PackError(path, describe_shape(entries[name]), f"Expected {list(shape)}. {AS_PUBLISHED}", name)
         if not isinstance(entries[name], DenseTensor) and len(shape) != 2:
             raise PackError(path, "is packed", f"Expected a dense vector. {AS_PUBLISHED}", name)
         needed[name] = entries[name]

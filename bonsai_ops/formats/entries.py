@@ -51,6 +51,7 @@ class CodedTensor:
 
     bits: 1, 2 or 4 bits a code. tables(): (scale, zero), each [N, K / group_size] of any float dtype.
     read(lo, hi): uint8 codes [hi - lo, K] of rows lo .. hi-1. zero_point: w = (code - zero) * scale instead (4 bit).
+    reading: for messages, what makes it this shape where the stored bytes allow several.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class CodedTensor:
     tables: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     read: Callable[[int, int], torch.Tensor]
     zero_point: bool = False
+    reading: str = ""
 
     def pack(self) -> PackedWeight:
         """The canonical weight with exactly the values of the file.
@@ -204,6 +206,12 @@ def _widen(part: CodedTensor, bits: int) -> CodedTensor:
         lambda lo, hi: part.read(lo, hi) * 2,
         part.zero_point,
     )
+
+
+def describe_shape(entry: Entry) -> str:
+    """The beginning of a message about an entry of a wrong shape."""
+    reading = entry.reading if isinstance(entry, CodedTensor) else ""
+    return f"has shape {list(entry.shape)}{reading and f', {reading}'}"
 
 
 def _kind(entry: Entry) -> str:

@@ -56,6 +56,8 @@ def read_entries(path: Path) -> dict[str, Entry]:
                 entries[f"{layer}.weight"] = _coded(path, layer, content)
             elif f"{layer}.W_q" not in content:
                 raise PackError(path, "stands alone", f"Expected {layer}.W_q beside it. {AS_PUBLISHED}", key)
+        elif leaf == "weight" and f"{layer}.W_q" in content:
+            raise PackError(path, f"stands beside {layer}.W_q", f"A layer is dense or packed. {AS_PUBLISHED}", key)
         elif leaf == "weight" and tensor.dtype in DENSE_DTYPES:
             entries[key] = DenseTensor(path, key, tuple(tensor.shape), tensor.dtype, lambda t=tensor: t)
         else:

@@ -21,8 +21,7 @@ as the full table of VOCABULARY rows.
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ import torch
 from ..codec import spread_fields
 from ..errors import PackError
 from .entries import CodedTensor, DenseTensor, Entry
+from .json_file import is_count, read_json
 from .safetensors_file import SafetensorsFile
 
 TRANSFORMER_FILE = "transformer-packed-mflux/diffusion_pytorch_model.safetensors"
@@ -40,6 +40,22 @@ TEXT_ENCODER_BITS = (4, 1, 2)
 VOCABULARY = 151936
 """Rows of Qwen3's embedding."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What a JSON beside the file says of its packed layers; bits is None where it says nothing of them."""
+
+    path: Path
+    group_size: int
+    bits: int | None
+
+    def reading(self, bits: int | str) -> str:
+        """What it makes of a layer, and the cure if that is wrong."""
+        return (
+            f"read as {bits} bit codes in groups of {self.group_size} because {self.path.name} beside it says so (take "
+            "that away if it belongs to another model)"
+        )
 
 
 def is_mlx(file: SafetensorsFile) -> bool:
@@ -55,7 +71,7 @@ def read_entries(file: SafetensorsFile, bits: tuple[int, ...] = TEXT_ENCODER_BIT
 
     bits: the first that fits is meant where no JSON beside the file names a group size.
     """
-    config_group = _configured_group_size(file.path)
+    named = _named_sizes(file.path)
     entries: dict[str, Entry] = {}
     for name, (shape, dtype) in file.tensors.items():
         layer, _, leaf = name.rpartition(".")
@@ -70,7 +86,7 @@ def read_entries(file: SafetensorsFile, bits: tuple[int, ...] = TEXT_ENCODER_BIT
             continue
         siblings = [f"{layer}.{s}" in file.tensors for s in ("scales", "biases")]
         if leaf == "weight" and any(siblings):
-            coded = _coded(file, layer, config_group, bits)
+            coded = _coded(file, layer, named, bits)
             entries[name] = _expanded(file, layer, coded) if f"{layer}.token_ids" in file.tensors else coded
         elif dtype == torch.uint32:
             raise PackError(
@@ -81,7 +97,7 @@ def read_entries(file: SafetensorsFile, bits: tuple[int, ...] = TEXT_ENCODER_BIT
     return entries
 
 
-def _coded(file: SafetensorsFile, layer: str, config_group: int | None, preferred: tuple[int, ...]) -> CodedTensor:
+def _coded(file: SafetensorsFile, layer: str, named: _Named | None, preferred: tuple[int, ...]) -> CodedTensor:
     weight, scales, biases = (f"{layer}.{leaf}" for leaf in ("weight", "scales", "biases"))
     for name in (scales, biases):
         if name not in file.tensors:
@@ -105,15 +121,19 @@ def _coded(file: SafetensorsFile, layer: str, config_group: int | None, preferre
     candidates = [
         (bits, 32 * words // (bits * groups)) for bits in preferred if groups and 32 * words % (bits * groups) == 0
     ]
-    fitting = [(b, g) for b, g in candidates if g == (config_group or _default_group(b))]
+    if named is None:
+        fitting = [(b, g) for b, g in candidates if g == _default_group(b)]
+    else:
+        fitting = [(b, g) for b, g in candidates if g == named.group_size and named.bits in (None, b)]
     if not fitting:
-        raise PackError(
-            file.path,
-            f"has {words} words and {groups} groups a row",
-            "Expected 1 or 2 bit codes with "
-            f"group size {config_group or 128} or 4 bit codes with group size {config_group or 64}.",
-            weight,
-        )
+        what = f"has {words} words and {groups} groups a row"
+        if named is None:
+            cure = "Expected 1 or 2 bit codes with group size 128 or 4 bit codes with group size 64."
+        else:
+            bits = named.bits or "1, 2 or 4"
+            what += f" but was {named.reading(bits)}"
+            cure = "Use file and JSON as they were published."
+        raise PackError(file.path, what, cure, weight)
     bits, group_size = fitting[0]
 
     def read(lo: int, hi: int) -> torch.Tensor:
@@ -127,6 +147,7 @@ def _coded(file: SafetensorsFile, layer: str, config_group: int | None, preferre
         group_size,
         lambda: (file.get(scales), file.get(biases)),
         read,
+        reading=named.reading(bits) if named else "",
     )
 
 
@@ -162,17 +183,14 @@ def _default_group(bits: int) -> int:
     return 64 if bits == 4 else 128
 
 
-def _configured_group_size(path: Path) -> int | None:
-    """The group size named in the JSON beside the file, None where it names none."""
+def _named_sizes(path: Path) -> _Named | None:
+    """The sizes named in a JSON beside the file, None where none names a group size. Raises PackError."""
     for name in CONFIG_NAMES:
         config = path.parent / name
         if config.is_file():
-            try:
-                content = json.loads(config.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise PackError(config, f"is not JSON ({error})", "Download it again.") from error
-            tables = [content, content.get("quantization")] if isinstance(content, dict) else []
-            for table in tables:
-                if isinstance(table, dict) and isinstance(table.get("group_size"), int):
-                    return table["group_size"]
+            content = read_json(config)
+            for table in (content, content.get("quantization")) if isinstance(content, dict) else ():
+                if isinstance(table, dict) and is_count(table.get("group_size")):
+                    bits = table.get("bits")
+                    return _Named(config, table["group_size"], bits if is_count(bits) else None)
     return None

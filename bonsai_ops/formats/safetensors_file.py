@@ -57,7 +57,7 @@ class SafetensorsFile:
             )
         try:
             header = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PackError(path, f"has a header that is not JSON ({error})", DOWNLOAD_AGAIN) from error
         if not isinstance(header, dict):
             raise PackError(path, "has a header that is no table of tensors", DOWNLOAD_AGAIN)
@@ -67,7 +67,7 @@ class SafetensorsFile:
                 name: (str(e["dtype"]), tuple(map(int, e["shape"])), int(e["data_offsets"][1]))
                 for name, e in header.items()
             }
-        except (TypeError, KeyError, ValueError, IndexError) as error:
+        except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
             raise PackError(path, "has a header that is no table of tensors", DOWNLOAD_AGAIN) from error
         end = 8 + length + max((stop for _, _, stop in described.values()), default=0)
         if size != end:

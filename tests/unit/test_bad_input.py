@@ -63,6 +63,24 @@ def change_gemlite(packs: Path, tmp_path: Path) -> Callable[[Callable[[Tensors],
     return change
 
 
+@pytest.fixture
+def tiny_vae(whole_vae: Path, tmp_path: Path) -> Path:
+    """A pack folder with nothing but its VAE, which is narrower than the published one and loads."""
+    shutil.copytree(whole_vae / "vae", tmp_path / "vae")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole_vae(tmp_path_factory: pytest.TempPathFactory, comfyui_path: Path) -> Path:
+    from bonsai_ops.synthetic import write_pipeline
+    from bonsai_ops.vae import load_vae
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_pipeline(folder)
+    load_vae(folder)
+    return folder
+
+
 def refuse(path: Path, *pieces: str, headers_only: bool = True) -> str:
     """The message of the PackError for `path`, which names it, has the pieces in that order and is one line."""
     with pytest.raises(PackError) as caught:
@@ -275,10 +293,17 @@ def test_a_wrong_dense_dtype(change_mlx: Callable, change_gemlite: Callable) -> 
     refuse(change_gemlite(edit("proj_out.weight", lambda t: t.int())), "proj_out.weight: is torch.int32 [128, 256]")
 
 
+def test_a_gemlite_layer_that_is_dense_and_packed(change_gemlite: Callable) -> None:
+    path = change_gemlite(lambda tensors: tensors.update({f"{LAYER}.weight": torch.zeros(256, 512).bfloat16()}))
+    refuse(
+        path, f"{LAYER}.weight: stands beside {LAYER}.W_q", "A layer is dense or packed. Use state_dict.pt as it was"
+    )
+
+
 def test_a_wrong_group_size(change_mlx: Callable, change_gemlite: Callable) -> None:
     path = change_mlx(lambda tensors: None)
     (path.parent / "quantization_config.json").write_text(json.dumps({"bits": 2, "group_size": 96}))
-    refuse(path, ".weight: has", "words and", "groups a row", "group size 96")
+    refuse(path, ".weight: has", "words and", "groups a row", "groups of 96", "quantization_config.json beside it")
     for index, value in ((1, 3), (2, 48), (10, 3)):
 
         def spoil(tensor: torch.Tensor, index: int = index, value: int = value) -> torch.Tensor:
@@ -289,6 +314,19 @@ def test_a_wrong_group_size(change_mlx: Callable, change_gemlite: Callable) -> N
         refuse(path, f"{LAYER}.metadata: says", str(value), "Expected 1 or 2 bits, a multiple of 32 and mode 4")
     path = change_gemlite(edit(f"{LAYER}.metadata", lambda t: t.index_fill(0, torch.tensor([2]), 64)))
     refuse(path, f"{LAYER}.scales: has shape [2, 256]", "Expected [4, 256]")
+
+
+@pytest.mark.parametrize("content", [{"group_size": 64}, {"quantization": {"group_size": 64, "bits": 4}}])
+def test_a_json_of_another_model(change_mlx: Callable, content: dict) -> None:
+    """Two-bit codes in groups of 128 look like four-bit codes in groups of 64: the shapes refuse, the JSON is named."""
+    path = change_mlx(lambda tensors: None)
+    (path.parent / "quantization_config.json").unlink()
+    (path.parent / "config.json").write_text(json.dumps(content))
+    refuse(path, "has shape", "read as 4 bit codes in groups of 64 because config.json beside it says so", "Expected")
+    (path.parent / "config.json").write_text(json.dumps({"group_size": 64, "bits": 2}))
+    refuse(path, "words and", "read as 2 bit codes in groups of 64 because config.json beside it says so")
+    (path.parent / "config.json").unlink()
+    open_transformer(path)
 
 
 def test_a_json_that_is_damaged(change_mlx: Callable) -> None:
@@ -495,3 +533,32 @@ def test_transformer_without_blocks(tmp_path: Path) -> None:
     write_dense(file, geometry)
     with pytest.raises(PackError, match=r"embedders\.safetensors: has no packed layer"):
         open_transformer(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("{", "config.json: is not JSON"),
+        ("[" * 100_000, "config.json: is not JSON"),
+        ("[1]", "config.json: holds a list. Expected a JSON object: download it again."),
+        ('{"block_out_channels": 64}', "config.json: block_out_channels: is 64. Expected a list of positive whole"),
+        ('{"block_out_channels": []}', "config.json: block_out_channels: is []"),
+        ('{"block_out_channels": [64, 96]}', "config.json: block_out_channels: is [64, 96]"),
+        (
+            '{"block_out_channels": [32, 64], "latent_channels": "32"}',
+            "config.json: latent_channels: is 32. Expected a",
+        ),
+        ('{"layers_per_block": true}', "config.json: layers_per_block: is True. Expected a positive whole number"),
+        (
+            '{"block_out_channels": [32, 32, 64, 96]}',
+            "safetensors: has tensors that do not fit the sizes in vae/config",
+        ),
+    ],
+)
+def test_a_damaged_vae_config(tiny_vae: Path, comfyui_path: Path, content: str, found: str) -> None:
+    from bonsai_ops.vae import load_vae
+
+    (tiny_vae / "vae" / "config.json").write_text(content)
+    with pytest.raises(PackError) as caught:
+        load_vae(tiny_vae)
+    assert found in str(caught.value) and str(tiny_vae) in str(caught.value)
