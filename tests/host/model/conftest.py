@@ -8,8 +8,11 @@ only imitated, by the attributes that its `load` sets.
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,3 +315,19 @@ def packed_layers(model: Any) -> int:
     from bonsai_ops.layout import is_packed
 
     return sum(is_packed(getattr(m, "weight", None)) for m in model.model.modules())
+
+
+@pytest.fixture
+def second_import() -> Iterator[str]:
+    """The name under which the package is imported once more, as ComfyUI imports a custom node."""
+    name = "bonsai_second_import"
+    package = Path(importlib.util.find_spec("bonsai_ops").origin).parent
+    spec = importlib.util.spec_from_file_location(
+        name, package / "__init__.py", submodule_search_locations=[str(package)]
+    )
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    yield name
+    for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+        del sys.modules[module]
+    gc.collect()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,23 +245,12 @@ def test_our_save_refuses_a_merge(make_pair: Callable[..., Pair], tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_our_save_with_the_plugin_imported_twice(pair: Pair, tmp_path: Path) -> None:
+def test_our_save_with_the_plugin_imported_twice(pair: Pair, second_import: str, tmp_path: Path) -> None:
     """Trap 19: a model of one import is saved by the other; a custom node is imported under a name of its own."""
-    name = "bonsai_second_import"
-    package = Path(importlib.util.find_spec("bonsai_ops").origin).parent
-    spec = importlib.util.spec_from_file_location(
-        name, package / "__init__.py", submodule_search_locations=[str(package)]
+    save = importlib.import_module(f"{second_import}.save")
+    save.save_bonsai_model(pair.packed, tmp_path / "saved.safetensors")
+    again = importlib.import_module(f"{second_import}.loader").load_bonsai_model(
+        tmp_path / "saved.safetensors", {"compute_dtype": "fp32"}
     )
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    try:
-        save = importlib.import_module(f"{name}.save")
-        save.save_bonsai_model(pair.packed, tmp_path / "saved.safetensors")
-        again = importlib.import_module(f"{name}.loader").load_bonsai_model(
-            tmp_path / "saved.safetensors", {"compute_dtype": "fp32"}
-        )
-        assert torch.equal(draw(again), draw(pair.packed))
-        assert packed_layers(again) == 22 and LINEAR1 in again.model.state_dict()
-    finally:
-        for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
-            del sys.modules[module]
+    assert torch.equal(draw(again), draw(pair.packed))
+    assert packed_layers(again) == 22 and LINEAR1 in again.model.state_dict()

@@ -6,13 +6,10 @@ would have seen.
 
 from __future__ import annotations
 
-import gc
 import importlib
-import importlib.util
 import json
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -320,22 +317,6 @@ def test_trap_18_a_prompt_has_512_tokens() -> None:
         (row,) = tokenizer.tokenize_with_weights(prompt)["qwen3_4b"]
         assert len(row) == 512
         assert (row[-1][0] == 151643) == (prompt == "a tree") and row[0][0] != 151643
-
-
-@pytest.fixture
-def second_import() -> Iterator[str]:
-    """The name under which the package is imported once more, as ComfyUI imports a custom node."""
-    name = "bonsai_second_import"
-    package = Path(importlib.util.find_spec("bonsai_ops").origin).parent
-    spec = importlib.util.spec_from_file_location(
-        name, package / "__init__.py", submodule_search_locations=[str(package)]
-    )
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    yield name
-    for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
-        del sys.modules[module]
-    gc.collect()
 
 
 def test_trap_19_the_package_can_be_imported_twice(
