@@ -1,5 +1,6 @@
 """Run the tests in the private environment with a real ComfyUI: python -m tests [pytest arguments].
 
+The whole suite, that is without the name of a test among the arguments, runs in several processes (-n 0: in one).
 BONSAI_COMFYUI names another ComfyUI folder for the tests that import ComfyUI into their own process.
 """
 
@@ -11,17 +12,29 @@ from collections.abc import Sequence
 
 from bonsai_ops.environment import COMFYUI_VERSIONS, PLUGIN, clean_environment, ensure_or_exit, home, run_attached
 
+MOST_WORKERS = 4
+"""Each may hold a few GB: ComfyUI servers and packs."""
+ONE_PROCESS = ("-n", "--numprocesses", "--pdb", "--trace", "--co")
+"""Beginnings of options that choose the number of processes, or do not go with several."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Prepare the environment, run pytest with the arguments and return its exit code."""
     environment = ensure_or_exit(tests=True, versions=COMFYUI_VERSIONS)
+    whole = all(argument.startswith("-") and not argument.startswith(ONE_PROCESS) for argument in argv)
+    processors = os.cpu_count() or 1
+    workers = min(MOST_WORKERS, processors) if whole else 1
     variables = clean_environment(
         {
+            # torch's threads of several processes on one processor wait for each other
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(processors // workers),
             "BONSAI_HOME": str(home()),
             "BONSAI_COMFYUI": os.environ.get("BONSAI_COMFYUI") or str(environment.comfyui),
         }
     )
-    command = [str(environment.python), "-m", "pytest", "--import-mode=importlib", *(argv or ("tests",))]
+    command = [str(environment.python), "-m", "pytest", "--no-loadscope-reorder"]
+    command += [f"-n{workers}"] if workers > 1 else []
+    command += [*argv, "tests"] if whole else argv
     return run_attached(command, env=variables, cwd=PLUGIN)
 
 

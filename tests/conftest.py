@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,44 @@ BASE_DIRECTORY = Path(tempfile.mkdtemp(prefix="bonsai-tests-")).resolve()
 _put_first([*([COMFYUI] if COMFYUI else []), REPOSITORY, TESTS])
 if COMFYUI is not None:
     _set_comfyui_options(BASE_DIRECTORY)
+
+
+WITH_SERVER = ("test_matrix", "test_product")
+SEPARATE = ("test_guards", "test_older_hosts", "test_triton")
+"""Files whose slow tests each start a process of their own and share nothing."""
+
+
+def worker_group(test: str) -> str:
+    """What a test (its id) shares with others: a ComfyUI server, a family of packs, or else its file.
+
+    Several workers run whole groups, so that no worker prepares again what another has.
+    """
+    file, _, name = test.partition("::")
+    stem = Path(file).stem
+    parameters = name.partition("[")[2].rstrip("]").split("-")
+    if stem in WITH_SERVER:
+        return f"ComfyUI {parameters[0] if parameters[0] in COMFYUI_VERSIONS else NEWEST}"
+    if stem == "test_pictures":
+        return "-".join((stem, *parameters[:2]))
+    return test if stem in SEPARATE else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """pytest-xdist's own groups are marks, which its newest release does not find again with the newest pytest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return worker_group(nodeid)
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long goes first, so that no worker is left alone with it at the end."""
+    slow = {worker_group(item.nodeid) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: worker_group(item.nodeid) not in slow)
 
 
 def pytest_unconfigure() -> None:

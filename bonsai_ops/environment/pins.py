@@ -31,6 +31,7 @@ TORCH_REQUIREMENTS = ("torch==2.14.1", "torchvision==0.29.1")
 TORCHAUDIO_REQUIREMENTS = ("torchaudio==2.11.0",)
 TEST_REQUIREMENTS = (
     "pytest",
+    "pytest-xdist",
     "ruff",
     "diffusers==0.42.1",
     "accelerate",
