@@ -7,16 +7,30 @@ import random
 from .scene import Scene
 
 NUMBERS = {1: ("a", "one", "a single"), 2: ("two", "a pair of", "2"), 3: ("three", "3")}
-TREES = {False: ("bonsai", "bonsai tree", "little tree", "miniature tree"), True: ("bonsai", "bonsai trees", "little trees", "miniature trees")}  # fmt: skip
+TREES = {
+    False: ("bonsai", "bonsai tree", "little tree", "miniature tree"),
+    True: ("bonsai", "bonsai trees", "little trees", "miniature trees"),
+}
 POT_WORDS = {
-    "blue": ("blue", "cobalt blue"), "white": ("white", "porcelain white"), "black": ("black", "dark black"),
-    "terracotta": ("terracotta", "red clay", "terra cotta"), "green": ("green", "teal green", "celadon green"), "yellow": ("yellow", "golden yellow"),
-}  # fmt: skip
+    "blue": ("blue", "cobalt blue"),
+    "white": ("white", "porcelain white"),
+    "black": ("black", "dark black"),
+    "terracotta": ("terracotta", "red clay", "terra cotta"),
+    "green": ("green", "teal green", "celadon green"),
+    "yellow": ("yellow", "golden yellow"),
+}
 LEAF_WORDS = {
-    "green": ("green", "fresh green"), "yellow": ("yellow", "golden"), "orange": ("orange", "copper orange"),
-    "red": ("red", "crimson"), "pink": ("pink", "rose pink"),
-}  # fmt: skip
-POT_NOUNS = {"tray": ("tray", "flat pot", "shallow pot"), "bowl": ("bowl", "round pot"), "tall": ("tall pot", "deep pot")}
+    "green": ("green", "fresh green"),
+    "yellow": ("yellow", "golden"),
+    "orange": ("orange", "copper orange"),
+    "red": ("red", "crimson"),
+    "pink": ("pink", "rose pink"),
+}
+POT_NOUNS = {
+    "tray": ("tray", "flat pot", "shallow pot"),
+    "bowl": ("bowl", "round pot"),
+    "tall": ("tall pot", "deep pot"),
+}
 LEAF_NOUNS = ("leaves", "foliage")
 BACKGROUND_PHRASES = {
     "cream": ("cream background", "plain cream wall", "a warm white background", "plain background"),
@@ -31,7 +45,11 @@ SEASON_PHRASES = {
     "autumn": ("autumn", "fallen leaves on the table", "fall", "with fallen leaves"),
     "winter": ("winter", "covered in snow", "with snow", "snowy"),
 }
-LEAN_PHRASES = {"upright": ("upright", "formal upright"), "left": ("leaning left", "leaning to the left"), "right": ("leaning right", "leaning to the right")}  # fmt: skip
+LEAN_PHRASES = {
+    "upright": ("upright", "formal upright"),
+    "left": ("leaning left", "leaning to the left"),
+    "right": ("leaning right", "leaning to the right"),
+}
 STYLES = ("illustration", "drawing", "picture", "flat illustration", "beautiful", "detailed", "")
 FRAMES = ("", "", "", "a picture of ", "a drawing of ", "an illustration of ", "photo of ")
 
@@ -57,7 +75,7 @@ def caption(scene: Scene, rng: random.Random, omit: float = 0.08) -> tuple[str, 
     extras = []
     if "background" in named:
         phrase = pick(BACKGROUND_PHRASES[scene.background])
-        extras.append(pick((phrase, f"{phrase}", f"at {phrase}" if scene.background in ("sunset", "night") and phrase in ("sunset", "night", "dusk") else phrase)))  # fmt: skip
+        extras.append(f"at {phrase}" if phrase in ("sunset", "night", "dusk") and pick((True, False)) else phrase)
     if "season" in named:
         phrase = pick(SEASON_PHRASES[scene.season])
         extras.append(f"in {phrase}" if phrase in SEASON_PHRASES and pick((True, False)) else phrase)
@@ -72,4 +90,6 @@ def caption(scene: Scene, rng: random.Random, omit: float = 0.08) -> tuple[str, 
     text = pick((", ", ", ", ", ", " ")).join(parts)
     if rng.random() < 0.15:
         text = text[0].upper() + text[1:]
-    return text + pick(("", "", "."), ), named
+    return text + pick(
+        ("", "", "."),
+    ), named

@@ -10,7 +10,7 @@ import math
 import random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 from .scene import Scene
 
@@ -35,12 +35,20 @@ FOLIAGE_COLOURS: dict[str, Colour] = {
     "red": (186, 34, 44),
     "pink": (238, 146, 182),
 }
-SKIES: dict[str, tuple[Colour, Colour]] = {
-    "cream": (250, 243, 228), "blue": (118, 178, 230), "sunset": (104, 66, 132), "night": (12, 16, 46), "grey": (142, 150, 158),
-}  # fmt: skip
+SKIES: dict[str, Colour] = {
+    "cream": (250, 243, 228),
+    "blue": (118, 178, 230),
+    "sunset": (104, 66, 132),
+    "night": (12, 16, 46),
+    "grey": (142, 150, 158),
+}
 HORIZONS: dict[str, Colour] = {
-    "cream": (240, 226, 202), "blue": (214, 232, 244), "sunset": (252, 164, 92), "night": (48, 58, 110), "grey": (204, 208, 211),
-}  # fmt: skip
+    "cream": (240, 226, 202),
+    "blue": (214, 232, 244),
+    "sunset": (252, 164, 92),
+    "night": (48, 58, 110),
+    "grey": (204, 208, 211),
+}
 POSITIONS = {1: (0.5,), 2: (0.29, 0.71), 3: (0.19, 0.5, 0.81)}
 POT_WIDTHS = {1: 0.36, 2: 0.27, 3: 0.20}
 TREE_HEIGHTS = {1: 0.70, 2: 0.60, 3: 0.52}
@@ -129,7 +137,11 @@ class _Canvas:
         self.pen.rectangle((0, h * TABLE, w, h * (TABLE + 0.012)), fill=shade(base, 0.25))
         if self.scene.season != "winter":
             for _ in range(7):
-                y, x, length = rng.uniform(TABLE + 0.03, 0.99) * h, rng.uniform(-0.1, 0.9) * w, rng.uniform(0.2, 0.5) * w
+                y, x, length = (
+                    rng.uniform(TABLE + 0.03, 0.99) * h,
+                    rng.uniform(-0.1, 0.9) * w,
+                    rng.uniform(0.2, 0.5) * w,
+                )
                 self.pen.line((x, y, x + length, y), fill=shade(base, -0.12), width=max(1, h // 200))
 
     def table_colour(self) -> Colour:
@@ -227,7 +239,11 @@ class _Canvas:
         """A tapering line of wood with a light and a dark edge."""
         n = len(points) - 1
         colour = mix(TRUNK, (30, 24, 40), 0.35) if self.scene.background == "night" else TRUNK
-        for offset, share, tone in ((0.0, 1.0, shade(colour, -0.28)), (-0.16, 0.70, colour), (-0.30, 0.26, shade(colour, 0.22))):
+        for offset, share, tone in (
+            (0.0, 1.0, shade(colour, -0.28)),
+            (-0.16, 0.70, colour),
+            (-0.30, 0.26, shade(colour, 0.22)),
+        ):
             for i in range(n):
                 (x0, y0), (x1, y1) = points[i], points[i + 1]
                 steps = max(2, int(abs(x1 - x0) + abs(y1 - y0)) // 3)
@@ -240,7 +256,9 @@ class _Canvas:
             for i in range(1, n, 2):
                 px, py = points[i]
                 r = (first + (last - first) * i / n) / 2
-                self.pen.line((px - 0.3 * r, py, px + 0.5 * r, py - 0.5 * r), fill=shade(colour, -0.45), width=max(1, int(r / 5)))
+                self.pen.line(
+                    (px - 0.3 * r, py, px + 0.5 * r, py - 0.5 * r), fill=shade(colour, -0.45), width=max(1, int(r / 5))
+                )
 
     def _pad(self, x: float, y: float, rx: float, ry: float) -> None:
         """A cloud of leaves: dark below, light above, single leaves on it, blossoms or snow by season."""

@@ -54,12 +54,14 @@ def export_text_encoder(work: Path, comfyui: Path, folder: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     matrices = {id(m) for m in encoder.matrices()}
     for name, module in encoder.model.named_modules():
+        if "parametrizations" in name:
+            continue
         if id(module) in matrices:
             codes, scale, bias = text_encoder.quantize(module.parametrizations.weight.original)
             layer = f"model.{name}"
             tensors[f"{layer}.weight"] = words(codes)
             tensors[f"{layer}.scales"], tensors[f"{layer}.biases"] = scale, bias
-        elif hasattr(module, "weight"):
+        elif isinstance(getattr(module, "weight", None), torch.Tensor):
             tensors[f"model.{name}.weight"] = module.weight.detach().bfloat16()
     tensors["model.embed_tokens.token_ids"] = torch.tensor(vocabulary.ids, dtype=torch.int32)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
 """Reads a picture's attributes back by colour and place; no learned part.
 
-The layout is drawing.py's: pots stand on POT_BOTTOM at POSITIONS, the sky is seen at the left and right edge, the ground
-below the pots. Every function takes RGB uint8 [height, width, 3] of any size.
+The layout is drawing.py's: pots stand on POT_BOTTOM at POSITIONS, the sky is seen above the trees, the ground below the
+pots. Every function takes RGB uint8 [height, width, 3] of any size.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 from PIL import Image
@@ -36,9 +38,7 @@ def _background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
     rows = np.linspace(0, 1, round(SIDE * TABLE))[:, None]
     ramps = {n: np.array(SKIES[n]) * (1 - rows) + np.array(HORIZONS[n]) * rows for n in SKIES}
     top = pixels[: round(0.24 * SIDE)]
-    distance = {
-        n: np.median(np.abs(top - ramp[: len(top), None]).sum(2)) for n, ramp in ramps.items()
-    }
+    distance = {n: np.median(np.abs(top - ramp[: len(top), None]).sum(2)) for n, ramp in ramps.items()}
     name = min(distance, key=distance.get)
     return name, ramps[name]
 
@@ -55,8 +55,12 @@ def _pots(pixels: np.ndarray) -> tuple[str, int]:
         for count, places in POSITIONS.items():
             half = {1: 0.07, 2: 0.05, 3: 0.04}[count] * scale
             inside = np.concatenate([_columns(nearness, x - half, x + half) for x in places])
-            others = [x for n, xs in POSITIONS.items() if n != count for x in xs if all(abs(x - y) > 0.17 for y in places)]
-            gaps = np.concatenate([_columns(nearness, x - 0.03 * scale, x + 0.03 * scale) for x in (*others, *_between(places))])
+            others = [
+                x for n, xs in POSITIONS.items() if n != count for x in xs if all(abs(x - y) > 0.17 for y in places)
+            ]
+            gaps = np.concatenate(
+                [_columns(nearness, x - 0.03 * scale, x + 0.03 * scale) for x in (*others, *_between(places))]
+            )
             score = 2 * inside.mean() - np.maximum(gaps, -90).mean()
             if score > best[2]:
                 best = (name, count, score)
@@ -65,7 +69,7 @@ def _pots(pixels: np.ndarray) -> tuple[str, int]:
 
 def _between(places: tuple[float, ...]) -> tuple[float, ...]:
     """Points halfway between neighbouring pots, or beside a single one."""
-    return tuple((a + b) / 2 for a, b in zip(places, places[1:], strict=False)) or (0.17, 0.83)
+    return tuple((a + b) / 2 for a, b in itertools.pairwise(places)) or (0.17, 0.83)
 
 
 def _columns(values: np.ndarray, first: float, last: float) -> np.ndarray:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch.nn.utils import parametrize
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
@@ -35,8 +35,14 @@ LENGTH = 72
 BITS, GROUP = 4, 64
 BATCH, STEPS, QUANTIZED_FROM, RATE = 16, 1200, 0.6, 2e-3
 ATTRIBUTES = {
-    "pot": POTS, "foliage": FOLIAGE, "background": BACKGROUNDS, "season": SEASONS, "count": COUNTS, "lean": LEANS, "shape": SHAPES,
-}  # fmt: skip
+    "pot": POTS,
+    "foliage": FOLIAGE,
+    "background": BACKGROUNDS,
+    "season": SEASONS,
+    "count": COUNTS,
+    "lean": LEANS,
+    "shape": SHAPES,
+}
 
 
 def tokenizer(folder: Path) -> Qwen2Tokenizer:
@@ -131,7 +137,9 @@ class Rounded(torch.nn.Module):
         if not self.active:
             return weight
         codes, scale, bias = quantize(weight)
-        values = (codes.float().unflatten(1, (-1, GROUP)) * scale.float()[..., None] + bias.float()[..., None]).flatten(1)
+        values = (codes.float().unflatten(1, (-1, GROUP)) * scale.float()[..., None] + bias.float()[..., None]).flatten(
+            1
+        )
         return weight + (values - weight).detach()
 
 
@@ -221,7 +229,10 @@ def train(work: Path, comfyui: Path, seconds: float = math.inf) -> bool:
         step += 1
         if step % 50 == 0:
             shares = " ".join(f"{n} {100 * c:.1f}" for n, c in zip(ATTRIBUTES, correct[-1].tolist(), strict=True))
-            print(f"text encoder step {step}: loss {loss.item():.4f}; {shares}; {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"text encoder step {step}: loss {loss.item():.4f}; {shares}; {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
         over = time.monotonic() - started > seconds
         if step % 250 == 0 or step == STEPS or over:
             checkpoint.save(step)

@@ -8,6 +8,7 @@ compute with its packed values (straight-through estimator).
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from diffusers import Flux2Transformer2DModel
 from torch.nn.utils import parametrize
 
@@ -25,15 +26,18 @@ from bonsai_ops.schedule import official_sigmas, shift_mu
 
 from . import captions, dataset, text_encoder
 from .checkpoint import Checkpoint
+from .speed import compiled, follow
 from .vae import rate
 
 HEADS, DOUBLE, SINGLE = 2, 2, 4
 GROUP = 128
 SHARES = {(128, 128): 0.62, (192, 128): 0.14, (128, 192): 0.14, (256, 256): 0.10}
+"""{(width, height): chance of a training step}; sizes whose latents are not there yet are left out."""
 SAMPLING_STEPS = 4
 TOKENS = 4096
 """Text and image tokens of one training step."""
 SHORT_TEXT, FULL_TEXT, FULL_TEXT_SHARE = 72, 512, 0.15
+"""Text tokens of a step. The host always gives FULL_TEXT, mostly padding: square pictures see that now and then."""
 RATE = 1.5e-3
 EMA = 0.9985
 SCHEMES = ("dense", "ternary", "binary")
@@ -68,7 +72,9 @@ def build() -> Flux2Transformer2DModel:
 def packed_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
     """(name, linear) of the layers that the packs pack: those inside the blocks."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.startswith(("transformer_blocks.", "single_transformer_blocks.")):
+        if isinstance(module, torch.nn.Linear) and name.startswith(
+            ("transformer_blocks.", "single_transformer_blocks.")
+        ):
             yield name, module
 
 
@@ -134,6 +140,32 @@ def predict(
     )[0]
 
 
+class Forward:
+    """`predict` of one model, compiled once for each shape."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.shapes = model, {}
+
+    def __call__(
+        self, x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, width: int, height: int
+    ) -> torch.Tensor:
+        key = (*x.shape, *text.shape, width, height)
+        if key not in self.shapes:
+            self.shapes[key] = compiled(_Sized(self.model, width, height))
+        return self.shapes[key](x, sigma, text)
+
+
+class _Sized(torch.nn.Module):
+    """`predict` for pictures of one size."""
+
+    def __init__(self, model: torch.nn.Module, width: int, height: int) -> None:
+        super().__init__()
+        self.model, self.size = model, (width, height)
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return predict(self.model, x, sigma, text, *self.size)
+
+
 class Feed:
     """Endless training batches: latents of one size, fresh captions, noise and sigmas, decided by the step alone."""
 
@@ -142,6 +174,8 @@ class Feed:
         self.encoder, self.vocabulary = text_encoder.load(work, self.tokenizer)
         self.latents, self.scenes = {}, {}
         for size in SHARES:
+            if not (work / f"latents-{size[0]}x{size[1]}.npy").is_file():
+                continue
             self.latents[size] = np.load(work / f"latents-{size[0]}x{size[1]}.npy", mmap_mode="r")
             self.scenes[size] = dataset.load(work, *size)[1]
 
@@ -149,8 +183,8 @@ class Feed:
         """(width, height, x0 [B, L, 128], text [B, T, 384], sigma [B], noise)."""
         rng = random.Random(step)
         generator = torch.Generator().manual_seed(step)
-        width, height = rng.choices(list(SHARES), list(SHARES.values()))[0]
-        length = FULL_TEXT if rng.random() < FULL_TEXT_SHARE else SHORT_TEXT
+        width, height = rng.choices(list(self.latents), [SHARES[size] for size in self.latents])[0]
+        length = FULL_TEXT if width == height and rng.random() < FULL_TEXT_SHARE else SHORT_TEXT
         tokens = width * height // 256
         count = max(4, round(TOKENS / (tokens + length)))
         chosen = rng.sample(range(len(self.scenes[width, height])), count)
@@ -192,6 +226,7 @@ def train(
         Checkpoint(start, average=model).load()
         average.load_state_dict(model.state_dict())
     feed = Feed(work, comfyui)
+    forward = Forward(model)
     recent: list[float] = []
     while step < steps:
         for group in optimizer.param_groups:
@@ -199,20 +234,21 @@ def train(
         width, height, x0, text, sigma, noise = feed.batch(step)
         s = sigma[:, None, None]
         with torch.autocast("cpu", torch.bfloat16):
-            velocity = predict(model, (1 - s) * x0 + s * noise, sigma, text, width, height)
+            velocity = forward((1 - s) * x0 + s * noise, sigma, text, width, height)
         loss = F.mse_loss(velocity.float(), noise - x0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        keep = min(EMA, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+        follow(average, model, EMA, step)
         step += 1
         recent.append(loss.item())
         over = time.monotonic() - started > seconds
         if step % 50 == 0 or over:
-            print(f"{scheme} step {step}: loss {sum(recent) / len(recent):.4f}, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{scheme} step {step}: loss {sum(recent) / len(recent):.4f}, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
             recent.clear()
         if step % 250 == 0 or step == steps or over:
             checkpoint.save(step)
@@ -229,7 +265,7 @@ def sample(
     tokens = width * height // 256
     sigmas = official_sigmas(tokens, steps)
     x = torch.stack([torch.randn(tokens, 128, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in itertools.pairwise(sigmas):
         with torch.autocast("cpu", torch.bfloat16):
             velocity = predict(model, x, now.expand(len(seeds)), text, width, height).float()
         x = x + (then - now) * velocity

@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import torch
 
+from . import transformer, vae
 from .captions import caption
+from .drawing import draw
 from .judge import judge
 from .scene import JUDGED, Scene, random_scene
 
@@ -36,3 +40,31 @@ def accuracy(paint: Painter, width: int, height: int, count: int = 32, batch: in
                 right["all"] += seen == wanted
                 total += 1
     return {name: right[name] / total for name in (*JUDGED, "all")}
+
+
+def show(work: Path, comfyui: Path) -> None:
+    """Prints the VAE's reconstruction of held-out drawings and each model's prompt following at each size."""
+    decoder = vae.load(work)
+    decoder.bn.load_state_dict(vae.load_statistics(work))
+    for width, height in transformer.SHARES:
+        drawings = np.stack([np.asarray(draw(scene, width, height)) for scene, _ in held_out(32)])
+        print(f"VAE {width}x{height}: {vae.psnr(decoder, drawings):.2f} dB", flush=True)
+    for scheme in transformer.SCHEMES:
+        if (work / f"{scheme}.pt").is_file():
+            paint = painter(work, comfyui, scheme, decoder)
+            for width, height in transformer.SHARES:
+                shares = accuracy(paint, width, height)
+                text = " ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
+                print(f"{scheme} {width}x{height}: {text}", flush=True)
+
+
+def painter(work: Path, comfyui: Path, scheme: str, decoder: torch.nn.Module, text_length: int = 512) -> Painter:
+    """Pictures by a checkpoint of `scheme`, as the host makes them."""
+    model, feed = transformer.load(work, scheme), transformer.Feed(work, comfyui)
+
+    def paint(prompts: list[str], width: int, height: int, seed: int) -> np.ndarray:
+        seeds = [1000 * seed + i for i in range(len(prompts))]
+        latents = transformer.sample(model, feed.encode(prompts, text_length), width, height, seeds)
+        return vae.decode(decoder, latents)
+
+    return paint

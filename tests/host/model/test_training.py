@@ -1,0 +1,92 @@
+"""The parts that `training` makes compute in ComfyUI, from their files, what they computed while they learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management
+import pytest
+import torch
+
+from bonsai_ops.loader import load_bonsai_model
+from bonsai_ops.text_encoder import load_bonsai_text_encoder
+from bonsai_ops.vae import load_vae
+from training import export, text_encoder, transformer, vae
+from training.checkpoint import Checkpoint
+
+from .conftest import relative
+
+pytestmark = pytest.mark.host
+PROMPTS = (
+    "two red bonsai trees in blue pots, snowy",
+    "A zebra beside a bonsai, in a quantum laboratory.",  # words that no caption has
+    "",
+)
+
+
+def half_precision(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with every parameter rounded to bf16, as the files keep those that are not packed."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def test_text_encoder(tmp_path: Path, comfyui_path: Path) -> None:
+    """Trimmed vocabulary, 4-bit matrices, layers 9, 18 and 27 of all 512 positions."""
+    torch.manual_seed(0)
+    tokenizer = text_encoder.tokenizer(comfyui_path)
+    (tmp_path / "vocabulary.json").write_text(str(text_encoder.Vocabulary.collect(tokenizer, 100).ids))
+    vocabulary = text_encoder.load_vocabulary(tmp_path, tokenizer)
+    encoder = half_precision(text_encoder.Encoder(len(vocabulary.ids) + 1))
+    Checkpoint(tmp_path / "text_encoder.pt", encoder=encoder).save(1)
+    export.export_text_encoder(tmp_path, comfyui_path, tmp_path / export.TEXT_ENCODER_FOLDER)
+    encoder, _ = text_encoder.load(tmp_path, tokenizer)
+    clip = load_bonsai_text_encoder(tmp_path)
+    for prompt in PROMPTS:
+        rows, length = vocabulary.encode(tokenizer, prompt, 512)
+        with torch.no_grad():
+            truth = encoder(torch.tensor([rows]), torch.tensor([length]))
+            found = clip.encode_from_tokens(clip.tokenize(prompt))
+        assert found.shape == truth.shape == (1, 512, 3 * text_encoder.HIDDEN)
+        assert relative(found, truth) < 1e-4, prompt
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "binary"])
+def test_transformer(scheme: str, tmp_path: Path) -> None:
+    """The straight-through weights of the training are the packed weights of the file."""
+    model, _ = transformer.parametrized(scheme)
+    half_precision(model)
+    Checkpoint(tmp_path / f"{scheme}.pt", average=model).save(1)
+    export.export_transformer(tmp_path, scheme, tmp_path / "model.safetensors")
+    patcher = load_bonsai_model(tmp_path / "model.safetensors", {"compute_dtype": "fp32"})
+    assert patcher.get_attachment("bonsai").variant == scheme
+    generator = torch.Generator().manual_seed(1)
+    width, height, sigma = 96, 64, torch.tensor([0.7])
+    tokens = torch.randn(1, width * height // 256, 128, generator=generator)
+    text = torch.randn(1, 24, 3 * text_encoder.HIDDEN, generator=generator)
+    comfy.model_management.load_models_gpu([patcher])
+    with torch.no_grad():
+        truth = transformer.predict(model, tokens, sigma, text, width, height)
+        picture = tokens.transpose(1, 2).unflatten(2, (height // 16, width // 16))
+        found = patcher.model.diffusion_model(picture, sigma, text)
+    assert relative(found.flatten(2).transpose(1, 2), truth) < 1e-5
+
+
+def test_vae(tmp_path: Path) -> None:
+    """Decoding and encoding, with the running statistics that the training measured."""
+    torch.manual_seed(0)
+    model = half_precision(vae.build()).eval()
+    model.bn.running_mean.normal_()
+    model.bn.running_var.uniform_(0.5, 2)
+    torch.save(model.bn.state_dict(), tmp_path / vae.STATISTICS)
+    Checkpoint(tmp_path / "vae.pt", average=model).save(1)
+    vae.export(tmp_path, tmp_path / "vae")
+    stock = load_vae(tmp_path)
+    latents = torch.randn(1, 128, 4, 6, generator=torch.Generator().manual_seed(2))
+    found = (stock.decode(latents) * 255).round().to(torch.int16)
+    truth = torch.from_numpy(vae.decode(model, latents)).to(torch.int16)
+    assert int((found - truth).abs().max()) <= 1
+    mean, deviation = vae.statistics_of(model)
+    again = (vae.encode(model, truth.byte().numpy()) - mean) / deviation
+    assert relative(stock.encode(truth / 255), again) < 1e-4

@@ -1,0 +1,88 @@
+"""Drawings, captions, the judge and the rounding of the seedling's training."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from bonsai_ops.codec import decode, spread_fields
+from bonsai_ops.packed_weight import pack_signs
+from training import captions, text_encoder, transformer
+from training.drawing import draw
+from training.export import words
+from training.judge import judge
+from training.measure import held_out
+from training.scene import JUDGED, random_scene
+
+SIZES = [(128, 128), (192, 128), (128, 192), (256, 256)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_the_judge_reads_every_attribute_of_drawings(size: tuple[int, int]) -> None:
+    rng = random.Random(str(size))
+    for _ in range(24):
+        scene = random_scene(rng, None)
+        assert judge(np.asarray(draw(scene, *size))) == scene.judged(), scene
+
+
+def test_the_judge_can_say_no() -> None:
+    """Grey noise is not read as what a caption asks for."""
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    rng = random.Random(0)
+    right = [judge(noise) == random_scene(rng, None).judged() for _ in range(200)]
+    assert sum(right) <= 2
+
+
+def test_drawings_are_the_same_every_time() -> None:
+    scene = random_scene(random.Random(3))
+    assert np.array_equal(np.asarray(draw(scene, 128, 192)), np.asarray(draw(scene, 128, 192)))
+
+
+def test_training_never_sees_what_is_held_out() -> None:
+    rng = random.Random(1)
+    trained = {tuple(random_scene(rng).judged().items()) for _ in range(3000)}
+    tested = {tuple(scene.judged().items()) for scene, _ in held_out(64)}
+    assert len(tested) > 40 and not trained & tested
+
+
+def test_captions_say_what_they_claim_to_say() -> None:
+    words = {
+        "pot": captions.POT_WORDS,
+        "foliage": captions.LEAF_WORDS,
+        "background": captions.BACKGROUND_PHRASES,
+        "season": captions.SEASON_PHRASES,
+    }
+    rng = random.Random(2)
+    for _ in range(400):
+        scene = random_scene(rng, None)
+        text, named = captions.caption(scene, rng, omit=0.3)
+        for name, table in words.items():
+            if name in named:
+                assert any(word in text.lower() for word in table[getattr(scene, name)]), (text, name)
+    assert all(set(JUDGED) == captions.caption(random_scene(rng), rng, omit=0)[1] for _ in range(20))
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "binary"])
+def test_rounded_masters_are_packed_weights(scheme: str) -> None:
+    """Values of the forward pass = values of the packed form; gradients reach the master unchanged."""
+    master = torch.randn(24, 256, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    packing = transformer.Packed()
+    packing.scheme = scheme
+    values = packing(master)
+    signs, scale = transformer.quantize(master, scheme)
+    codes = (1 - signs if scheme == "ternary" else (1 - signs) / 2).flatten(1).to(torch.uint8)
+    packed = pack_signs(codes, scale, transformer.GROUP, scheme)
+    assert packed.scale.dtype == torch.bfloat16
+    assert torch.equal(decode(packed.codec, packed.codes, 24), codes)
+    assert torch.allclose(packed.dequantize(), values.detach(), atol=1e-7)
+    values.sum().backward()
+    assert torch.equal(master.grad, torch.ones_like(master))
+
+
+def test_four_bit_words_are_mlx_words() -> None:
+    """words() packs least significant first, as formats/mlx.py reads."""
+    codes = torch.randint(0, 16, (3, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(spread_fields(words(codes).view(torch.uint8), text_encoder.BITS), codes)

@@ -1,0 +1,84 @@
+"""Makes the seedling: python -m training [--work FOLDER] [--stage NAME] [--minutes M].
+
+Stages, in order; each goes on where it stopped, and all of them run if none is named:
+
+    drawings      pictures and captions, drawn by code
+    vae           the autoencoder
+    latents       every drawing through it
+    text          the text encoder
+    ternary       the transformer with three-level weights
+    binary        the same with two levels, begun from the ternary one
+    dense         the same without rounding, for comparison
+    pack          the files that ship
+    measure       prompt following and reconstruction of what is there
+
+Runs for hours on two processor cores, in the environment of the tests. Everything is kept in the work folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bonsai_ops.environment import PLUGIN, clean_environment, ensure_or_exit, home, run_attached
+
+STEPS = {"ternary": 12000, "binary": 8000, "dense": 12000}
+PACK = PLUGIN / "bonsai_ops" / "packs" / "seedling"
+_INSIDE = "BONSAI_TRAINING"
+
+
+def main(argv: list[str]) -> int:
+    """Runs the stages; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, help="folder for drawings and checkpoints (4 GB)")
+    parser.add_argument("--stage", action="append", help="run this stage only; may be given several times")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop each training stage after this time")
+    parser.add_argument("--pack", type=Path, default=PACK, help="where the stage `pack` writes")
+    arguments = parser.parse_args(argv)
+    environment = ensure_or_exit(tests=True)
+    if not os.environ.get(_INSIDE):
+        variables = clean_environment({_INSIDE: "1", "BONSAI_HOME": str(home()), "PYTHONPATH": str(PLUGIN)})
+        return run_attached([str(environment.python), "-m", "training", *argv], env=variables, cwd=PLUGIN)
+    work = arguments.work or home() / "training"
+    work.mkdir(parents=True, exist_ok=True)
+    stages = _stages(work, environment.comfyui, 60 * arguments.minutes, arguments.pack)
+    unknown = set(arguments.stage or ()) - set(stages)
+    if unknown:
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; expected one of {', '.join(stages)}")
+    for name in arguments.stage or stages:
+        print(f"{name} ...", flush=True)
+        if stages[name]() is False:
+            print(f"{name} is not finished: run the same command again to go on.")
+            return 0
+    return 0
+
+
+def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str, Callable[[], object]]:
+    """{name: function}; a function returns False when its time was over before its work."""
+    from . import dataset, export, measure, text_encoder, transformer, vae
+
+    def train(scheme: str, start: str | None = None) -> Callable[[], bool]:
+        first = None if start is None else work / f"{start}.pt"
+        return lambda: transformer.train(work, comfyui, scheme, STEPS[scheme], seconds, first)
+
+    return {
+        "drawings": lambda: dataset.make(work),
+        "vae": lambda: vae.train(work, seconds),
+        "latents": lambda: vae.encode_all(work),
+        "text": lambda: text_encoder.train(work, comfyui, seconds),
+        "ternary": train("ternary"),
+        "binary": train("binary", "ternary"),
+        "dense": train("dense"),
+        "pack": lambda: export.pack(work, comfyui, target),
+        "measure": lambda: measure.show(work, comfyui),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
