@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import urllib.request
@@ -67,6 +68,12 @@ def inputs_of(schema: Mapping[str, Any]) -> dict[str, list]:
     order = schema.get("input_order") or {kind: list(found) for kind, found in schema["input"].items()}
     kinds = [kind for kind in ("required", "optional") if kind in schema["input"]]
     return {name: schema["input"][kind][name] for kind in kinds for name in order[kind]}
+
+
+@functools.cache
+def nodes_of(server: ComfyServer) -> dict[str, Any]:
+    """What the server says about all nodes, asked once: it takes long, and only lists of files ever change."""
+    return server.object_info()
 
 
 def options_of(spec: list) -> Mapping[str, Any]:
@@ -147,12 +154,12 @@ def test_there_are_workflows() -> None:
 
 @each_workflow
 def test_node_types_exist_in_every_version(path: Path, every_comfy_server: ComfyServer) -> None:
-    known = every_comfy_server.object_info()
+    known = nodes_of(every_comfy_server)
     assert [n["type"] for n in read(path)["nodes"] if n["type"] not in known and n["type"] not in PAGE_ONLY] == []
 
 
 def test_our_nodes_exist_in_every_version(every_comfy_server: ComfyServer) -> None:
-    known = every_comfy_server.object_info()
+    known = nodes_of(every_comfy_server)
     found = sorted(name for name, node in known.items() if node["python_module"] == f"custom_nodes.{PLUGIN_NAME}")
     assert found == sorted(OURS), every_comfy_server.log_tail()
 
@@ -175,7 +182,7 @@ def test_widget_values_are_allowed(path: Path, with_files: ComfyServer) -> None:
 
 @each_workflow
 def test_our_widget_values_are_allowed_in_every_version(path: Path, every_comfy_server: ComfyServer) -> None:
-    known = every_comfy_server.object_info()
+    known = nodes_of(every_comfy_server)
     for node in read(path)["nodes"]:
         if node["type"] in OURS:
             specs = inputs_of(known[node["type"]])
@@ -186,7 +193,7 @@ def test_our_widget_values_are_allowed_in_every_version(path: Path, every_comfy_
 
 @each_workflow
 def test_links_are_consistent(path: Path, newest: ComfyServer) -> None:
-    graph, known = read(path), newest.object_info()
+    graph, known = read(path), nodes_of(newest)
     nodes = {node["id"]: node for node in graph["nodes"]}
     links = {link[0]: link for link in graph["links"]}
     assert len(nodes) == len(graph["nodes"]) and len(links) == len(graph["links"])
@@ -228,7 +235,7 @@ def test_nodes_do_not_overlap(path: Path) -> None:
 @each_workflow
 def test_model_links(path: Path, newest: ComfyServer) -> None:
     """The page offers a download only if name and widget agree and the address is one that it trusts."""
-    known = newest.object_info()
+    known = nodes_of(newest)
     loaders = ("LoadBonsaiModel", "CLIPLoader", "VAELoader")
     for node in read(path)["nodes"]:
         models = node["properties"].get("models", [])
@@ -286,11 +293,11 @@ def leaves(value: Any, place: str = "") -> dict[str, Any]:
 
 
 def test_every_input_and_output_has_a_tooltip(newest: ComfyServer) -> None:
-    assert [place for place, text in leaves(described(newest.object_info())).items() if not text] == []
+    assert [place for place, text in leaves(described(nodes_of(newest))).items() if not text] == []
 
 
 def test_english_equals_the_schemas(newest: ComfyServer) -> None:
-    wanted, found = leaves(described(newest.object_info())), leaves(read(LOCALES / "en" / "nodeDefs.json"))
+    wanted, found = leaves(described(nodes_of(newest))), leaves(read(LOCALES / "en" / "nodeDefs.json"))
     differing = {p for p in wanted.keys() | found.keys() if wanted.get(p) != found.get(p)}
     assert {p: wanted.get(p) for p in sorted(differing)} == {}, "these belong into locales/en/nodeDefs.json"
 
@@ -306,7 +313,7 @@ def test_translations_are_complete(language: str) -> None:
 
 
 def test_categories_are_in_the_translations(newest: ComfyServer) -> None:
-    known, main = newest.object_info(), read(LOCALES / "en" / "main.json")
+    known, main = nodes_of(newest), read(LOCALES / "en" / "main.json")
     assert {part for name in OURS for part in known[name]["category"].split("/")} == set(main["nodeCategories"])
     assert PLUGIN_NAME in main["templateWorkflows"]["category"]
 
@@ -325,7 +332,7 @@ def test_help_pages_belong_to_nodes() -> None:
 def test_help_page_tells_every_input_and_output(name: str, newest: ComfyServer) -> None:
     text = download(newest, f"/extensions/{PLUGIN_NAME}/docs/{name}.md").decode()
     assert text == (HELP / f"{name}.md").read_text(encoding="utf-8")
-    node = newest.object_info()[name]
+    node = nodes_of(newest)[name]
     assert text.startswith(f"# {node['display_name']}\n")
     for row in (*inputs_of(node), *(node["output_name"] or ())):
         assert f"\n| {row} | " in text, f"{name}.md has no row for {row}"
