@@ -67,7 +67,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Choice:
-    """What multiplies a call, in which mode, and {name of a backend or mode before it: why it declined}."""
+    """What multiplies a call, in which mode, and {backend, mode or dtype that would be faster: why not}."""
 
     backend: Backend
     mode: str
@@ -105,7 +105,7 @@ def _triton_linear(
 
 
 def _eager_declines(call: Call) -> str | None:
-    return None if call.mode == EXACT else "only exact"
+    return None if call.mode == EXACT else "it is always exact"
 
 
 BACKENDS = (
@@ -153,11 +153,13 @@ def resolve(call: Call) -> Choice:
     """
     check_mode(call.mode)
     backend, declined = _first(call)
-    if backend is not None:
-        return Choice(backend, call.mode, declined)
-    why = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
-    backend, declined = _first(replace(call, mode=EXACT))
-    return Choice(backend, EXACT, {call.mode: why, **declined})
+    if backend is None:
+        why = "; ".join(f"{name}: {reason}" for name, reason in declined.items() if name != "eager")
+        backend, others = _first(replace(call, mode=EXACT))
+        call, declined = replace(call, mode=EXACT), {call.mode: why, **others}
+    if call.device.type == "cpu" and call.dtype == torch.float32 and not cpu_has_fast_bf16():
+        declined = {**declined, "bf16": "this CPU has no AVX-512 BF16 or AMX"}
+    return Choice(backend, call.mode, declined)
 
 
 def _first(call: Call) -> tuple[Backend | None, dict[str, str]]:

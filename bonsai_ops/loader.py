@@ -64,7 +64,7 @@ class LoadReport:
     dtype: str
     backend: str
     declined: Mapping[str, str]
-    """{faster backend, or mode that was asked for: why it is not used}."""
+    """{backend, mode or dtype that would be faster: why it is not used}."""
     source: Mapping[str, str]
     mode: str = dispatch.EXACT
     """The mode in use, which is exact if the one that was asked for is declined."""

@@ -1,14 +1,19 @@
-"""bf16 on processors that multiply it in hardware: unpack a plane into a small buffer, multiply it, go on.
+"""The CPU: unpack some rows of the weight into a buffer, multiply them, go on.
 
-A code becomes a number without any conversion: in bf16 the bit patterns 0x4000, 0x8000 and 0xC000 are 2, -0 and -2.
-For trit5 with q = B << 6 (14 bits), y = 3 q + 0x4000 carries the next code into the two top bits: 01, 10, 11 for
-codes 0, 1, 2, that is 2, 0, -2 = 2 (1 - c); the rest is y & 0x3FFF. For bit the code is the top bit of B << 8: (q &
-0x8000) | 0x4000 is 2 (1 - 2 c). The factor 2 goes into the scale, whose half is exact.
+Codes become t = -1, 0 or 1 by integer operations on 16 bits, a run of byte rows of one plane at a time. With b the
+byte (trit5: b 3^plane modulo 256), 0x7FFF minus the code in the two top bits and whatever follows it, shifted right by
+14, is 1 - code. Then, by mode and dtype of x:
+
+    exact, bf16   the bits of s, made odd, times t & 0x8001 are s, 0 or -s but for the lowest bit, which a mask
+                  restores: several times as fast as a product in bf16, and right for every s
+    exact, fp32   t s
+    a8            t m in int8, m = round(s / r), r = max |s| of the row / 127; x = q h, h = max |x| of the token / 127;
+                  y = h r (q . t m), the product in int32
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 
@@ -16,90 +21,159 @@ from .. import codec as codecs
 from ..packed_weight import PackedWeight
 
 SCRATCH_BYTES = 30 << 20
-"""Bound on the two buffers, one of codes and one of values."""
+"""Bound on what a call allocates beside its result."""
+VALUE_BYTES = 24 << 20
+"""Of that, the buffer of values: few large products are faster than many small ones."""
+PIECE = 1 << 20
+"""Values that one integer operation works on."""
+ROW_STEP = 64
+"""Granularity of the rows in one product: the columns of its result start on a cache line."""
 SCHEMES = ("binary", "ternary")
-MODES = ("exact",)
+MODES = ("exact", "a8")
+DTYPES = (torch.bfloat16, torch.float32)
+
+LEVELS = 127
+INPUT_BYTES = 18 << 20
+"""a8: bound on the int8 copy of the input; more tokens than that take turns."""
+A8_TOKENS, A8_ROWS, A8_VALUE_BYTES = 2048, 1536, 9 << 19
+"""a8: bounds on one product, whose int32 sums take 12 MB at most."""
+A8_PIECE = 1 << 18
+"""a8: values that are rounded, or sums that are scaled, at a time."""
 
 
 def declines(
     device: torch.device, dtype: torch.dtype, scheme: str, fast_bf16: bool, mode: str, fast_int8: bool
 ) -> str | None:
     """Why this backend cannot take a call, None if it can."""
+    name = str(dtype).removeprefix("torch.")
     if device.type != "cpu":
         return f"the weight is on {device.type}"
     if scheme not in SCHEMES:
         return f"scheme {scheme} keeps a second table"
     if mode not in MODES:
-        return f"it has no mode {mode}"
-    if not fast_bf16:
-        return "this CPU has no AVX-512 BF16 or AMX"
-    if dtype != torch.bfloat16:
-        return f"it computes in {str(dtype).removeprefix('torch.')}; this backend is for bf16"
+        return f"no CPU is faster in mode {mode}"
+    if dtype not in DTYPES:
+        return f"it computes in bfloat16 and float32, not {name}"
+    if mode == "a8" and not fast_int8:
+        return "this CPU has no AVX-512 VNNI or AMX"
+    if mode == "exact" and dtype == torch.bfloat16 and not fast_bf16:
+        return "this CPU has no AVX-512 BF16 or AMX; compute_dtype fp32 is faster"
     return None
 
 
 def linear(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
 ) -> torch.Tensor:
-    """y = x W^T + bias for x [.., K] bf16; y [.., N] bf16, accumulated in fp32. The values of W are exact."""
+    """y = x W^T + bias for x [.., K] bf16 or fp32; y [.., N] in x's dtype.
+
+    exact: the values of W in x's dtype, fp32 sums. a8: both factors rounded to int8, as above.
+    """
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype)
-    n = codecs.get_codec(weight.codec).byte_rows(rows)
-    step = min(n, max(8, SCRATCH_BYTES // (4 * columns) // 8 * 8))
-    half = weight.scale.to(torch.bfloat16) / 2
-    extract = {"trit5": _trits, "crumb": _crumbs, "bit": _signs}[weight.codec]
-    rest, values = (torch.empty(step, columns, dtype=torch.int16) for _ in range(2))
-    for lo in range(0, n, step):
-        hi = min(lo + step, n)
-        planes = extract(weight.codes[lo:hi], rest[: hi - lo], values[: hi - lo])
-        for plane in range(codecs.get_codec(weight.codec).fields):
-            first, last = min(plane * n + lo, rows), min(plane * n + hi, rows)
-            if first == last:
-                break
-            doubled = planes()[: last - first].view(torch.bfloat16)
-            grouped = doubled.view(last - first, -1, weight.group_size)
-            grouped.mul_(half[first:last].unsqueeze(-1))
-            torch.mm(flat, doubled.t(), out=out[:, first:last])
+    if mode == "a8":
+        _a8(flat, weight, out)
+    else:
+        _exact(flat, weight, out)
     if bias is not None:
         out += bias.to(x.dtype)
     return out.view(*x.shape[:-1], rows)
 
 
-def _trits(packed: torch.Tensor, rest: torch.Tensor, values: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A function whose calls give the planes of trit5 bytes [n, K] in turn: int16 patterns of 2 t in `values`."""
-    rest.copy_(packed).bitwise_left_shift_(6)
-    carry = torch.tensor(0x4000, dtype=torch.int16)
-
-    def plane() -> torch.Tensor:
-        torch.add(carry, rest, alpha=3, out=rest)
-        torch.bitwise_and(rest, -0x4000, out=values)
-        rest.bitwise_and_(0x3FFF)
-        return values
-
-    return plane
-
-
-def _crumbs(packed: torch.Tensor, rest: torch.Tensor, values: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The same for ternary codes in crumb: 1 added to each field makes it the two top bits of the value."""
-    rest.copy_(packed).add_(0x55).bitwise_left_shift_(8)
-
-    def plane() -> torch.Tensor:
-        torch.bitwise_and(rest, -0x4000, out=values)
-        rest.bitwise_left_shift_(2)
-        return values
-
-    return plane
+def _exact(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
+    """out [M, N] = x [M, K] W^T."""
+    rows, columns = weight.shape
+    chunks = _chunks(rows, VALUE_BYTES // (x.dtype.itemsize * columns))
+    values = torch.empty(chunks[0][1], columns, dtype=x.dtype)
+    scale = weight.scale.to(x.dtype).unsqueeze(-1)
+    in_place = None
+    if x.dtype == torch.bfloat16:
+        in_place, bits = values.view(torch.int16), scale.view(torch.int16)
+        odd, keep = bits | 1, bits | -2
+    for first, last in chunks:
+        for lo, hi, signs in _signs(weight, first, last, in_place):
+            grouped = signs.view(hi - lo, -1, weight.group_size)
+            if in_place is not None:
+                grouped.bitwise_and_(-0x7FFF).mul_(odd[lo:hi]).bitwise_and_(keep[lo:hi])
+            else:
+                values[lo - first : hi - first].view(grouped.shape).copy_(grouped).mul_(scale[lo:hi])
+        torch.mm(x, values[: last - first].t(), out=out[:, first:last])
 
 
-def _signs(packed: torch.Tensor, rest: torch.Tensor, values: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The same for bit: int16 patterns of 2 (1 - 2 c)."""
-    rest.copy_(packed).bitwise_left_shift_(8)
+def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
+    """out [M, N] = x [M, K] W^T with both factors in int8."""
+    tokens, (rows, columns) = x.shape[0], weight.shape
+    scale = weight.scale.to(torch.float32, copy=True)
+    row_scale = scale.abs().amax(1).div_(LEVELS).clamp_(min=torch.finfo(torch.float32).tiny)
+    levels = scale.div_(row_scale.unsqueeze(1)).round_().to(torch.int16).unsqueeze(-1)
+    del scale
+    chunks = _chunks(rows, min(A8_ROWS, A8_VALUE_BYTES // columns))
+    turns = -(-tokens // max(1, min(A8_TOKENS, INPUT_BYTES // columns)))
+    step = -(-tokens // max(turns, 1))
+    codes = torch.empty(chunks[0][1], columns, dtype=torch.int8)
+    sums = torch.empty(step * chunks[0][1], dtype=torch.int32)
+    for start in range(0, tokens, max(step, 1)):
+        part = out[start : start + step]
+        rounded, token_scale = _rounded(x[start : start + step])
+        for first, last in chunks:
+            for lo, hi, signs in _signs(weight, first, last):
+                signs.view(hi - lo, -1, weight.group_size).mul_(levels[lo:hi])
+                codes[lo - first : hi - first].copy_(signs)
+            found = sums[: len(part) * (last - first)].view(len(part), last - first)
+            torch._int_mm(rounded, codes[: last - first].t(), out=found)
+            block = max(1, A8_PIECE // (last - first))
+            for lo in range(0, len(part), block):
+                scaled = found[lo : lo + block].float().mul_(row_scale[first:last])
+                part[lo : lo + block, first:last] = scaled.mul_(token_scale[lo : lo + block])
 
-    def plane() -> torch.Tensor:
-        torch.bitwise_and(rest, -0x8000, out=values)
-        values.bitwise_or_(0x4000)
-        rest.bitwise_left_shift_(1)
-        return values
 
-    return plane
+def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] as (int8 [M, K], fp32 [M, 1]), whose product is x but for the rounding."""
+    rounded = torch.empty(x.shape, dtype=torch.int8)
+    scale = torch.empty(x.shape[0], 1)
+    block = max(1, A8_PIECE // x.shape[1])
+    for lo in range(0, x.shape[0], block):
+        part = x[lo : lo + block].float()
+        largest = torch.linalg.vector_norm(part, torch.inf, dim=1, keepdim=True).clamp_(min=1e-30)
+        scale[lo : lo + block] = largest / LEVELS
+        rounded[lo : lo + block].copy_(part.mul_(LEVELS / largest).round_())
+    return rounded, scale
+
+
+def _chunks(rows: int, most: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of runs of about `most` rows, of one length if some number of runs allows it."""
+    count = -(-rows // max(ROW_STEP, most // ROW_STEP * ROW_STEP))
+    even = [n for n in range(count, count + 4) if rows % (n * ROW_STEP) == 0]
+    step = rows // even[0] if even else ROW_STEP * -(-rows // (count * ROW_STEP))
+    return [(lo, min(lo + step, rows)) for lo in range(0, rows, step)]
+
+
+def _signs(
+    weight: PackedWeight, first: int, last: int, target: torch.Tensor | None = None
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yields (lo, hi, int16 [hi - lo, K] of t) for pieces of the rows first .. last-1.
+
+    Each piece lies in its rows of `target` [last - first, K], or is valid until the next is asked for.
+    """
+    columns = weight.shape[1]
+    n = codecs.get_codec(weight.codec).byte_rows(weight.shape[0])
+    most = max(1, PIECE // columns)
+    spare = torch.empty(min(most, last - first), columns, dtype=torch.uint8)
+    piece = torch.empty(spare.shape, dtype=torch.int16) if target is None else None
+    highest = torch.tensor(0x7FFF, dtype=torch.int16)
+    lo = first
+    while lo < last:
+        plane, byte_row = divmod(lo, n)
+        hi = min(lo + most, last, (plane + 1) * n)
+        packed = weight.codes[byte_row : byte_row + hi - lo]
+        signs = piece[: hi - lo] if target is None else target[lo - first : hi - first]
+        if weight.codec == "trit5":
+            if plane:
+                packed = torch.mul(packed, 3**plane % 256, out=spare[: hi - lo])
+            torch.add(highest, signs.copy_(packed), alpha=-3 << 6, out=signs).bitwise_right_shift_(14)
+        elif weight.codec == "crumb":
+            torch.add(highest, signs.copy_(packed), alpha=-1 << (8 + 2 * plane), out=signs).bitwise_right_shift_(14)
+        else:
+            signs.copy_(packed).bitwise_left_shift_(8 + plane).bitwise_right_shift_(15).bitwise_or_(1)
+        yield lo, hi, signs
+        lo = hi

@@ -15,12 +15,13 @@ from bonsai_ops.backends import cpu, eager
 from bonsai_ops.packed_weight import PackedWeight
 from bonsai_ops.precision import cpu_has_fast_bf16
 
-SCHEMES = {"binary": ("bit", 2), "ternary": ("trit5", 3)}
+CODECS = {"bit": ("binary", 2), "trit5": ("ternary", 3), "crumb": ("ternary", 3)}
+"""{codec: (scheme, code values)} of what the fast backends take."""
 SHAPES = [(1, 128), (8, 256), (130, 384), (384, 512), (1000, 1024)]
 
 
-def random_weight(scheme: str, rows: int, columns: int, group_size: int = 128) -> PackedWeight:
-    name, radix = SCHEMES[scheme]
+def random_weight(name: str, rows: int, columns: int, group_size: int = 128) -> PackedWeight:
+    scheme, radix = CODECS[name]
     generator = torch.Generator().manual_seed(rows + columns)
     codes = torch.randint(0, radix, (rows, columns), dtype=torch.uint8, generator=generator)
     scale = (torch.rand(rows, columns // group_size, generator=generator) + 0.5).bfloat16()
@@ -32,46 +33,75 @@ def forget_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_broken", dispatch._Broken())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("group_size", [32, 128])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 64])
-def test_cpu_backend_against_float64(scheme: str, group_size: int, shape: tuple[int, int], tokens: int) -> None:
-    """bf16 products within 1/2 ulp of bf16 (2^-8 relative to the row) of float64; the weights themselves are exact."""
-    weight = random_weight(scheme, *shape, group_size)
-    x = torch.randn(2, tokens, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
-    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(2)).bfloat16()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-7), (torch.float32, 5e-6)], ids=str)
+def test_cpu_backend_against_float64(
+    name: str, group_size: int, shape: tuple[int, int], tokens: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Rounding of the result (bf16: 1/2 ulp, 2^-8 of the largest) or of the sum; the weights themselves are exact."""
+    weight = random_weight(name, *shape, group_size)
+    x = torch.randn(2, tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(2)).to(dtype)
     truth = x.double() @ weight.dequantize(torch.float64).t() + bias.double()
     found = cpu.linear(x, weight, bias)
     assert found.shape == truth.shape
-    assert found.dtype == torch.bfloat16
-    assert float((found.double() - truth).abs().max() / truth.abs().max()) < 2**-7
+    assert found.dtype == dtype
+    assert float((found.double() - truth).abs().max() / truth.abs().max()) < tolerance
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_cpu_backend_decodes_every_byte(scheme: str) -> None:
-    """The bit patterns give the reference's value for all 256 bytes in every plane."""
-    fields = codec.get_codec(SCHEMES[scheme][0]).fields
-    packed = torch.arange(256, dtype=torch.uint8).repeat(8, 1)
-    rows = 8 * fields
-    weight = PackedWeight(packed, torch.ones(rows, 2).bfloat16(), (rows, 256), scheme, SCHEMES[scheme][0], 128)
-    assert torch.equal(cpu.linear(torch.eye(256).bfloat16(), weight).t().float(), weight.dequantize(torch.float32))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CODECS)
+def test_cpu_backend_decodes_every_byte(name: str, dtype: torch.dtype) -> None:
+    """The bit patterns give the reference's value for all bytes in every plane, and for scales of any sign and size."""
+    coder, (scheme, radix) = codec.get_codec(name), CODECS[name]
+    columns = -(-(radix**coder.fields) // 128) * 128
+    codes = torch.cartesian_prod(*[torch.arange(radix, dtype=torch.uint8)] * coder.fields)
+    codes = torch.nn.functional.pad(codes.t(), (0, columns - len(codes))).repeat_interleave(8, 0)
+    scale = torch.tensor([1.0, -0.5, 0.0, 3.1e38, 1.3e-38, 0.3, 1.7, 2.0]).repeat(coder.fields)
+    scale = scale.unsqueeze(1).repeat(1, columns // 128).bfloat16()
+    weight = PackedWeight(codec.encode(name, codes), scale, (8 * coder.fields, columns), scheme, name, 128)
+    assert torch.equal(cpu.linear(torch.eye(columns, dtype=dtype), weight).t(), weight.dequantize(dtype))
 
 
-def test_cpu_backend_does_not_touch_rows_beyond_the_weight() -> None:
-    """With a number of rows that is no multiple of the planes, every output column is written once and none twice."""
-    weight = random_weight("ternary", 41, 128)
-    x = torch.randn(3, 128).bfloat16()
-    assert torch.allclose(cpu.linear(x, weight).float(), eager.linear(x, weight).float(), rtol=2**-7, atol=2**-5)
+@pytest.mark.parametrize("mode", ["exact", "a8"])
+@pytest.mark.parametrize("name", CODECS)
+def test_cpu_backend_in_many_products(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of rows across planes, pieces of chunks and tokens in turns: the same values as in one go."""
+    weight = random_weight(name, 1000, 256)
+    x = torch.randn(50, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    whole = cpu.linear(x, weight, mode=mode)
+    for bound, value in {"VALUE_BYTES": 1 << 16, "PIECE": 3000, "A8_TOKENS": 7, "A8_ROWS": 64, "A8_PIECE": 999}.items():
+        monkeypatch.setattr(cpu, bound, value)
+    assert torch.allclose(cpu.linear(x, weight, mode=mode).float(), whole.float(), rtol=2**-7, atol=2**-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CODECS)
+def test_cpu_backend_in_int8(name: str, dtype: torch.dtype) -> None:
+    """Against float64: 1.2e-2 in all for normal input (both factors rounded to 127 levels), exact zeros for zeros."""
+    weight = random_weight(name, 130, 512)
+    x = torch.randn(3, 40, 512, generator=torch.Generator().manual_seed(1)).mul(100).to(dtype)
+    x[1, 5] = 0
+    bias = torch.linspace(-1, 1, 130).to(dtype)
+    truth = x.double() @ weight.dequantize(torch.float64).t() + bias.double()
+    found = cpu.linear(x, weight, bias, mode="a8")
+    assert found.dtype == dtype and found.shape == truth.shape
+    assert 1e-4 < float((found.double() - truth).norm() / truth.norm()) < 1.2e-2
+    assert torch.equal(found[1, 5], bias)
+    assert cpu.linear(x[:0], weight, mode="a8").shape == (0, 40, 130)
 
 
 def test_choice_and_reasons() -> None:
-    """fp32 goes to the reference with the reason; bf16 to the CPU's own path where the CPU can."""
-    weight = random_weight("ternary", 128, 256)
+    """fp16 goes to the reference with the reason; bf16 and fp32 to the CPU's own path where the CPU can."""
+    weight = random_weight("trit5", 128, 256)
     device = torch.device("cpu")
-    backend, declined = dispatch.choose(dispatch.call_of(device, torch.float32, weight))
+    assert dispatch.choose(dispatch.call_of(device, torch.float32, weight))[0].name == "cpu"
+    backend, declined = dispatch.choose(dispatch.call_of(device, torch.float16, weight))
     assert backend.name == "eager"
-    assert "float32" in declined["cpu"]
+    assert "float16" in declined["cpu"]
     backend, declined = dispatch.choose(dispatch.call_of(device, torch.bfloat16, weight))
     if cpu_has_fast_bf16():
         assert backend.name == "cpu"
@@ -102,8 +132,53 @@ def test_why_not_triton(changes: dict, reason: str) -> None:
     assert reason in declined["triton"]
 
 
+def test_why_not_triton_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that installs it."""
+    from bonsai_ops.backends import triton
+
+    monkeypatch.setattr(triton, "_IMPORT_ERROR", ModuleNotFoundError("No module named 'triton'", name="triton"))
+    call = dispatch.Call(torch.device("cuda", 0), torch.bfloat16, 128, 256, "ternary", "trit5", 128, (8, 6))
+    assert dispatch.why_not(call)["triton"] == f"Triton is not installed; to use it, {triton.INSTALL}"
+
+
+def test_why_not_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without it computes in fp32 and says so; bf16 by force goes to the reference, with the cure."""
+    monkeypatch.setattr(dispatch, "cpu_has_fast_bf16", lambda: False)
+    call = dispatch.Call(torch.device("cpu"), torch.float32, 128, 256, "ternary", "trit5", 128)
+    backend, declined = dispatch.choose(call)
+    assert backend.name == "cpu" and declined["bf16"] == "this CPU has no AVX-512 BF16 or AMX"
+    backend, declined = dispatch.choose(dataclasses.replace(call, dtype=torch.bfloat16))
+    assert backend.name == "eager" and "compute_dtype fp32 is faster" in declined["cpu"]
+
+
+def test_a_mode_that_nothing_offers_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the backend that is best in exact; the reasons stand under the mode."""
+    monkeypatch.setattr(dispatch, "cpu_has_fast_int8", lambda: False)
+    call = dispatch.Call(torch.device("cpu"), torch.float32, 128, 256, "ternary", "trit5", 128)
+    for mode, reason in (("a8", "no AVX-512 VNNI"), ("fp16_accumulate", "no CPU is faster in mode fp16_accumulate")):
+        choice = dispatch.resolve(dataclasses.replace(call, mode=mode))
+        assert (choice.backend.name, choice.mode) == ("cpu", "exact")
+        assert "triton: the weight is on cpu; cpu: " in choice.declined[mode] and reason in choice.declined[mode]
+    weight, x = random_weight("trit5", 128, 256), torch.randn(3, 256)
+    assert torch.equal(dispatch.linear(x, weight, mode="a8"), dispatch.linear(x, weight))
+    assert dispatch.resolve(call).mode == "exact" and "a8" not in dispatch.why_not(call)
+    with pytest.raises(ValueError, match="mode 'fast' is unknown, expected one of exact, fp16_accumulate, a8"):
+        dispatch.resolve(dataclasses.replace(call, mode="fast"))
+
+
+def test_a_mode_goes_before_a_faster_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that comes first but lacks the mode is passed over for one that has it."""
+    monkeypatch.setattr(dispatch, "cpu_has_fast_int8", lambda: True)
+    exact_only = dispatch.Backend("first", lambda call: None if call.mode == "exact" else "no such mode", eager.linear)
+    monkeypatch.setattr(dispatch, "BACKENDS", (exact_only, *dispatch.BACKENDS))
+    call = dispatch.Call(torch.device("cpu"), torch.float32, 128, 256, "ternary", "trit5", 128, mode="a8")
+    choice = dispatch.resolve(call)
+    assert (choice.backend.name, choice.mode, choice.declined["first"]) == ("cpu", "a8", "no such mode")
+    assert dispatch.resolve(dataclasses.replace(call, mode="exact")).backend.name == "first"
+
+
 def test_forcing_a_backend() -> None:
-    weight = random_weight("binary", 128, 256)
+    weight = random_weight("bit", 128, 256)
     call = dispatch.call_of(torch.device("cpu"), torch.bfloat16, weight)
     with dispatch.use_backend("eager"):
         backend, declined = dispatch.choose(call)
@@ -147,7 +222,7 @@ def test_broken_backend_costs_speed_not_the_picture(
 
     broken = dispatch.Backend("fused", lambda call: None, breaks)
     monkeypatch.setattr(dispatch, "BACKENDS", (broken, *dispatch.BACKENDS))
-    weight, x = random_weight("ternary", 128, 256), torch.randn(4, 256)
+    weight, x = random_weight("trit5", 128, 256), torch.randn(4, 256)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert torch.equal(dispatch.linear(x, weight), eager.linear(x, weight))

@@ -1,0 +1,115 @@
+"""Modes and layouts of the loader: kept by clones, files and compilation, apart in two models, explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import QKV, bfl_lora, draw, module_of, relative, with_lora
+
+pytestmark = pytest.mark.host
+
+LAYERS = {"compact": "trit5", "fast": "crumb"}
+
+
+@pytest.fixture
+def load(comfy: Any, packs: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function that loads the ternary pack, or a file, in fp32. Every processor has int8 here, fast or not."""
+    from bonsai_ops import dispatch
+    from bonsai_ops.loader import load_bonsai_model
+
+    monkeypatch.setattr(dispatch, "cpu_has_fast_int8", lambda: True)
+    return lambda path=None, **options: load_bonsai_model(
+        path or packs["ternary"], {"compute_dtype": "fp32", **options}
+    )
+
+
+def codecs_of(model: Any) -> set[str]:
+    from bonsai_ops.layout import is_packed, unwrap
+
+    return {unwrap(p).codec for p in model.model.diffusion_model.parameters() if is_packed(p)}
+
+
+def test_two_models_in_two_modes(load: Callable[..., Any], lora_file: Callable[..., str]) -> None:
+    """Each keeps its own, also in clones, in what the factory makes and under a LoRA."""
+    from bonsai_ops.model_info import describe
+
+    exact, rounded = load(), load(mode="a8")
+    truth, found = draw(exact), draw(rounded)
+    assert 1e-4 < relative(found, truth) < 0.1
+    assert torch.equal(draw(exact), truth) and torch.equal(draw(rounded.clone()), found)
+    function, arguments = rounded.cached_patcher_init[:2]
+    assert torch.equal(draw(function(*arguments, disable_dynamic=True)), found)
+    name = lora_file(bfl_lora())
+    assert 1e-4 < relative(draw(with_lora(rounded, name)), draw(with_lora(exact, name))) < 0.1
+    assert [m.get_attachment("bonsai").mode for m in (exact, rounded)] == ["exact", "a8"]
+    assert [dict(describe(m))["backend"] for m in (exact, rounded)] == ["cpu, exact", "cpu, a8"]
+
+
+def test_layouts_draw_the_same(load: Callable[..., Any], tmp_path: Path) -> None:
+    """fast takes more memory; a saved file is compact again and loads in either."""
+    from bonsai_ops.save import save_bonsai_model
+
+    compact, fast = load(), load(layout="fast")
+    truth = draw(compact)
+    assert torch.equal(draw(fast), truth)
+    assert (codecs_of(compact), codecs_of(fast)) == ({LAYERS["compact"]}, {LAYERS["fast"]})
+    sizes = [m.get_attachment("bonsai").packed_bytes for m in (compact, fast)]
+    assert sizes[0] < sizes[1]
+    for model, name in ((compact, "a"), (fast, "b")):
+        save_bonsai_model(model, tmp_path / f"{name}.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    again = load(tmp_path / "b.safetensors", layout="fast")
+    assert codecs_of(again) == {LAYERS["fast"]} and torch.equal(draw(again), truth)
+
+
+def test_a_stock_save_keeps_the_layout(load: Callable[..., Any], tmp_path: Path) -> None:
+    """ComfyUI's ModelSave writes what is in memory, without a record; it is read as what it is."""
+    from safetensors.torch import save_file
+
+    fast = load(layout="fast")
+    truth, path = draw(fast), tmp_path / "model.safetensors"
+    state = fast.model.state_dict_for_saving(fast.model.diffusion_model.state_dict())
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    for layout, name in LAYERS.items():
+        model = load(path, layout=layout)
+        assert codecs_of(model) == {name} and torch.equal(draw(model), truth)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_mode_is_compiled_in(load: Callable[..., Any], backend: str) -> None:
+    """No graph break, the same values; the other mode is another graph."""
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    exact, rounded = (module_of(load(mode=mode), QKV) for mode in ("exact", "a8"))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda layer, x: layer(x) * 2, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(rounded, x), rounded(x) * 2)
+    assert torch.equal(compiled(exact, x), exact(x) * 2)
+    assert not torch.equal(exact(x), rounded(x))
+    for inference in (False, True):
+        with torch.inference_mode(inference), torch.no_grad():
+            assert torch.equal(torch.nn.functional.linear(x, rounded.weight, rounded.bias), rounded(x))
+    torch._dynamo.reset()
+
+
+def test_a_declined_mode_is_explained(load: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    """In the log line, in the report and in Bonsai Model Info."""
+    from bonsai_ops.model_info import describe
+
+    with caplog.at_level("INFO"):
+        model = load(mode="fp16_accumulate")
+    report, reason = model.get_attachment("bonsai"), "no CPU is faster in mode fp16_accumulate"
+    assert report.mode == "exact" and reason in report.declined["fp16_accumulate"]
+    assert any("not fp16_accumulate: " in r.getMessage() and reason in r.getMessage() for r in caplog.records)
+    lines = dict(describe(model))
+    assert lines["backend"] == "cpu, exact" and reason in lines["not fp16_accumulate"]
+
+
+@pytest.mark.parametrize("option", ["mode", "layout", "memory"])
+def test_an_unknown_option_is_refused(load: Callable[..., Any], option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}.* 'best' is unknown, expected"):
+        load(**{option: "best"})
