@@ -73,7 +73,14 @@ def test_cpu_backend_in_many_products(name: str, mode: str, monkeypatch: pytest.
     weight = random_weight(name, 1000, 256)
     x = torch.randn(50, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     whole = cpu.linear(x, weight, mode=mode)
-    for bound, value in {"VALUE_BYTES": 1 << 16, "PIECE": 3000, "A8_TOKENS": 7, "A8_ROWS": 64, "A8_PIECE": 999}.items():
+    for bound, value in {
+        "VALUE_BYTES": 1 << 16,
+        "PIECE": 3000,
+        "A8_TOKENS": 7,
+        "A8_ROWS": 64,
+        "A8_PIECE": 3000,
+        "A8_BLOCK": 999,
+    }.items():
         monkeypatch.setattr(cpu, bound, value)
     assert torch.allclose(cpu.linear(x, weight, mode=mode).float(), whole.float(), rtol=2**-7, atol=2**-4)
 
@@ -87,7 +94,9 @@ def test_cpu_backend_in_int8(name: str, dtype: torch.dtype) -> None:
     x[1, 5] = 0
     bias = torch.linspace(-1, 1, 130).to(dtype)
     truth = x.double() @ weight.dequantize(torch.float64).t() + bias.double()
+    before = x.clone()
     found = cpu.linear(x, weight, bias, mode="a8")
+    assert torch.equal(x, before)
     assert found.dtype == dtype and found.shape == truth.shape
     assert 1e-4 < float((found.double() - truth).norm() / truth.norm()) < 1.2e-2
     assert torch.equal(found[1, 5], bias)
