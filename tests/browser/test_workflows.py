@@ -164,14 +164,14 @@ def with_tiny_pack(graph: dict[str, Any]) -> dict[str, Any]:
             "id": graph["last_node_id"],
             "type": "LoadBonsaiPack",
             "pos": [520, 236],
-            "size": [420, 150],
+            "size": [420, 198],
             "flags": {},
             "order": 0,
             "mode": 0,
             "inputs": [],
             "outputs": outputs,
             "properties": {},
-            "widgets_values": [PACK, "auto", "auto"],
+            "widgets_values": [PACK, "auto", "auto", "exact", "compact"],
         }
     )
     return graph
