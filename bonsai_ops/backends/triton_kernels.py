@@ -1,18 +1,20 @@
 """Triton kernels that multiply by packed weights without unpacking them to memory, and their fixed configurations.
 
-Both kernels read the codes as codec.py stores them ("N-planar"), so disk, CPU and GPU share one layout. A program owns
-BLOCK_M rows of x and BLOCK_N byte rows, which are PLANES * BLOCK_N outputs: it loads a byte tile and an x tile once,
-takes plane after plane off the bytes and multiplies each with the same x tile.
+All read the codes as codec.py stores them ("N-planar"), so disk, CPU and GPU share one layout. A program of the first
+two owns BLOCK_M rows of x and BLOCK_N byte rows, which are PLANES * BLOCK_N outputs: it loads a byte tile and an x tile
+once, takes plane after plane off the bytes and multiplies each with the same x tile.
 
     weight_first_kernel   acc [BLOCK_N, BLOCK_M] += W x^T: every warp decodes rows of its own into its MMA registers.
                           Where MMA takes both operands from registers: sm_80 .. 89, sm_120.
     input_first_kernel    acc [BLOCK_M, BLOCK_N] += x W^T: the block decodes each weight once, into shared memory.
                           Where MMA reads the second operand from shared memory (sm_90, sm_100), and AMD.
+    a8_kernel             acc [TILE_M, BLOCK_N] += x W^T in int8, one plane a program; x comes from quantize_kernel.
 
-Decoding, in 16-bit lanes (two weights a register, three instructions a register of ternary weights, two of binary):
+Decoding, in 16-bit lanes (two weights a register, three instructions a register of trit5, two of bit, three of crumb):
 
-    binary    the byte sits in the upper half of a lane, plane p's code in bit 15 - p: w = s ^ (bit << 15).
-    ternary   y = 192 b + 4 has the first digit in bits 14, 15 and the fraction below. With u the digit's lane, XORed
+    bit       the byte sits in the upper half of a lane, plane p's code in bit 15 - p: w = s ^ (bit << 15).
+    crumb     likewise with two bits; XORed with 0x4000 they are a float: 2.0 for +1, 0 for 0, -2.0 for -1.
+    trit5     y = 192 b + 4 has the first digit in bits 14, 15 and the fraction below. With u the digit's lane, XORed
               as DIGIT_XOR says, u is a float: 2.0 for +1, +-0.0 for 0, -2.0 for -1; w = s u. Modulo 2^16,
               3 y -+ u is three times the fraction plus a known multiple of 2^14, which the next XOR undoes.
               The accumulators hold twice the result; the last step halves them, which is exact.
@@ -21,15 +23,25 @@ Decoding, in 16-bit lanes (two weights a register, three instructions a register
 In exact mode the scale multiplies the weight, which is lossless, and sums are fp32. In fp16_accumulate mode the
 weight is +-1 (+-2), BLOCK_K products (64 or 128) are summed in fp16, and that sum times its scale is added in fp32;
 the caller bounds |x| so that no sum overflows.
+
+In a8 mode the plane's bits go to the top of each byte (four weights a register): there a crumb XOR 0x40 is 64 t and a
+bit OR 0x40 is +-64 as int8, without a zero point; the 64 is taken out of the token's scale. A sum over a group is below
+2^20, so an int32 accumulator that starts at 0x4B400000 ends as the bits of the float 1.5 2^23 + sum. With the weight's
+scale s one fma gives s sum (1.5 2^23 s is exact for s of 16 bits, else off by 2^-25 of it), a second multiplies by the
+token's scale and adds: no conversion to float, and fp32 rounds twice a group. wgmma and tcgen05 cannot start from a
+constant for free, so sm_90 and sm_100 keep to mma.sync, for which tiles of TILE_M = 32 first are small enough.
 """
 
 # ruff: noqa: N803, N806 (Triton: constants of a kernel are upper case)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
+
+from ..codec import get_codec
 
 GROUP = 128
 """Columns a scale covers; the only group size these kernels know."""
@@ -52,9 +64,19 @@ ASM_NEXT_TERNARY = (
     "mad.lo.u32 $0, $1, 3, $2;",
 )
 ASM_NEXT_BINARY = "shl.b32 $0, $1, 1;"
+ASM_NEXT_CRUMB = "shl.b32 $0, $1, 2;"
 ASM_SIGN = "lop3.b32 $0, $1, 0x80008000, $2, 0x6A;"
 ASM_SKIP = "{ .reg .b32 t; and.b32 t, $2, 31; shl.b32 $0, $1, t; }"
 ASM_SCALE_FP16 = "mul.rn.f16x2 $0, $1, $2;"
+ASM_INT8 = {
+    # (radix, programs that share a byte tile): bytes -> 64 times the weights of this program's plane
+    (radix, parts): "{ .reg .b32 s, t; mov.u32 s, %ctaid.x; "
+    f"and.b32 s, s, {parts - 1}; mul.lo.u32 s, s, {8 // parts}; shl.b32 t, $1, s; {pick} }}"
+    for radix, parts, pick in (
+        (4, 4, "lop3.b32 $0, t, 0xC0C0C0C0, 0x40404040, 0x6A;"),
+        (2, 8, "lop3.b32 $0, t, 0x80808080, 0x40404040, 0xEA;"),
+    )
+}
 ASM_SCALE_BF16 = "{ .reg .b32 t; mov.b32 t, 0x80008000; fma.rn.bf16x2 $0, $1, $2, t; }"
 
 _WORD_TERNARY_0 = tl.constexpr(ASM_WORD_TERNARY[0])
@@ -70,17 +92,21 @@ _DIGIT_3 = tl.constexpr(ASM_DIGIT[3])
 _NEXT_TERNARY_0 = tl.constexpr(ASM_NEXT_TERNARY[0])
 _NEXT_TERNARY_1 = tl.constexpr(ASM_NEXT_TERNARY[1])
 _NEXT_BINARY = tl.constexpr(ASM_NEXT_BINARY)
+_NEXT_CRUMB = tl.constexpr(ASM_NEXT_CRUMB)
 _SIGN = tl.constexpr(ASM_SIGN)
 _SKIP = tl.constexpr(ASM_SKIP)
 _SCALE_FP16 = tl.constexpr(ASM_SCALE_FP16)
 _SCALE_BF16 = tl.constexpr(ASM_SCALE_BF16)
 _GROUP = tl.constexpr(GROUP)
+_MAGIC = tl.constexpr(1.5 * 2**23)
+_MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @dataclass(frozen=True)
 class Config:
     """One way to run a kernel. Block sizes in x rows, byte rows and columns; `parts`: programs that share the planes
-    of a byte tile; `weight_first`: which kernel; `asm`: PTX decoding, else plain Triton."""
+    of a byte tile; `weight_first`: which kernel; `asm`: PTX decoding, else plain Triton; `tile_m`: x rows of one
+    multiplication, in a8 mode."""
 
     block_m: int
     block_n: int
@@ -90,23 +116,40 @@ class Config:
     parts: int = 1
     weight_first: bool = True
     asm: bool = True
+    tile_m: int = 0
 
 
 CONFIGS = {
-    # (family, scheme, mode): block_m, block_n, block_k, warps, stages, parts
-    ("registers", "ternary", "exact"): Config(64, 128, 32, 8, 3),
-    ("registers", "binary", "exact"): Config(32, 128, 64, 8, 2),
-    ("registers", "ternary", "fp16_accumulate"): Config(32, 128, 64, 8, 2),
-    ("registers", "binary", "fp16_accumulate"): Config(16, 128, 128, 8, 2),
-    ("sm_90", "ternary", "exact"): Config(128, 64, 128, 8, 2, weight_first=False),
-    ("sm_90", "binary", "exact"): Config(128, 64, 128, 8, 2, parts=2, weight_first=False),
-    ("sm_100", "ternary", "exact"): Config(64, 64, 64, 4, 3, weight_first=False),
-    ("sm_100", "binary", "exact"): Config(128, 64, 64, 8, 2, parts=2, weight_first=False),
-    ("amd", "ternary", "exact"): Config(64, 32, 32, 4, 2, weight_first=False, asm=False),
-    ("amd", "binary", "exact"): Config(64, 32, 32, 4, 2, parts=2, weight_first=False, asm=False),
+    # (family, codec, mode): block_m, block_n, block_k, warps, stages, parts
+    ("registers", "trit5", "exact"): Config(64, 128, 32, 8, 3),
+    ("registers", "crumb", "exact"): Config(64, 128, 32, 8, 3),
+    ("registers", "bit", "exact"): Config(32, 128, 64, 8, 2),
+    ("registers", "trit5", "fp16_accumulate"): Config(32, 128, 64, 8, 2),
+    ("registers", "crumb", "fp16_accumulate"): Config(32, 128, 64, 8, 2),
+    ("registers", "bit", "fp16_accumulate"): Config(16, 128, 128, 8, 2),
+    ("sm_90", "trit5", "exact"): Config(128, 64, 128, 8, 2, weight_first=False),
+    ("sm_90", "crumb", "exact"): Config(128, 64, 128, 8, 2, weight_first=False),
+    ("sm_90", "bit", "exact"): Config(128, 64, 128, 8, 2, parts=2, weight_first=False),
+    ("sm_100", "trit5", "exact"): Config(64, 64, 64, 4, 3, weight_first=False),
+    ("sm_100", "crumb", "exact"): Config(64, 64, 64, 4, 3, weight_first=False),
+    ("sm_100", "bit", "exact"): Config(128, 64, 64, 8, 2, parts=2, weight_first=False),
+    ("amd", "trit5", "exact"): Config(64, 32, 32, 4, 2, weight_first=False, asm=False),
+    ("amd", "crumb", "exact"): Config(64, 32, 32, 4, 2, weight_first=False, asm=False),
+    ("amd", "bit", "exact"): Config(64, 32, 32, 4, 2, parts=2, weight_first=False, asm=False),
+    ("registers", "crumb", "a8"): Config(96, 256, 32, 8, 2, 4, tile_m=32),
+    ("registers", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, tile_m=32),
+    ("sm_90", "crumb", "a8"): Config(96, 256, 32, 8, 2, 4, weight_first=False, tile_m=32),
+    ("sm_90", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, weight_first=False, tile_m=32),
+    ("sm_100", "crumb", "a8"): Config(96, 256, 32, 8, 2, 4, weight_first=False, tile_m=32),
+    ("sm_100", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, weight_first=False, tile_m=32),
+    ("amd", "crumb", "a8"): Config(64, 32, 64, 4, 2, 4, weight_first=False, asm=False, tile_m=64),
+    ("amd", "bit", "a8"): Config(64, 32, 64, 4, 2, 8, weight_first=False, asm=False, tile_m=64),
 }
 """Chosen from compiled instruction counts, registers and shared memory; never tuned on the user's machine."""
 
+
+QUANTIZED_ROWS = 16
+"""Rows of x that one program of quantize_kernel takes; divides every block_m of a8."""
 
 DATA_CENTER = ((8, 0), (9, 0), (10, 0), (10, 3))
 """Compute capabilities that multiply no faster with fp16 sums."""
@@ -115,8 +158,8 @@ DATA_CENTER = ((8, 0), (9, 0), (10, 0), (10, 3))
 def modes(target: int | str) -> tuple[str, ...]:
     """The modes that kernels are compiled for on a target, as `family` takes it."""
     if family(target) != "registers" or divmod(int(target), 10) in DATA_CENTER:
-        return ("exact",)
-    return ("exact", "fp16_accumulate")
+        return ("exact", "a8")
+    return ("exact", "fp16_accumulate", "a8")
 
 
 def family(target: int | str) -> str:
@@ -126,19 +169,23 @@ def family(target: int | str) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(target // 10, "registers")
 
 
-def constants(config: Config, ternary: bool, half_sums: bool, interpret: bool = False) -> dict[str, int | bool]:
+def constants(config: Config, codec: str, mode: str, bias: bool, interpret: bool = False) -> dict[str, Any]:
     """The constexpr arguments of a kernel, the same for a launch and for the static report."""
-    return {
+    coder = get_codec(codec)
+    shared = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "PLANES": (5 if ternary else 8) // config.parts,
         "PARTS": config.parts,
-        "TERNARY": ternary,
-        "HALF_SUMS": half_sums,
-        "ASM": config.asm and not interpret,
+        "RADIX": coder.radix,
+        "BIAS": bias,
         "INTERPRET": interpret,
     }
+    asm = config.asm and not interpret
+    if mode == "a8":
+        decode = ASM_INT8[coder.radix, config.parts] if asm else ""
+        return {**shared, "TILE_M": config.tile_m, "WEIGHT_FIRST": config.weight_first, "ASM": decode}
+    return {**shared, "PLANES": coder.fields // config.parts, "HALF_SUMS": mode == "fp16_accumulate", "ASM": asm}
 
 
 @triton.jit
@@ -151,11 +198,11 @@ def _tile(pid, tiles_m, tiles_n):
 
 
 @triton.jit
-def _from_words(words, TERNARY: tl.constexpr, HALF: tl.constexpr):
+def _from_words(words, RADIX: tl.constexpr, HALF: tl.constexpr):
     """int16 [n, k / 2], pairs of bytes -> 16-bit lanes of bytes 0, 1 (HALF 0) or 2, 3 (HALF 1) of each four."""
-    if TERNARY and HALF == 0:
+    if RADIX == 3 and HALF == 0:
         return tl.inline_asm_elementwise(_WORD_TERNARY_0, "=r,r", [words], tl.int16, True, 2)
-    elif TERNARY:
+    elif RADIX == 3:
         return tl.inline_asm_elementwise(_WORD_TERNARY_1, "=r,r", [words], tl.int16, True, 2)
     elif HALF == 0:
         return tl.inline_asm_elementwise(_WORD_BINARY_0, "=r,r", [words], tl.int16, True, 2)
@@ -164,9 +211,9 @@ def _from_words(words, TERNARY: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _from_bytes(codes, TERNARY: tl.constexpr):
+def _from_bytes(codes, RADIX: tl.constexpr):
     """uint8 [n, k] -> 16-bit lanes of the same shape."""
-    if TERNARY:
+    if RADIX == 3:
         return tl.inline_asm_elementwise(_BYTES_TERNARY, "=&r,=&r,r", [codes], tl.int16, True, 4)
     else:
         return tl.inline_asm_elementwise(_BYTES_BINARY, "=&r,=&r,r", [codes], tl.int16, True, 4)
@@ -209,22 +256,27 @@ def _scaled(u, s):
 
 
 @triton.jit
-def _plane(y, s, p: tl.constexpr, TERNARY: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr):
+def _plane(y, s, p: tl.constexpr, RADIX: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr):
     """Takes plane p off the lanes: (weight tile in s's dtype, lanes of the next plane). s is [n, 1]."""
-    if ASM and TERNARY:
-        u = _digit(y, p)
-        if SCALED:
-            return _scaled(u, s), _after_digit(y, u, p)
-        else:
-            return u.to(tl.float16, bitcast=True), _after_digit(y, u, p)
-    elif ASM:
+    if ASM and RADIX == 2:
         return _signed(y, s), tl.inline_asm_elementwise(_NEXT_BINARY, "=r,r", [y], tl.int16, True, 2)
-    elif TERNARY:
-        y = y * 3
-        return (1 - (y >> 8)).to(s.dtype) * s, y & 255
+    elif ASM:
+        if RADIX == 3:
+            u = _digit(y, p)
+            y = _after_digit(y, u, p)
+        else:
+            u = _digit(y, 0)
+            y = tl.inline_asm_elementwise(_NEXT_CRUMB, "=r,r", [y], tl.int16, True, 2)
+        if SCALED:
+            return _scaled(u, s), y
+        else:
+            return u.to(tl.float16, bitcast=True), y
     else:
-        y = y * 2
-        return (1 - (y >> 8) * 2).to(s.dtype) * s, y & 255
+        y = y * RADIX
+        if RADIX == 2:
+            return (1 - (y >> 8) * 2).to(s.dtype) * s, y & 255
+        else:
+            return (1 - (y >> 8)).to(s.dtype) * s, y & 255
 
 
 @triton.jit
@@ -241,14 +293,15 @@ def _scale(s_ptr, offsets, DTYPE: tl.constexpr, SCALED: tl.constexpr, INTERPRET:
 
 @triton.jit(do_not_specialize=["M", "n8"])
 def weight_first_kernel(
-    x_ptr, codes_ptr, scale_ptr, tokens_ptr, y_ptr, M, N, K, n8, stride_xm, stride_ym,
+    x_ptr, codes_ptr, scale_ptr, tokens_ptr, bias_ptr, y_ptr, M, N, K, n8, stride_xm, stride_ym,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
-    TERNARY: tl.constexpr, HALF_SUMS: tl.constexpr, ASM: tl.constexpr, INTERPRET: tl.constexpr,
+    RADIX: tl.constexpr, HALF_SUMS: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] W^T. codes: [n, K] bytes, n = 8 n8, given as int16 [n, K / 2] when ASM, else as uint8.
 
     Words of two bytes keep the registers of both operands in MMA's order; a word pair's bytes 0, 1 and 2, 3 are
     separate tiles, and x is loaded in the same order. tokens: fp32 [M] that multiplies the sums, read when HALF_SUMS.
+    bias [N] of any float dtype, read when BIAS.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     n = n8 * 8
@@ -275,28 +328,30 @@ def weight_first_kernel(
         x1 = tl.trans(tl.load(x_ptrs + 2))
         if ASM:
             words = tl.load(c_ptrs)
-            y0 = _from_words(words, TERNARY, 0)
-            y1 = _from_words(words, TERNARY, 1)
+            y0 = _from_words(words, RADIX, 0)
+            y1 = _from_words(words, RADIX, 1)
             c_ptrs += BLOCK_K // 2
         else:
             y0 = tl.load(c_ptrs).to(tl.int32)
             y1 = tl.load(c_ptrs + 2).to(tl.int32)
             c_ptrs += BLOCK_K
-        if PARTS > 1 and not TERNARY:
+        if PARTS > 1:
+            skipped = first * (RADIX // 2)
+            tl.static_assert(RADIX != 3)
             if ASM:
-                y0 = tl.inline_asm_elementwise(_SKIP, "=r,r,r", [y0, first.to(tl.int16)], tl.int16, True, 2)
-                y1 = tl.inline_asm_elementwise(_SKIP, "=r,r,r", [y1, first.to(tl.int16)], tl.int16, True, 2)
+                y0 = tl.inline_asm_elementwise(_SKIP, "=r,r,r", [y0, skipped.to(tl.int16)], tl.int16, True, 2)
+                y1 = tl.inline_asm_elementwise(_SKIP, "=r,r,r", [y1, skipped.to(tl.int16)], tl.int16, True, 2)
             else:
-                y0 = y0 << first & 255
-                y1 = y1 << first & 255
+                y0 = y0 << skipped & 255
+                y1 = y1 << skipped & 255
         if INTERPRET and not HALF_SUMS:
             x0 = x0.to(tl.float32)
             x1 = x1.to(tl.float32)
         sums = ()
         for p in tl.static_range(PLANES):
             s = _scale(scale_ptr, offsets[p] + k // _GROUP, DTYPE, not HALF_SUMS, INTERPRET)
-            w0, y0 = _plane(y0, s, p, TERNARY, not HALF_SUMS, ASM)
-            w1, y1 = _plane(y1, s, p, TERNARY, not HALF_SUMS, ASM)
+            w0, y0 = _plane(y0, s, p, RADIX, not HALF_SUMS, ASM)
+            w1, y1 = _plane(y1, s, p, RADIX, not HALF_SUMS, ASM)
             if HALF_SUMS:
                 part = tl.dot(w0, x0, out_dtype=tl.float16)
                 part = tl.dot(w1, x1, part, out_dtype=tl.float16).to(tl.float32)
@@ -311,19 +366,21 @@ def weight_first_kernel(
         column = rows_n + (first + p) * n
         in_n = (rows_n < n) & (column < N)
         out = tl.trans(acc[p])
-        if TERNARY and ASM:
+        if RADIX != 2 and ASM:
             out = out * 0.5
         if HALF_SUMS:
             out = out * tl.load(tokens_ptr + rows_m, in_m, 0.0)[:, None]
+        if BIAS:
+            out += tl.load(bias_ptr + column, in_n, 0.0).to(tl.float32)[None, :]
         y_ptrs = y_ptr + rows_m.to(tl.int64)[:, None] * stride_ym + column[None, :]  # [M, N]
         tl.store(y_ptrs, out.to(DTYPE), in_m[:, None] & in_n[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "n8"])
 def input_first_kernel(
-    x_ptr, codes_ptr, scale_ptr, tokens_ptr, y_ptr, M, N, K, n8, stride_xm, stride_ym,
+    x_ptr, codes_ptr, scale_ptr, tokens_ptr, bias_ptr, y_ptr, M, N, K, n8, stride_xm, stride_ym,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
-    TERNARY: tl.constexpr, HALF_SUMS: tl.constexpr, ASM: tl.constexpr, INTERPRET: tl.constexpr,
+    RADIX: tl.constexpr, HALF_SUMS: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] W^T. codes: uint8 [n, K], n = 8 n8. HALF_SUMS is not supported."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -335,39 +392,169 @@ def input_first_kernel(
     rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + tl.minimum(rows_m, M - 1).to(tl.int64)[:, None] * stride_xm + columns[None, :]  # [M, K]
-    c_ptrs = codes_ptr + tl.minimum(rows_n, n - 1).to(tl.int64)[:, None] * K + columns[None, :]  # [n, K]
+    # Unsigned 32-bit offsets to moving scalar pointers need the fewest instructions in the loop.
+    x_base = x_ptr + (tile_m * BLOCK_M).to(tl.int64) * stride_xm
+    inner_m = tl.minimum(rows_m, M - 1) - tile_m * BLOCK_M
+    x_offsets = (inner_m[:, None] * stride_xm + columns[None, :]).to(tl.uint32)  # [M, K]
+    c_base = codes_ptr + (tile_n * BLOCK_N).to(tl.int64) * K
+    inner_n = tl.minimum(rows_n, n - 1) - tile_n * BLOCK_N
+    c_offsets = (inner_n[:, None] * K + columns[None, :]).to(tl.uint32)  # [n, K]
     groups = K // _GROUP
     acc = ()
     offsets = ()
     for p in tl.static_range(PLANES):
         acc += (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
-        offsets += (tl.minimum(rows_n + (first + p) * n, N - 1) * groups,)
+        offsets += ((tl.minimum(rows_n + (first + p) * n, N - 1) * groups).to(tl.uint32),)
     for k in range(0, K, BLOCK_K):
-        x = tl.load(x_ptrs)
-        codes = tl.load(c_ptrs)
-        y = _from_bytes(codes, TERNARY) if ASM else codes.to(tl.int32)
-        if PARTS > 1 and not TERNARY:
+        x = tl.load(x_base + x_offsets)
+        codes = tl.load(c_base + c_offsets)
+        y = _from_bytes(codes, RADIX) if ASM else codes.to(tl.int32)
+        if PARTS > 1:
+            skipped = first * (RADIX // 2)
+            tl.static_assert(RADIX != 3)
             if ASM:
-                y = tl.inline_asm_elementwise(_SKIP, "=r,r,r", [y, first.to(tl.int16)], tl.int16, True, 2)
+                y = tl.inline_asm_elementwise(_SKIP, "=r,r,r", [y, skipped.to(tl.int16)], tl.int16, True, 2)
             else:
-                y = y << first & 255
+                y = y << skipped & 255
         if INTERPRET:
             x = x.to(tl.float32)
         sums = ()
         for p in tl.static_range(PLANES):
-            s = _scale(scale_ptr, offsets[p] + k // _GROUP, DTYPE, True, INTERPRET)
-            w, y = _plane(y, s, p, TERNARY, True, ASM)
+            s = _scale(scale_ptr + k // _GROUP, offsets[p], DTYPE, True, INTERPRET)
+            w, y = _plane(y, s, p, RADIX, True, ASM)
             sums += (tl.dot(x, tl.trans(w), acc[p]),)
         acc = sums
-        x_ptrs += BLOCK_K
-        c_ptrs += BLOCK_K
+        x_base += BLOCK_K
+        c_base += BLOCK_K
     in_m = rows_m < M
     for p in tl.static_range(PLANES):
         column = rows_n + (first + p) * n
         in_n = (rows_n < n) & (column < N)
         out = acc[p]
-        if TERNARY and ASM:
+        if RADIX != 2 and ASM:
             out = out * 0.5
+        if BIAS:
+            out += tl.load(bias_ptr + column, in_n, 0.0).to(tl.float32)[None, :]
         y_ptrs = y_ptr + rows_m.to(tl.int64)[:, None] * stride_ym + column[None, :]  # [M, N]
         tl.store(y_ptrs, out.to(DTYPE), in_m[:, None] & in_n[None, :])
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr, q_ptr, tokens_ptr, M, K, stride_xm,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] -> int8 q and fp32 tokens for a8_kernel, each group of 128 columns by its own largest magnitude.
+
+    q [tiles, groups, BLOCK_M, 128] and tokens [tiles, groups, BLOCK_M] hold BLOCK_M rows of x a tile in the order in
+    which that kernel reads them, zero beyond M. tokens is scale / 64, NaN for a group with NaN or infinity.
+    Grid: BLOCK_M / ROWS programs for each tile and group.
+    """
+    groups = K // _GROUP
+    block = tl.program_id(0) // groups
+    group = tl.program_id(0) % groups
+    rows = block * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, _GROUP)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + (group * _GROUP + columns)[None, :]  # [ROWS, 128]
+    x = tl.load(x_ptrs, (rows < M)[:, None], 0.0).to(tl.float32)
+    broken = tl.sum(x * 0.0, 1)  # 0, or NaN
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 1), 2.0**-100), tl.full((ROWS,), 127.0, tl.float32))
+    levels = x * tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)[:, None]
+    levels = (levels + _MAGIC) - _MAGIC  # to the nearest integer, ties to even
+    levels = tl.where(levels == levels, levels, 0.0)
+    first = (block * ROWS // BLOCK_M * groups + group).to(tl.int64) * BLOCK_M
+    inner = block * ROWS % BLOCK_M + tl.arange(0, ROWS)
+    tl.store(q_ptr + first * _GROUP + inner[:, None] * _GROUP + columns[None, :], levels.to(tl.int8))
+    tl.store(tokens_ptr + first + inner, scale * 0.015625 + broken)
+
+
+@triton.jit(do_not_specialize=["M", "n8"])
+def a8_kernel(
+    q_ptr, codes_ptr, scale_ptr, tokens_ptr, bias_ptr, y_ptr, M, N, K, n8, stride_ym,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, PARTS: tl.constexpr,
+    RADIX: tl.constexpr, WEIGHT_FIRST: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] = x [M, K] W^T in int8. q, tokens: see quantize_kernel. codes: uint8 [n, K], n = 8 n8, crumb or bit.
+
+    WEIGHT_FIRST: acc [BLOCK_N, TILE_M], else [TILE_M, BLOCK_N]. ASM: the PTX that decodes four bytes, "" for plain
+    Triton. The scales are used as they are stored.
+    """
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    TILES: tl.constexpr = BLOCK_M // TILE_M
+    STEPS: tl.constexpr = _GROUP // BLOCK_K
+    n = n8 * 8
+    pid = tl.program_id(0)
+    tile_m, tile_n = _tile(pid // PARTS, tl.cdiv(M, BLOCK_M), tl.cdiv(n, BLOCK_N))
+    plane = pid % PARTS
+    groups = K // _GROUP
+    rows_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = rows_n + plane * n
+    k = tl.arange(0, BLOCK_K)
+    q_base = q_ptr + (tile_m * BLOCK_M).to(tl.int64) * K
+    q_offsets = (tl.arange(0, TILE_M)[:, None] * _GROUP + k[None, :]).to(tl.uint32)  # [TILE_M, BLOCK_K]
+    tokens_base = tokens_ptr + (tile_m * BLOCK_M).to(tl.int64) * groups
+    tokens_offsets = tl.arange(0, TILE_M).to(tl.uint32)
+    c_base = codes_ptr + (tile_n * BLOCK_N).to(tl.int64) * K
+    inner = tl.minimum(rows_n, n - 1) - tile_n * BLOCK_N
+    c_offsets = (inner[:, None] * K + k[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_K]
+    s_base = scale_ptr
+    s_offsets = (tl.minimum(column, N - 1) * groups).to(tl.uint32)
+    acc = ()
+    for _t in tl.static_range(TILES):
+        acc += (tl.zeros((BLOCK_N, TILE_M) if WEIGHT_FIRST else (TILE_M, BLOCK_N), tl.float32),)
+    for _group in range(groups):
+        s = tl.load(s_base + s_offsets).to(tl.float32)
+        s = s[:, None] if WEIGHT_FIRST else s[None, :]
+        codes = ()
+        for h in tl.static_range(STEPS):
+            codes += (tl.load(c_base + h * BLOCK_K + c_offsets),)
+        xs = ()
+        tokens = ()
+        for t in tl.static_range(TILES):
+            for h in tl.static_range(STEPS):
+                x = tl.load(q_base + (t * TILE_M * _GROUP + h * BLOCK_K) + q_offsets)
+                xs += (tl.trans(x) if WEIGHT_FIRST else x,)
+            token = tl.load(tokens_base + t * TILE_M + tokens_offsets)
+            tokens += (token[None, :] if WEIGHT_FIRST else token[:, None],)
+        sums = ()
+        for t in tl.static_range(TILES):
+            part = tl.full((BLOCK_N, TILE_M) if WEIGHT_FIRST else (TILE_M, BLOCK_N), _MAGIC_BITS, tl.int32)
+            for h in tl.static_range(STEPS):
+                if ASM == "":
+                    if RADIX == 4:
+                        w = (((codes[h] << (2 * plane).to(tl.uint8)) & 0xC0) ^ 0x40).to(tl.int8, bitcast=True)
+                    else:
+                        w = (((codes[h] << plane.to(tl.uint8)) & 0x80) | 0x40).to(tl.int8, bitcast=True)
+                else:
+                    # Spaces: a text of its own for each tile keeps Triton from sharing w through shared memory.
+                    w = tl.inline_asm_elementwise(ASM + " " * t, "=r,r", [codes[h]], tl.int8, True, 4)
+                if WEIGHT_FIRST:
+                    part = tl.dot(w, xs[t * STEPS + h], part, out_dtype=tl.int32)
+                else:
+                    part = tl.dot(xs[t * STEPS + h], tl.trans(w), part, out_dtype=tl.int32)
+            found = part.to(tl.float32, bitcast=True)
+            if INTERPRET:  # its fma rounds the product
+                sums += (acc[t] + (found - _MAGIC) * s * tokens[t],)
+            else:
+                sums += (_rescaled(found, s, tokens[t], acc[t]),)
+        acc = sums
+        q_base += BLOCK_M * _GROUP
+        tokens_base += BLOCK_M
+        c_base += _GROUP
+        s_base += 1
+    in_n = (rows_n < n) & (column < N)
+    for t in tl.static_range(TILES):
+        rows_m = tile_m * BLOCK_M + t * TILE_M + tl.arange(0, TILE_M)
+        out = tl.trans(acc[t]) if WEIGHT_FIRST else acc[t]
+        if BIAS:
+            out += tl.load(bias_ptr + column, in_n, 0.0).to(tl.float32)[None, :]
+        y_ptrs = y_ptr + rows_m.to(tl.int64)[:, None] * stride_ym + column[None, :]  # [TILE_M, BLOCK_N]
+        tl.store(y_ptrs, out.to(DTYPE), (rows_m < M)[:, None] & in_n[None, :])
+
+
+@triton.jit
+def _rescaled(found, s, token, acc):
+    """acc + (found - 1.5 2^23) s token; s [1, n] and token [m, 1], or both transposed."""
+    start = tl.broadcast_to(s * -_MAGIC, found.shape)
+    scaled = tl.fma(found, tl.broadcast_to(s, found.shape), start)
+    return tl.fma(scaled, tl.broadcast_to(token, found.shape), acc)

@@ -30,12 +30,15 @@ SMEM_LIMIT = 99 << 10
 SMEM_LIMIT_SM90 = 227 << 10
 SMEM_LIMIT_AMD = 64 << 10
 OVERHEAD_LIMITS = {
-    # (scheme, dtype): (sm_80 .. sm_120, sm_90), exact mode
-    ("binary", "fp16"): (3.9, 1.4),
-    ("binary", "bf16"): (3.9, 1.4),
-    ("ternary", "fp16"): (4.2, 1.65),
-    ("ternary", "bf16"): (4.9, 1.65),
+    # (codec, mode, dtype): (sm_80 .. sm_120, sm_90)
+    **{(codec, "exact", dtype): (3.9, 1.4) for codec in ("bit", "crumb") for dtype in DTYPES},
+    ("trit5", "exact", "fp16"): (4.2, 1.65),
+    ("trit5", "exact", "bf16"): (4.9, 1.65),
+    ("bit", "a8", "bf16"): (2.1, 2.1),
+    ("crumb", "a8", "bf16"): (2.1, 2.1),
 }
+NAMES = {"trit5": "ternary_trit5", "crumb": "ternary_2bit", "bit": "binary_1bit"}
+"""Codec -> how the report calls its kernels."""
 GEMLITE_BLOCKS = ((64, 128, 64, 4, 2), (128, 128, 64, 8, 2))
 """BLOCK_SIZE_M, _N, _K, warps, stages of gemlite's kernel: among the commonest in its cached choices."""
 
@@ -58,8 +61,8 @@ class Row:
     gemlite_ovh_per_hmma: float | None = None
 
     @property
-    def scheme(self) -> str:
-        return self.name.split("_")[0]
+    def codec(self) -> str:
+        return next(codec for codec, name in NAMES.items() if self.name.startswith(name))
 
     @property
     def dtype(self) -> str:
@@ -75,8 +78,8 @@ class Row:
             found.append(f"{self.smem} bytes of shared memory, limit {limit}")
         if not self.mma:
             found.append("no tensor-core instruction")
-        if self.mode == "exact" and self.target.startswith("sm_"):
-            allowed = OVERHEAD_LIMITS[self.scheme, self.dtype][self.target == "sm_90"]
+        if (self.codec, self.mode, self.dtype) in OVERHEAD_LIMITS and self.target.startswith("sm_"):
+            allowed = OVERHEAD_LIMITS[self.codec, self.mode, self.dtype][self.target == "sm_90"]
             if self.ovh_per_hmma is None or self.ovh_per_hmma > allowed:
                 found.append(f"{self.ovh_per_hmma} other instructions per HMMA, limit {allowed}")
         return found
@@ -88,38 +91,46 @@ def label(target: int | str) -> str:
 
 
 def shipped(target: int | str) -> Iterator[tuple[str, str, str]]:
-    """(scheme, mode, dtype) of each kernel that a user of this target can run."""
+    """(codec, mode, dtype) of each kernel that a user of this target can run.
+
+    In a8 mode the activations are int8 and only the last store knows the output's dtype: one stands for both.
+    """
     from ..backends import triton_kernels as kernels
 
-    for scheme in ("ternary", "binary"):
+    for codec in NAMES:
         for mode in kernels.modes(target):
-            for dtype in DTYPES if mode == "exact" else ("fp16",):
-                yield scheme, mode, dtype
+            if (kernels.family(target), codec, mode) in kernels.CONFIGS:
+                for dtype in {"fp16_accumulate": ("fp16",), "a8": ("bf16",)}.get(mode, DTYPES):
+                    yield codec, mode, dtype
 
 
 @cache
-def measure(target: int | str, scheme: str, mode: str, dtype: str) -> Row:
-    """Compiles one shipped kernel and counts."""
+def measure(target: int | str, codec: str, mode: str, dtype: str) -> Row:
+    """Compiles one shipped kernel and counts. Bias is compiled in; it is outside of the loop that is counted."""
     from ..backends import triton_kernels as kernels
 
-    ternary = scheme == "ternary"
-    config = kernels.CONFIGS[kernels.family(target), scheme, mode]
-    constants = kernels.constants(config, ternary, mode == "fp16_accumulate")
-    words = config.weight_first and config.asm
+    config = kernels.CONFIGS[kernels.family(target), codec, mode]
+    constants = kernels.constants(config, codec, mode, bias=True)
+    words = config.weight_first and config.asm and mode != "a8"
     types = {
-        "x_ptr": f"*{dtype}",
         "codes_ptr": "*i16" if words else "*u8",
         "scale_ptr": "*bf16",
         "tokens_ptr": "*fp32",
+        "bias_ptr": "*bf16",
         "y_ptr": f"*{dtype}",
     }
+    if mode == "a8":
+        kernel, macs = kernels.a8_kernel, config.block_m * config.block_n * kernels.GROUP
+        types["q_ptr"] = "*i8"
+    else:
+        kernel = kernels.weight_first_kernel if config.weight_first else kernels.input_first_kernel
+        macs = config.block_m * config.block_n * config.block_k * constants["PLANES"]
+        types["x_ptr"] = f"*{dtype}"
     aligned = {*types, "N", "K", "stride_xm", "stride_ym"}
-    types |= dict.fromkeys(("M", "N", "K", "n8", "stride_xm", "stride_ym"), "i32")
-    kernel = kernels.weight_first_kernel if config.weight_first else kernels.input_first_kernel
+    types |= {name: "i32" for name in ("M", "N", "K", "n8", "stride_xm", "stride_ym") if name in kernel.arg_names}
     compiled = _compile(kernel, types, constants, aligned, target, config.warps, config.stages)
-    macs = config.block_m * config.block_n * config.block_k * constants["PLANES"] / config.warps
-    counted = _count(compiled, target, macs / 2048)
-    return Row(name=f"{scheme}_{mode}_{dtype}", mode=mode, target=label(target), **counted)
+    counted = _count(compiled, target, macs / config.warps / 2048)
+    return Row(name=f"{NAMES[codec]}_{mode}_{dtype}", mode=mode, target=label(target), **counted)
 
 
 def _compile(
@@ -288,9 +299,9 @@ def gemlite_overhead(target: int | str, bits: int, dtype: str) -> float | None:
 def report(targets: tuple[int | str, ...] = TARGETS, *, gemlite: bool = True) -> Iterator[Row]:
     """A row for every shipped kernel on every target."""
     for target in targets:
-        for scheme, mode, dtype in shipped(target):
-            row = measure(target, scheme, mode, dtype)
-            peer = gemlite_overhead(target, 2 if scheme == "ternary" else 1, dtype) if gemlite else None
+        for codec, mode, dtype in shipped(target):
+            row = measure(target, codec, mode, dtype)
+            peer = gemlite_overhead(target, 1 if codec == "bit" else 2, dtype) if gemlite else None
             yield Row(**{**asdict(row), "gemlite_ovh_per_hmma": peer})
 
 

@@ -24,12 +24,17 @@ def test_every_kernel_passes_its_gates(target: int | str) -> None:
     assert {row.name: row.failures() for row in rows if row.failures()} == {}
 
 
+@pytest.mark.parametrize("target", static.TARGETS, ids=static.label)
+def test_int8_kernels_are_shipped_for_planes(target: int | str) -> None:
+    assert [row[:2] for row in static.shipped(target) if row[1] == "a8"] == [("crumb", "a8"), ("bit", "a8")]
+
+
 @pytest.mark.parametrize("target", [86, 90])
 def test_fewer_instructions_than_gemlite(target: int) -> None:
     peer = static.gemlite_overhead(target, 2, "fp16")
     if peer is None:
         pytest.skip("gemlite is not installed")
-    assert static.measure(target, "ternary", "exact", "fp16").ovh_per_hmma < peer
+    assert static.measure(target, "trit5", "exact", "fp16").ovh_per_hmma < peer
 
 
 def test_report_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,11 +43,28 @@ def test_report_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     rows = json.loads(file.read_text(encoding="utf-8"))["kernels"]
     keys = {"name", "mode", "target", "spills", "smem", "registers", "mma", "ovh_per_hmma", "gemlite_ovh_per_hmma"}
     assert rows and all(set(row) == keys for row in rows)
-    assert {row["name"] for row in rows} >= {"ternary_exact_fp16", "binary_exact_bf16", "ternary_fp16_accumulate_fp16"}
+    assert {row["name"] for row in rows} >= {
+        "ternary_trit5_exact_fp16",
+        "ternary_trit5_fp16_accumulate_fp16",
+        "ternary_2bit_exact_fp16",
+        "binary_1bit_exact_bf16",
+    }
+    assert {row["name"] for row in rows if row["mode"] == "a8"} == {"ternary_2bit_a8_bf16", "binary_1bit_a8_bf16"}
     assert "misses a gate" not in capsys.readouterr().out
 
 
 def test_a_spilling_kernel_fails() -> None:
-    row = static.Row("ternary_exact_fp16", "exact", "sm_86", 3, 120_000, 255, [], 9.0)
+    row = static.Row("ternary_trit5_exact_fp16", "exact", "sm_86", 3, 120_000, 255, [], 9.0)
     assert len(row.failures()) == 4
-    assert not static.Row("ternary_exact_bf16", "exact", "sm_90", 0, 200_000, 255, ["HGMMA"], 1.6).failures()
+    assert not static.Row("ternary_trit5_exact_bf16", "exact", "sm_90", 0, 200_000, 255, ["HGMMA"], 1.6).failures()
+
+
+def test_each_codec_and_mode_has_its_limit() -> None:
+    def missed(name: str, target: str, overhead: float) -> bool:
+        mode = name.split("_", 2)[2].rsplit("_", 1)[0]
+        return bool(static.Row(name, mode, target, 0, 0, 128, ["MMA"], overhead).failures())
+
+    assert [missed("ternary_2bit_a8_bf16", target, 2.2) for target in ("sm_80", "sm_90", "gfx942")] == [1, 1, 0]
+    assert [missed("binary_1bit_a8_bf16", target, 2.1) for target in ("sm_80", "sm_90")] == [0, 0]
+    assert [missed("ternary_2bit_exact_fp16", target, 1.5) for target in ("sm_80", "sm_90")] == [0, 1]
+    assert [missed("ternary_2bit_exact_fp16", "sm_80", 4.0), missed("ternary_trit5_exact_fp16", "sm_80", 4.0)] == [1, 0]
