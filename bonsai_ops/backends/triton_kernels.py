@@ -179,13 +179,13 @@ def constants(config: Config, codec: str, mode: str, bias: bool, interpret: bool
         "PARTS": config.parts,
         "RADIX": coder.radix,
         "BIAS": bias,
-        "INTERPRET": interpret,
     }
     asm = config.asm and not interpret
     if mode == "a8":
         decode = ASM_INT8[coder.radix, config.parts] if asm else ""
         return {**shared, "TILE_M": config.tile_m, "WEIGHT_FIRST": config.weight_first, "ASM": decode}
-    return {**shared, "PLANES": coder.fields // config.parts, "HALF_SUMS": mode == "fp16_accumulate", "ASM": asm}
+    planes = {"PLANES": coder.fields // config.parts, "HALF_SUMS": mode == "fp16_accumulate"}
+    return {**shared, **planes, "ASM": asm, "INTERPRET": interpret}
 
 
 @triton.jit
@@ -291,6 +291,15 @@ def _scale(s_ptr, offsets, DTYPE: tl.constexpr, SCALED: tl.constexpr, INTERPRET:
     return s
 
 
+@triton.jit
+def _bias(bias_ptr, column, N, RADIX: tl.constexpr, ASM: tl.constexpr):
+    """What sums of these outputs start from: the bias, twice where sums are twice the result."""
+    bias = tl.load(bias_ptr + tl.minimum(column, N - 1)).to(tl.float32)
+    if RADIX != 2 and ASM:
+        bias = bias * 2
+    return bias
+
+
 @triton.jit(do_not_specialize=["M", "n8"])
 def weight_first_kernel(
     x_ptr, codes_ptr, scale_ptr, tokens_ptr, bias_ptr, y_ptr, M, N, K, n8, stride_xm, stride_ym,
@@ -321,7 +330,10 @@ def weight_first_kernel(
     acc = ()
     offsets = ()
     for p in tl.static_range(PLANES):
-        acc += (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+        start = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if BIAS and not HALF_SUMS:
+            start += _bias(bias_ptr, rows_n + (first + p) * n, N, RADIX, ASM)[:, None]
+        acc += (start,)
         offsets += (tl.minimum(rows_n + (first + p) * n, N - 1) * groups,)
     for k in range(0, K, BLOCK_K):
         x0 = tl.trans(tl.load(x_ptrs))
@@ -370,7 +382,7 @@ def weight_first_kernel(
             out = out * 0.5
         if HALF_SUMS:
             out = out * tl.load(tokens_ptr + rows_m, in_m, 0.0)[:, None]
-        if BIAS:
+        if BIAS and HALF_SUMS:
             out += tl.load(bias_ptr + column, in_n, 0.0).to(tl.float32)[None, :]
         y_ptrs = y_ptr + rows_m.to(tl.int64)[:, None] * stride_ym + column[None, :]  # [M, N]
         tl.store(y_ptrs, out.to(DTYPE), in_m[:, None] & in_n[None, :])
@@ -403,7 +415,10 @@ def input_first_kernel(
     acc = ()
     offsets = ()
     for p in tl.static_range(PLANES):
-        acc += (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+        start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if BIAS:
+            start += _bias(bias_ptr, rows_n + (first + p) * n, N, RADIX, ASM)[None, :]
+        acc += (start,)
         offsets += ((tl.minimum(rows_n + (first + p) * n, N - 1) * groups).to(tl.uint32),)
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_base + x_offsets)
@@ -433,8 +448,6 @@ def input_first_kernel(
         out = acc[p]
         if RADIX != 2 and ASM:
             out = out * 0.5
-        if BIAS:
-            out += tl.load(bias_ptr + column, in_n, 0.0).to(tl.float32)[None, :]
         y_ptrs = y_ptr + rows_m.to(tl.int64)[:, None] * stride_ym + column[None, :]  # [M, N]
         tl.store(y_ptrs, out.to(DTYPE), in_m[:, None] & in_n[None, :])
 
@@ -472,7 +485,7 @@ def quantize_kernel(
 def a8_kernel(
     q_ptr, codes_ptr, scale_ptr, tokens_ptr, bias_ptr, y_ptr, M, N, K, n8, stride_ym,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, PARTS: tl.constexpr,
-    RADIX: tl.constexpr, WEIGHT_FIRST: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
+    RADIX: tl.constexpr, WEIGHT_FIRST: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] W^T in int8. q, tokens: see quantize_kernel. codes: uint8 [n, K], n = 8 n8, crumb or bit.
 
@@ -533,10 +546,7 @@ def a8_kernel(
                 else:
                     part = tl.dot(xs[t * STEPS + h], tl.trans(w), part, out_dtype=tl.int32)
             found = part.to(tl.float32, bitcast=True)
-            if INTERPRET:  # its fma rounds the product
-                sums += (acc[t] + (found - _MAGIC) * s * tokens[t],)
-            else:
-                sums += (_rescaled(found, s, tokens[t], acc[t]),)
+            sums += (_rescaled(found, s, tokens[t], acc[t]),)
         acc = sums
         q_base += BLOCK_M * _GROUP
         tokens_base += BLOCK_M

@@ -55,6 +55,11 @@ def interpreter(test: Callable) -> Callable | None:
     return test if INTERPRETED else None
 
 
+def once(test: Callable) -> Callable | None:
+    """The test outside of that child: what it checks is the same in there."""
+    return None if INTERPRETED else test
+
+
 @pytest.fixture(autouse=True)
 def fresh_health(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_health", backend._Health())
@@ -248,12 +253,12 @@ def test_a_broken_token_leaves_the_others_alone(mode: str) -> None:
 
 
 @interpreter
-@pytest.mark.parametrize(("mode", "codec"), [("exact", "trit5"), ("exact", "bit"), ("a8", "crumb")])
-def test_many_tokens(mode: str, codec: str) -> None:
+@pytest.mark.parametrize(("mode", "codec", "tokens"), [("exact", "crumb", 20_000), ("a8", "crumb", 2_000)])
+def test_many_tokens(mode: str, codec: str, tokens: int) -> None:
     weight = make_weight(9, 128, codec)
-    x = torch.randn(20_000, 128, dtype=torch.float16)
+    x = torch.randn(tokens, 128, dtype=torch.float16)
     expected = exact(x, weight) if mode == "exact" else rounded(x) @ weight.dequantize().double().t()
-    assert error(launch_poisoned(x, weight, 86, mode), expected) < TOLERANCE[torch.float16]
+    assert error(launch_poisoned(x, weight, 90, mode), expected) < TOLERANCE[torch.float16]
 
 
 def gemlite_product(x: torch.Tensor, leaves: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
@@ -421,6 +426,7 @@ def first_lanes(codec: str, source: str, low: torch.Tensor, high: torch.Tensor) 
     return made[0]
 
 
+@once
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("codec", CODES)
@@ -451,6 +457,7 @@ def test_ptx_decodes_every_pair_of_bytes(source: str, codec: str, dtype: torch.d
             assert torch.equal(value.double(), expected), f"plane {plane}, lane {lane}"
 
 
+@once
 @needs_triton
 @pytest.mark.parametrize("codec", PLANES)
 def test_ptx_decodes_bytes_to_int8(codec: str) -> None:
@@ -468,6 +475,7 @@ def test_ptx_decodes_bytes_to_int8(codec: str) -> None:
             assert torch.equal(value, 64 * (1 - code) if codec == "crumb" else 64 * (1 - 2 * code)), (program, place)
 
 
+@once
 @needs_triton
 @pytest.mark.parametrize("skipped", [0, 4])
 def test_ptx_skips_planes(skipped: int) -> None:
