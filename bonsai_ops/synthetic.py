@@ -1,7 +1,8 @@
 """Packs with random weights and real shapes: for the benchmark, the tests and the demo. They draw noise, not pictures.
 
 write_mlx, write_gemlite, write_dense   one transformer file of any size in that format
-write_pipeline                          a whole tiny pack folder: transformer, text encoder, VAE (MLX layout)
+write_text_encoder, write_vae           the folder of one of them, of any size (MLX 4-bit; diffusers names)
+write_pipeline                          a whole pack folder: transformer, text encoder, VAE (MLX layout); tiny or not
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -95,24 +97,50 @@ def write_dense(path: Path, geometry: klein.Geometry = KLEIN_4B, seed: int = 0) 
     save_file({name: dense_tensor(shape, generator) for name, shape in klein.expected_shapes(geometry).items()}, path)
 
 
-TEXT_HIDDEN, TEXT_LAYERS, TEXT_MLP, TEXT_HEADS, TEXT_KEYS, VOCABULARY = 256, 28, 512, 2, 1, 151936
+@dataclass(frozen=True)
+class TextGeometry:
+    """Sizes of a Qwen3. Heads have 128 channels, as in the whole family."""
+
+    hidden: int
+    mlp: int
+    heads: int
+    key_heads: int
+    layers: int = 28
+    vocabulary: int = 151936
+
+
+QWEN3_4B = TextGeometry(hidden=2560, mlp=9728, heads=32, key_heads=8, layers=36)
+TINY_TEXT = TextGeometry(hidden=256, mlp=512, heads=2, key_heads=1)
 TEXT_GROUP = 64
-VAE_WIDTHS = (32, 64, 128, 128)
+VAE_WIDTHS = (128, 256, 512, 512)
+TINY_VAE_WIDTHS = (32, 64, 128, 128)
 LATENT_CHANNELS = 32
 
 
-def write_pipeline(folder: Path, variant: str = "ternary", seed: int = 0) -> None:
-    """A whole tiny pack in the MLX layout: what "Load Bonsai Pack" takes, about 45 MB. An existing one is replaced."""
+def write_pipeline(
+    folder: Path,
+    variant: str = "ternary",
+    seed: int = 0,
+    geometry: klein.Geometry = TINY,
+    text: TextGeometry = TINY_TEXT,
+    vae_widths: tuple[int, ...] = TINY_VAE_WIDTHS,
+) -> None:
+    """A whole pack in the MLX layout: what "Load Bonsai Pack" takes, about 45 MB. An existing one is replaced.
+
+    With KLEIN_4B, QWEN3_4B and VAE_WIDTHS it has the sizes of the published one, 3.9 GB.
+    """
     if folder.exists():
         shutil.rmtree(folder)
-    write_mlx(folder / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", variant, TINY, seed)
-    _write_text_encoder(folder / "text_encoder-mlx-4bit", torch.Generator().manual_seed(seed + 1))
-    _write_vae(folder / "vae", torch.Generator().manual_seed(seed + 2))
+    write_mlx(folder / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", variant, geometry, seed)
+    write_text_encoder(folder / "text_encoder-mlx-4bit", text, seed + 1)
+    write_vae(folder / "vae", vae_widths, seed + 2)
 
 
-def _write_text_encoder(folder: Path, generator: torch.Generator) -> None:
+def write_text_encoder(folder: Path, geometry: TextGeometry = QWEN3_4B, seed: int = 1) -> None:
     """A Qwen3 of random 4-bit codes whose hidden states stay near 1."""
-    queries, keys = TEXT_HEADS * 128, TEXT_KEYS * 128
+    generator = torch.Generator().manual_seed(seed)
+    hidden, mlp = geometry.hidden, geometry.mlp
+    queries, keys = geometry.heads * 128, geometry.key_heads * 128
     tensors: dict[str, torch.Tensor] = {}
 
     def packed(name: str, rows: int, columns: int) -> None:
@@ -121,35 +149,36 @@ def _write_text_encoder(folder: Path, generator: torch.Generator) -> None:
         tensors[f"{name}.weight"] = words.view(torch.uint32)
         tensors[f"{name}.scales"], tensors[f"{name}.biases"] = scale, (-7.5 * scale.float()).bfloat16()
 
-    packed("model.embed_tokens", VOCABULARY, TEXT_HIDDEN)
-    for i in range(TEXT_LAYERS):
+    packed("model.embed_tokens", geometry.vocabulary, hidden)
+    for i in range(geometry.layers):
         layer = f"model.layers.{i}"
         for name, rows, columns in (
-            ("self_attn.q_proj", queries, TEXT_HIDDEN),
-            ("self_attn.k_proj", keys, TEXT_HIDDEN),
-            ("self_attn.v_proj", keys, TEXT_HIDDEN),
-            ("self_attn.o_proj", TEXT_HIDDEN, queries),
-            ("mlp.gate_proj", TEXT_MLP, TEXT_HIDDEN),
-            ("mlp.up_proj", TEXT_MLP, TEXT_HIDDEN),
-            ("mlp.down_proj", TEXT_HIDDEN, TEXT_MLP),
+            ("self_attn.q_proj", queries, hidden),
+            ("self_attn.k_proj", keys, hidden),
+            ("self_attn.v_proj", keys, hidden),
+            ("self_attn.o_proj", hidden, queries),
+            ("mlp.gate_proj", mlp, hidden),
+            ("mlp.up_proj", mlp, hidden),
+            ("mlp.down_proj", hidden, mlp),
         ):
             packed(f"{layer}.{name}", rows, columns)
         for name, size in (
             ("self_attn.q_norm", 128),
             ("self_attn.k_norm", 128),
-            ("input_layernorm", TEXT_HIDDEN),
-            ("post_attention_layernorm", TEXT_HIDDEN),
+            ("input_layernorm", hidden),
+            ("post_attention_layernorm", hidden),
         ):
             tensors[f"{layer}.{name}.weight"] = torch.ones(size, dtype=torch.bfloat16)
-    tensors["model.norm.weight"] = torch.ones(TEXT_HIDDEN, dtype=torch.bfloat16)
-    folder.mkdir(parents=True)
+    tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     config = {"quantization": {"bits": 4, "group_size": TEXT_GROUP}}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def _write_vae(folder: Path, generator: torch.Generator) -> None:
-    """A FLUX.2 VAE of the published shape but narrower, diffusers names, random weights."""
+def write_vae(folder: Path, widths: tuple[int, ...] = VAE_WIDTHS, seed: int = 2) -> None:
+    """A FLUX.2 VAE of the published shape, narrower with other widths; diffusers names, random weights."""
+    generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
 
     def layer(name: str, rows: int, columns: int, kernel: int = 0) -> None:
@@ -176,14 +205,14 @@ def _write_vae(folder: Path, generator: torch.Generator) -> None:
         resnet(f"{name}.resnets.0", channels, channels)
         resnet(f"{name}.resnets.1", channels, channels)
 
-    first, last = VAE_WIDTHS[0], VAE_WIDTHS[-1]
+    first, last = widths[0], widths[-1]
     layer("encoder.conv_in", first, 3, 3)
     before = first
-    for i, width in enumerate(VAE_WIDTHS):
+    for i, width in enumerate(widths):
         for j in range(2):
             resnet(f"encoder.down_blocks.{i}.resnets.{j}", before, width)
             before = width
-        if i < len(VAE_WIDTHS) - 1:
+        if i < len(widths) - 1:
             layer(f"encoder.down_blocks.{i}.downsamplers.0.conv", width, width, 3)
     middle("encoder.mid_block", last)
     norm("encoder.conv_norm_out", last)
@@ -191,11 +220,11 @@ def _write_vae(folder: Path, generator: torch.Generator) -> None:
     layer("decoder.conv_in", last, LATENT_CHANNELS, 3)
     middle("decoder.mid_block", last)
     before = last
-    for i, width in enumerate(reversed(VAE_WIDTHS)):
+    for i, width in enumerate(reversed(widths)):
         for j in range(3):
             resnet(f"decoder.up_blocks.{i}.resnets.{j}", before, width)
             before = width
-        if i < len(VAE_WIDTHS) - 1:
+        if i < len(widths) - 1:
             layer(f"decoder.up_blocks.{i}.upsamplers.0.conv", width, width, 3)
     norm("decoder.conv_norm_out", first)
     layer("decoder.conv_out", 3, first, 3)
@@ -203,7 +232,7 @@ def _write_vae(folder: Path, generator: torch.Generator) -> None:
     layer("post_quant_conv", LATENT_CHANNELS, LATENT_CHANNELS, 1)
     tensors["bn.running_mean"], tensors["bn.running_var"] = torch.zeros(128), torch.ones(128)
     tensors["bn.num_batches_tracked"] = torch.tensor(0)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    config = {"block_out_channels": list(VAE_WIDTHS), "latent_channels": LATENT_CHANNELS, "layers_per_block": 2}
+    config = {"block_out_channels": list(widths), "latent_channels": LATENT_CHANNELS, "layers_per_block": 2}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

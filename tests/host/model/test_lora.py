@@ -279,13 +279,13 @@ def text_encoders(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
         if name.startswith("qwen3_4b.transformer.")
     }
     config = {
-        "vocab_size": synthetic.VOCABULARY,
-        "hidden_size": synthetic.TEXT_HIDDEN,
+        "vocab_size": synthetic.TINY_TEXT.vocabulary,
+        "hidden_size": synthetic.TINY_TEXT.hidden,
         "num_hidden_layers": text_encoder.LAYERS,
         "final_norm": False,
-        "intermediate_size": synthetic.TEXT_MLP,
-        "num_attention_heads": synthetic.TEXT_HEADS,
-        "num_key_value_heads": synthetic.TEXT_KEYS,
+        "intermediate_size": synthetic.TINY_TEXT.mlp,
+        "num_attention_heads": synthetic.TINY_TEXT.heads,
+        "num_key_value_heads": synthetic.TINY_TEXT.key_heads,
     }
     stock = comfy.sd.CLIP(
         comfy.supported_models_base.ClipTarget(text_encoder.TruncatingTokenizer, flux_text.klein_te()),
