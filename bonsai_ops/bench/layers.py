@@ -1,18 +1,64 @@
-"""Every linear layer shape of the 4B model: packed against dense, in one run, in turns."""
+"""Every linear layer shape of the 4B model: packed against dense, in one run, in turns.
+
+bf16             dense weight, torch's own product: what every ratio refers to
+trit5            ours, exact, ternary compact (1.6 bits a weight)
+planes           ours, exact, ternary in 2-bit planes
+bit              ours, exact, 1-bit
+a8               ours, activations in int8
+fp16_accumulate  ours, sums of up to 128 products in fp16 (GPU)
+unpack           the whole layer unpacked at each call, as loaders of GGUF files do
+fp32             dense weight in fp32, what stock ComfyUI computes with on a CPU
+gemlite          gemlite's own kernel on 2-bit weights (GPU)
+"""
 
 from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from .. import codec, dispatch
-from ..backends import cpu
-from ..packed_weight import SCHEMES, PackedWeight
-from .report import show_table, time_in_turns
+from ..packed_weight import SCHEMES, PackedWeight, recode
+from .report import show_table
+from .timer import Timer, make_timer, run_with_scratch, time_in_turns
 
-SHAPES = ((3072, 3072), (3072, 9216), (3072, 18432), (3072, 27648), (9216, 3072), (12288, 3072))
-"""(K, N) of qkv, proj, mlp in and out of the double blocks and linear1, linear2 of the single blocks."""
 GROUP_SIZE = 128
 CHECKED_ROWS = 64
+OURS = ("trit5", "planes", "bit", "a8", "fp16_accumulate")
+RIVALS = ("unpack", "fp32", "gemlite")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kind of layer. `calls`: calls a step in which all tokens take part; `weights`: layers of that shape."""
+
+    k: int
+    n: int
+    calls: int
+    weights: int
+
+
+SHAPES = (
+    # The image and text streams of a double block have a weight each and share the tokens.
+    Shape(3072, 3072, 5, 10),
+    Shape(3072, 9216, 5, 10),
+    Shape(3072, 18432, 5, 10),
+    Shape(9216, 3072, 5, 10),
+    Shape(3072, 27648, 20, 20),
+    Shape(12288, 3072, 20, 20),
+)
+"""proj, qkv, mlp in and mlp out of the double blocks; linear1 and linear2 of the single blocks."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to multiply. nbytes: of the weight. exact: the first CHECKED_ROWS rows of the result in float64."""
+
+    calls: list[Callable[[], torch.Tensor]]
+    nbytes: int
+    exact: torch.Tensor
 
 
 def random_weight(scheme: str, rows: int, columns: int) -> PackedWeight:
@@ -24,36 +70,155 @@ def random_weight(scheme: str, rows: int, columns: int) -> PackedWeight:
     return PackedWeight(codec.encode(name, codes), scale, (rows, columns), scheme, name, GROUP_SIZE)
 
 
-def measure(tokens: int) -> list[dict]:
-    """Prints the table and returns a row a shape: "<path>_vs_bf16" is the dense bf16 time over the path's time.
+def activations(tokens: int, columns: int, device: str) -> torch.Tensor:
+    """Gaussian bf16 [tokens, columns]. Zeros would let a GPU draw less power and clock higher."""
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
 
-    Paths: trit5 and bit (ours), unpack (the whole layer unpacked at each call, as GGUF loaders do), fp32 (dense,
-    stock ComfyUI's format on CPUs). error: largest difference of the ternary product from float64, relative to the
-    largest value. scratch_bytes: bound on what our path allocates beside its result.
+
+def ours(x: torch.Tensor, weight: PackedWeight, timer: Timer, mode: str = dispatch.EXACT) -> list[Callable]:
+    """Calls of our product, one a copy of the weight."""
+    weights = [weight, *(_copy(weight) for _ in range(timer.copies(weight.nbytes) - 1))]
+    return [lambda w=w: dispatch.linear(x, w, mode=mode) for w in weights]
+
+
+def dense(x: torch.Tensor, weight: torch.Tensor, timer: Timer) -> list[Callable]:
+    """Calls of torch's product, one a copy of the dense weight."""
+    weights = [weight, *(weight.clone() for _ in range(timer.copies(weight.nbytes) - 1))]
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+
+
+def offers(x: torch.Tensor, weight: PackedWeight, mode: str) -> str | None:
+    """Why `mode` is not computed for this weight here, None if it is."""
+    choice = dispatch.resolve(dispatch.call_of(x.device, x.dtype, weight, mode))
+    return None if choice.mode == mode else choice.declined[mode]
+
+
+def _copy(weight: PackedWeight) -> PackedWeight:
+    return replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+
+
+def _ways(shape: Shape, tokens: int, device: str, timer: Timer) -> Iterator[tuple[str, Way | str]]:
+    """(name, the way, or why it is not measured here) for every way of the module's table."""
+    ternary, binary = (random_weight(scheme, shape.n, shape.k).to(device) for scheme in ("ternary", "binary"))
+    planes = recode(ternary, "crumb")
+    x = activations(tokens, shape.k, device)
+    few = x[:CHECKED_ROWS].double()
+    exact, exact_of_bit = (few @ w.dequantize(torch.float32).double().t() for w in (ternary, binary))
+    values = ternary.dequantize(torch.bfloat16)
+    yield "bf16", Way(dense(x, values, timer), values.nbytes, exact)
+    yield "trit5", Way(ours(x, ternary, timer), ternary.nbytes, exact)
+    yield "planes", Way(ours(x, planes, timer), planes.nbytes, exact)
+    yield "bit", Way(ours(x, binary, timer), binary.nbytes, exact_of_bit)
+    yield "a8", _in_mode("a8", x, (planes, ternary), exact, timer)
+    if device != "cpu":
+        yield "fp16_accumulate", _in_mode("fp16_accumulate", x.half(), (ternary, planes), exact, timer)
+    copies = [ternary, *(_copy(ternary) for _ in range(timer.copies(ternary.nbytes) - 1))]
+    unpack = [lambda w=w: torch.nn.functional.linear(x, w.dequantize(torch.bfloat16)) for w in copies]
+    yield "unpack", Way(unpack, ternary.nbytes, exact)
+    wide = values.float()
+    yield "fp32", Way(dense(x.float(), wide, timer), wide.nbytes, exact)
+    yield "gemlite", _gemlite(x, ternary, exact, timer)
+
+
+def _in_mode(
+    mode: str, x: torch.Tensor, weights: tuple[PackedWeight, ...], exact: torch.Tensor, timer: Timer
+) -> Way | str:
+    """A named mode on the first of the weights that it takes."""
+    reasons = [offers(x, weight, mode) for weight in weights]
+    for weight, reason in zip(weights, reasons, strict=True):
+        if reason is None:
+            return Way(ours(x, weight, timer, mode), weight.nbytes, exact)
+    return str(reasons[0])
+
+
+def _gemlite(x: torch.Tensor, weight: PackedWeight, exact: torch.Tensor, timer: Timer) -> Way | str:
+    """gemlite's layer on the same codes."""
+    if x.device.type == "cpu":
+        return "needs a GPU"
+    if importlib.util.find_spec("gemlite") is None:
+        return "gemlite is not installed"
+    import gemlite
+
+    rows, columns = weight.shape
+    codes = 2 - codec.decode("trit5", weight.codes, rows)  # gemlite: w = (c - 1) s
+    scale = weight.scale.float().reshape(-1, 1)
+    layers = []
+    for _ in range(timer.copies(rows * columns // 4)):
+        layer = gemlite.GemLiteLinear(
+            W_nbits=2,
+            group_size=weight.group_size,
+            in_features=columns,
+            out_features=rows,
+            input_dtype=gemlite.DType.BF16,
+            output_dtype=gemlite.DType.BF16,
+        )
+        layer.pack(codes, scale.to(x.dtype), torch.ones_like(scale, dtype=x.dtype), bias=None)
+        layers.append(layer)
+    nbytes = sum(t.nbytes for t in layers[0].get_tensor_args() if isinstance(t, torch.Tensor))
+    return Way([lambda layer=layer: layer(x) for layer in layers], nbytes, exact)
+
+
+def measure(tokens: int, device: str = "cpu", rounds: int = 5, shapes: tuple[Shape, ...] = SHAPES) -> list[dict]:
+    """Prints the tables and returns a row a shape.
+
+    m, k, n; scratch_bytes: the largest of our ways; and for each way: <way>_s seconds a call, <way>_vs_bf16 the dense
+    bf16 time over its time, <way>_bytes of the weight, <way>_scratch_bytes measured at its peak without the result,
+    <way>_error the relative error |y - exact| / |exact| of CHECKED_ROWS rows against float64; None where not measured.
     """
+    timer = make_timer(device)
+    weight = random_weight("ternary", 256, 256).to(device)
+    choice = dispatch.resolve(dispatch.call_of(torch.device(device), torch.bfloat16, weight))
+    print(f"linear layers, {tokens} tokens, {device}, backend {choice.backend.name} {choice.declined or ''}")
+    print("speed relative to dense bf16 (1 = as fast, 2 = twice as fast)")
     rows = []
-    for columns, n in SHAPES:
-        ternary, binary = (random_weight(scheme, n, columns) for scheme in ("ternary", "binary"))
-        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
-        dense = ternary.dequantize(torch.bfloat16)
-        wide, x_wide = dense.float(), x.float()
-        runs = {
-            "bf16": lambda x=x, w=dense: torch.nn.functional.linear(x, w),
-            "trit5": lambda x=x, w=ternary: dispatch.linear(x, w),
-            "bit": lambda x=x, w=binary: dispatch.linear(x, w),
-            "unpack": lambda x=x, w=ternary: torch.nn.functional.linear(x, w.dequantize(torch.bfloat16)),
-            "fp32": lambda x=x_wide, w=wide: torch.nn.functional.linear(x, w),
-        }
-        seconds = time_in_turns(runs)
-        truth = x[:CHECKED_ROWS].double() @ dense.double().t()
-        error = float((dispatch.linear(x[:CHECKED_ROWS], ternary).double() - truth).abs().max() / truth.abs().max())
-        row = {"m": tokens, "k": columns, "n": n, "bf16_s": seconds["bf16"]}
-        row |= {f"{name}_vs_bf16": seconds["bf16"] / seconds[name] for name in runs if name != "bf16"}
-        row |= {"planes_vs_bf16": None, "a8_vs_bf16": None, "error": error, "scratch_bytes": cpu.SCRATCH_BYTES}
+    for shape in shapes:
+        row, absent = _row(shape, tokens, device, timer, rounds)
+        names = [name for name in (*OURS, *RIVALS) if name not in absent]
+        values = (row["m"], row["k"], row["n"], 1000 * row["bf16_s"], *(row[f"{name}_vs_bf16"] for name in names))
+        show_table(("m", "k", "n", "bf16 ms", *names), [values], 8, headed=not rows)
         rows.append(row)
-    call = dispatch.call_of(x.device, x.dtype, ternary)
-    backend, declined = dispatch.choose(call)
-    print(f"linear layers, {tokens} tokens, backend {backend.name} {declined or ''}; speed relative to dense bf16")
-    names = ("m", "k", "n", "bf16_s", "trit5_vs_bf16", "bit_vs_bf16", "unpack_vs_bf16", "fp32_vs_bf16")
-    show_table(names, [[row[name] for name in names] for row in rows])
+    for name, reason in absent.items():
+        print(f"{name}: not measured, {reason}")
+    print("all layers of a step together (the rows above, weighted by how often the model has them)")
+    show_table(
+        ("way", "seconds", "vs bf16", "weights MB", "most scratch MB", "relative error"),
+        [(name, *_total(rows, shapes, name)) for name in ("bf16", *names)],
+    )
     return rows
+
+
+def _row(shape: Shape, tokens: int, device: str, timer: Timer, rounds: int) -> tuple[dict, dict[str, str]]:
+    """(the row of one shape, {way: why it is not measured here})."""
+    found = dict(_ways(shape, tokens, device, timer))
+    ways = {name: way for name, way in found.items() if isinstance(way, Way)}
+    seconds = time_in_turns({name: way.calls for name, way in ways.items()}, timer, rounds)
+    row: dict = {"m": tokens, "k": shape.k, "n": shape.n, "scratch_bytes": 0}
+    for name in ("bf16", *OURS, *RIVALS):
+        way = ways.get(name)
+        row[f"{name}_s"] = seconds.get(name)
+        if name != "bf16":
+            row[f"{name}_vs_bf16"] = seconds["bf16"] / seconds[name] if way else None
+        row[f"{name}_bytes"] = way.nbytes if way else None
+        row |= dict.fromkeys((f"{name}_scratch_bytes", f"{name}_error"))
+        if way is None:
+            continue
+        y, scratch = run_with_scratch(way.calls[0], device)
+        row[f"{name}_scratch_bytes"], row[f"{name}_error"] = scratch, relative_error(y, way)
+        if name in OURS:
+            row["scratch_bytes"] = max(row["scratch_bytes"], scratch)
+    absent = {name: found.get(name, "needs a GPU") for name in (*OURS, *RIVALS) if name not in ways}
+    return row, {name: str(reason) for name, reason in absent.items()}
+
+
+def relative_error(y: torch.Tensor, way: Way) -> float:
+    """|y - exact| / |exact| (Euclidean) over the first CHECKED_ROWS rows."""
+    return float((y[:CHECKED_ROWS].double() - way.exact).norm() / way.exact.norm())
+
+
+def _total(rows: list[dict], shapes: tuple[Shape, ...], name: str) -> tuple[float, float, float, float, float]:
+    """(seconds of a step, speed relative to bf16, MB of all weights, MB of the largest scratch, largest error)."""
+    pairs = list(zip(rows, shapes, strict=True))
+    seconds, bf16 = (sum(row[f"{way}_s"] * shape.calls for row, shape in pairs) for way in (name, "bf16"))
+    weights = sum(row[f"{name}_bytes"] * shape.weights for row, shape in pairs)
+    scratch = max(row[f"{name}_scratch_bytes"] for row in rows)
+    return seconds, bf16 / seconds, weights / 1e6, scratch / 1e6, max(row[f"{name}_error"] for row in rows)

@@ -1,7 +1,7 @@
-"""One row of the memory benchmark: `python -m bonsai_ops.bench.load COMFYUI KIND FILE`, a process of its own.
+"""One row of the memory benchmark, a process of its own (host.py): load {"kind", "file"}.
 
-KIND: idle (load nothing), bonsai (our loader) or stock (ComfyUI's). Prints one line of JSON. After loading, every
-weight is read once, as a first sampling step would, so that mapped files count in the peak.
+kind: idle (load nothing), bonsai (our loader) or stock (ComfyUI's). After loading, every weight is read once, as a
+first sampling step would, so that mapped files count in the peak.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import json
 import sys
 import time
 
+from . import host
+
 
 def main(argv: list[str]) -> int:
     """Loads and prints {"resident_bytes", "load_seconds", "peak_rss_bytes"}."""
-    comfyui, kind, file = argv
-    sys.path.insert(0, comfyui)
-    sys.argv = ["main.py", "--cpu"]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    options = host.start(argv)
+    kind, file = options["kind"], options["file"]
     import comfy.sd
     import torch
 

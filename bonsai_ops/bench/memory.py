@@ -7,12 +7,9 @@ loader, and the sizes of the published MLX and gemlite files.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-from ..environment import PLUGIN, clean_environment
+from . import host
 
 VARIANTS = ("ternary", "binary")
 PUBLISHED_BYTES = {
@@ -85,8 +82,4 @@ def _mb(size: int) -> str:
 
 def _load(comfyui: Path, kind: str, file: Path) -> dict:
     """Loads one file in a fresh process; its figures."""
-    command = [sys.executable, "-m", "bonsai_ops.bench.load", str(comfyui), kind, str(file)]
-    done = subprocess.run(command, cwd=PLUGIN, env=clean_environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"loading {file} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return host.run("load", f"loading {file}", comfyui=comfyui, kind=kind, file=file)

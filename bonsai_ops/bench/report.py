@@ -1,56 +1,128 @@
-"""What the benchmarks share: the machine's description, timing in turns, a table."""
+"""What the benchmarks share: the machine's description, tables on the screen and as CSV, peak memory."""
 
 from __future__ import annotations
 
+import csv
+import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from .. import __version__
 
+TABLES = ("layers", "sweep", "step", "lora", "profile", "picture")
+"""Figures that --csv writes, in this order."""
 
-def machine(threads: int | None = None) -> dict[str, str | int]:
-    """Processor, threads, system, torch and our version; sets torch's threads if given."""
+
+def machine(threads: int | None = None, device: str = "cpu") -> dict[str, str | int]:
+    """Processor or GPU, threads, system, torch and our version; sets torch's threads if given."""
     if threads:
         torch.set_num_threads(threads)
-    return {
+    facts: dict[str, str | int] = {
         "cpu": torch.cpu.get_capabilities().get("cpu_name", "") if hasattr(torch.cpu, "get_capabilities") else "",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count() or 0,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "bonsai_image": __version__,
     }
+    return facts | (_gpu() if device == "cuda" else {})
+
+
+def _gpu() -> dict[str, str | int]:
+    """Name, capability, memory, L2 cache in bytes, toolkit, Triton; clocks where they can be read."""
+    properties = torch.cuda.get_device_properties(0)
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = "none"
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "gpu_memory": properties.total_memory,
+        "gpu_l2": properties.L2_cache_size,
+        "cuda": torch.version.cuda or torch.version.hip or "",
+        "triton": version,
+        "clock": gpu_clock(),
+    }
+
+
+def gpu_clock() -> str:
+    """The GPU's clock at this moment with its temperature and power draw, or why they cannot be read."""
+    try:
+        clock, degrees, watts = torch.cuda.clock_rate(), torch.cuda.temperature(), torch.cuda.power_draw() / 1000
+    except Exception as error:  # an absent pynvml, an old driver and a virtual GPU each raise something else
+        return f"unknown ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return f"{clock} MHz, {degrees} C, {watts:.0f} W"
 
 
 def show_machine(facts: Mapping[str, object]) -> None:
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
 
 
-def time_in_turns(runs: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
-    """{name: median seconds}, each run once to warm up and then `rounds` times in turn, so that drift hits all."""
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def show_table(head: Sequence[str], rows: Sequence[Sequence[object]], width: int = 0, *, headed: bool = True) -> None:
+    """Prints rows right-aligned under their heads; floats with three digits, very small ones as 1.2e-05, None as -.
 
-
-def show_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints rows right-aligned under their heads; floats with three digits."""
-    texts = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(len(text) for text in column) for column in zip(head, *texts, strict=True)]
-    for row in (head, *texts):
+    width: least width of a column, and headed=False to leave the heads out, for a table whose rows come one by one.
+    """
+    texts = [[_text(value) for value in row] for row in rows]
+    widths = [max(width, *(len(text) for text in column)) for column in zip(head, *texts, strict=True)]
+    for row in (head, *texts)[0 if headed else 1 :]:
         print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)), flush=True)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 5e-3 else f"{value:.3f}"
+    return str(value)
+
+
+def rows_of(table: object) -> list[dict]:
+    """A table of the figures as rows with the same columns: a list of rows, the rows of a mapping, or it as one row.
+
+    Nested values are spread out: {"parts": {"vae_s": 1}} becomes the column parts.vae_s.
+    """
+    if isinstance(table, Mapping):
+        table = table.get("rows", [table])
+    rows = [_flat(row) for row in table]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def _flat(row: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = " ".join(map(str, value)) if isinstance(value, list) else value
+    return flat
+
+
+def write_csv(file: Path, figures: Mapping[str, object]) -> list[Path]:
+    """Writes the tables of TABLES that `figures` holds; returns the files.
+
+    One table goes into `file`, several into NAME-<table>.csv beside it; the columns are the keys of the JSON.
+    """
+    chosen = [name for name in TABLES if figures.get(name)]
+    files = []
+    for name in chosen:
+        target = file if len(chosen) == 1 else file.with_name(f"{file.stem}-{name}{file.suffix or '.csv'}")
+        rows = rows_of(figures[name])
+        with target.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        files.append(target)
+    return files
 
 
 def peak_rss() -> int:

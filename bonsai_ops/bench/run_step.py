@@ -1,9 +1,7 @@
-"""One way of the step and LoRA benchmarks, a process of its own:
+"""One way of the step and LoRA benchmarks, a process of its own (host.py): run_step {"way", "file", "size", "rank"}.
 
-    python -m bonsai_ops.bench.run_step COMFYUI WAY FILE SIZE RANK
-
-Samples without and, if RANK is above 0, with a LoRA of that rank on every linear layer of the blocks. Prints one line
-of JSON: median seconds of the steps after a first one, without and with it, bytes of the weights, peak resident set.
+Samples without and, if rank is above 0, with a LoRA of that rank on every linear layer of the blocks. Prints median
+seconds and joules of the steps after a first one, seconds with the LoRA, bytes of the weights and peak memory.
 """
 
 from __future__ import annotations
@@ -13,6 +11,10 @@ import json
 import statistics
 import sys
 import time
+from typing import Any
+
+from . import host
+from .energy import Energy, find_energy
 
 STEPS = 3
 ROUNDS = 2
@@ -20,60 +22,96 @@ ROUNDS = 2
 
 def main(argv: list[str]) -> int:
     """Loads the model, samples and prints the figures."""
-    comfyui, way, file, size, rank = argv
-    sys.path.insert(0, comfyui)
-    sys.argv = ["main.py", "--cpu"]
-    import comfy.options
+    options = host.start(argv)
+    size, rank, device = options["size"], options["rank"], options["device"]
+    import torch
 
-    comfy.options.enable_args_parsing()
+    energy = find_energy(device)
+    with torch.inference_mode():
+        model = load(options["way"], options["file"], options["options"])
+        weights = sum(tensor.nbytes for tensor in model.model.diffusion_model.state_dict().values())
+        joules: list[float] = []
+        if rank:
+            patched = _with_lora(model, rank)
+            rounds = [
+                ([s for s, _ in steps(model, size, device)], [s for s, _ in steps(patched, size, device)])
+                for _ in range(ROUNDS)
+            ]
+            plain, lora = (statistics.median(itertools.chain(*runs)) for runs in zip(*rounds, strict=True))
+        else:
+            done = steps(model, size, device, energy)
+            plain, lora = statistics.median(s for s, _ in done), None
+            joules = [j for _, j in done if j is not None]
+    report = model.get_attachment("bonsai")
+    figures = {
+        "seconds": plain,
+        "lora_seconds": lora,
+        "joules": statistics.median(joules) if joules else None,
+        "no_joules": energy.why_not,
+        "bytes": weights,
+        "peak_rss": host.peak_bytes(device),
+        "mode": getattr(report, "mode", "exact"),
+        "declined": dict(report.declined) if report else {},
+    }
+    print(json.dumps(figures))
+    return 0
+
+
+def load(way: str, file: str, options: dict | None) -> object:
+    """The model: ours (any ours_..), dense computing in bf16 (dense_bf16), or as stock ComfyUI loads it."""
     import comfy.sd
     import torch
 
     from ..loader import load_bonsai_model
-    from .report import peak_rss
 
-    with torch.inference_mode():
-        if way == "ours":
-            model = load_bonsai_model(file)
-        elif way == "dense_bf16":
-            model = comfy.sd.load_diffusion_model(file, model_options={"dtype": torch.bfloat16})
-            model.model.manual_cast_dtype = None
-        else:
-            model = comfy.sd.load_diffusion_model(file)
-        weights = sum(tensor.nbytes for tensor in model.model.diffusion_model.state_dict().values())
-        if int(rank):
-            patched = _with_lora(model, int(rank))
-            rounds = [(_steps(model, int(size)), _steps(patched, int(size))) for _ in range(ROUNDS)]
-            plain, lora = (statistics.median(itertools.chain(*runs)) for runs in zip(*rounds, strict=True))
-        else:
-            plain, lora = statistics.median(_steps(model, int(size))), None
-    print(json.dumps({"seconds": plain, "lora_seconds": lora, "bytes": weights, "peak_rss": peak_rss()}))
-    return 0
+    if way.startswith("ours"):
+        return load_bonsai_model(file, options)
+    if way == "dense_bf16":
+        model = comfy.sd.load_diffusion_model(file, model_options={"dtype": torch.bfloat16})
+        model.model.manual_cast_dtype = None
+        return model
+    return comfy.sd.load_diffusion_model(file)
 
 
-def _steps(model: object, size: int) -> list[float]:
-    """Seconds of STEPS sampling steps; one more goes before them."""
+def steps(
+    model: object, size: int, device: str, energy: Energy | None = None, count: int = STEPS, last: Any = None
+) -> list[tuple[float, float | None]]:
+    """(seconds, joules) of `count` sampling steps; one more goes before them. `last`: a context around the last."""
     import comfy.sample
     import comfy.samplers
     import torch
 
-    ends: list[float] = []
+    ends: list[tuple[float, list[float]]] = []
     latent = torch.zeros(1, 128, size // 16, size // 16)
-    embeds = torch.randn(1, 512, 7680, generator=torch.Generator().manual_seed(0))
+    channels = model.model.model_config.unet_config["context_in_dim"]
+    embeds = torch.randn(1, 512, channels, generator=torch.Generator().manual_seed(0))
     condition = [[embeds, {"pooled_output": None}]]
+
+    def note(*_: object) -> None:
+        host.synchronise(device)
+        if last is not None and len(ends) == count:
+            last.__exit__(None, None, None)
+        ends.append((time.perf_counter(), energy.read() if energy else []))
+        if last is not None and len(ends) == count:
+            last.__enter__()
+
     comfy.sample.sample_custom(
         model,
         comfy.sample.prepare_noise(latent, 0),
         1.0,
         comfy.samplers.sampler_object("euler"),
-        torch.linspace(1, 0, STEPS + 2),
+        torch.linspace(1, 0, count + 2),
         condition,
         condition,
         latent,
-        callback=lambda *_: ends.append(time.perf_counter()),
+        callback=note,
         disable_pbar=True,
     )
-    return [b - a for a, b in itertools.pairwise(ends)]
+    done = []
+    for (start, before), (end, after) in itertools.pairwise(ends):
+        spent = energy.between(before, after) if energy else None
+        done.append((end - start, spent))
+    return done
 
 
 def _with_lora(model: object, rank: int) -> object:

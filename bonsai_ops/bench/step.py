@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..environment import PLUGIN, clean_environment
+from . import host
 from .report import show_table
 
 WAYS = {
@@ -17,36 +15,57 @@ WAYS = {
 }
 
 
-def measure(comfyui: Path, folder: Path, size: int) -> dict:
-    """Prints the table and returns {"size", "ours_s", "dense_bf16_s", "stock_s", "<way>_bytes", "<way>_peak_rss"}."""
-    figures: dict = {"size": size}
-    for way in WAYS:
-        row = _run(comfyui, folder, way, size, 0)
+def measure(
+    comfyui: Path,
+    folder: Path,
+    size: int,
+    modes: Sequence[str] = ("exact",),
+    layout: str = "compact",
+    device: str = "cpu",
+) -> dict:
+    """Prints the table and returns {"size", "ours_s", "dense_bf16_s", "stock_s", "<way>_bytes", "<way>_peak_rss", ..}.
+
+    Modes other than exact are further ways, such as ours_a8. <way>_joules: energy of a step, None where the machine
+    does not tell.
+    """
+    extra = {f"ours_{mode}": f"{WAYS['ours']}, mode {mode}" for mode in modes if mode != "exact"}
+    ways = {"ours": WAYS["ours"], **extra, "dense_bf16": WAYS["dense_bf16"], "stock": WAYS["stock"]}
+    figures: dict = {"size": size, "device": device, "layout": layout}
+    why_not = None
+    for way in ways:
+        row = _run(comfyui, folder, way, size, 0, layout, device)
+        why_not = row["no_joules"]
         figures |= {f"{way}_s": row["seconds"], f"{way}_bytes": row["bytes"], f"{way}_peak_rss": row["peak_rss"]}
-    print(f"one step of the 4B model at {size}x{size}")
+        figures[f"{way}_joules"] = row["joules"]
+        if way in extra and row["mode"] != way.removeprefix("ours_"):
+            print(f"{way}: this mode is not offered here, the step was exact: {row['declined']}")
+    print(f"one step of the 4B model at {size}x{size}, {device}")
     show_table(
-        ("way", "seconds", "of stock", "of dense bf16", "weights MB", "peak MB"),
+        ("way", "seconds", "of stock", "of dense bf16", "weights MB", "peak MB", "joules"),
         [
             (
-                WAYS[way],
+                text,
                 figures[f"{way}_s"],
                 figures[f"{way}_s"] / figures["stock_s"],
                 figures[f"{way}_s"] / figures["dense_bf16_s"],
                 figures[f"{way}_bytes"] / 1e6,
                 figures[f"{way}_peak_rss"] / 1e6,
+                figures[f"{way}_joules"],
             )
-            for way in WAYS
+            for way, text in ways.items()
         ],
     )
+    if why_not:
+        print(f"no joules: {why_not}")
     return figures
 
 
-def measure_lora(comfyui: Path, folder: Path, size: int, rank: int) -> dict:
+def measure_lora(comfyui: Path, folder: Path, size: int, rank: int, device: str = "cpu") -> dict:
     """Prints what a LoRA on every linear layer costs a step, ours and dense; returns the seconds and ratios."""
     figures: dict = {"size": size, "rank": rank}
     rows = []
     for way in ("ours", "dense_bf16"):
-        row = _run(comfyui, folder, way, size, rank)
+        row = _run(comfyui, folder, way, size, rank, "compact", device)
         cost = row["lora_seconds"] / row["seconds"]
         figures |= {f"{way}_s": row["seconds"], f"{way}_lora_s": row["lora_seconds"], f"{way}_cost": cost}
         rows.append((WAYS[way], row["seconds"], row["lora_seconds"], cost))
@@ -55,18 +74,12 @@ def measure_lora(comfyui: Path, folder: Path, size: int, rank: int) -> dict:
     return figures
 
 
-def _run(comfyui: Path, folder: Path, way: str, size: int, rank: int) -> dict:
+def _run(comfyui: Path, folder: Path, way: str, size: int, rank: int, layout: str, device: str) -> dict:
     """One way in a fresh process, its pack written first if it is not there; its figures."""
-    from .. import synthetic
-
-    file = folder / "ternary" / "mlx.safetensors" if way == "ours" else folder / "dense.safetensors"
-    if not file.is_file():
-        if way == "ours":
-            synthetic.write_mlx(file, "ternary")
-        else:
-            synthetic.write_dense(file)
-    command = [sys.executable, "-m", "bonsai_ops.bench.run_step", str(comfyui), way, str(file), str(size), str(rank)]
-    done = subprocess.run(command, cwd=PLUGIN, env=clean_environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    ours = way.startswith("ours")
+    file = host.ternary_pack(folder) if ours else host.dense_file(folder)
+    mode = way.removeprefix("ours").removeprefix("_") or "exact"
+    options = {"mode": mode, "layout": layout} if ours else None
+    return host.run(
+        "run_step", way, comfyui=comfyui, device=device, way=way, file=file, size=size, rank=rank, options=options
+    )

@@ -1,0 +1,205 @@
+"""The figures as one PNG of horizontal bars, drawn with Pillow alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+WIDTH, MARGIN, LABEL, VALUE = 1200, 40, 340, 150
+BAR, GAP, GROUP_GAP, TITLE, NOTE = 22, 6, 18, 34, 26
+INK, PALE, LINE, PAPER = (33, 37, 41), (108, 117, 125), (206, 212, 218), (255, 255, 255)
+OURS, OURS_2, OURS_3, RIVAL, RIVAL_2 = (46, 125, 50), (102, 187, 106), (0, 131, 143), (120, 134, 156), (176, 186, 201)
+COLOURS = {
+    "trit5": OURS,
+    "planes": OURS_2,
+    "bit": (156, 204, 101),
+    "a8": OURS_3,
+    "fp16_accumulate": (38, 166, 154),
+    "unpack": RIVAL_2,
+    "fp32": RIVAL,
+    "gemlite": (141, 110, 99),
+    "bf16": RIVAL,
+    "ours": OURS,
+    "dense_bf16": RIVAL,
+    "stock": RIVAL_2,
+    "sdcpp": RIVAL,
+}
+NAMES = {
+    "trit5": "ternary, compact",
+    "planes": "ternary, 2-bit planes",
+    "bit": "1-bit",
+    "a8": "int8 activations",
+    "fp16_accumulate": "fp16 sums",
+    "unpack": "unpacked at each call",
+    "fp32": "dense fp32",
+    "gemlite": "gemlite",
+    "bf16": "dense bf16",
+    "ours": "Bonsai Image",
+    "dense_bf16": "dense, bf16",
+    "stock": "stock ComfyUI",
+    "sdcpp": "stable-diffusion.cpp",
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar. `text`: what stands behind it."""
+
+    label: str
+    value: float
+    text: str
+    colour: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Groups of bars over one scale. `mark`: (value, label) of a line through all of them."""
+
+    title: str
+    note: str
+    groups: Sequence[tuple[str, Sequence[Bar]]]
+    mark: tuple[float, str] | None = None
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+        bars = sum(len(group) * (BAR + GAP) + GROUP_GAP for _, group in self.groups)
+        return TITLE + NOTE + (22 if self.mark else 6) + bars
+
+
+def draw(file: Path, figures: Mapping[str, object]) -> tuple[int, int] | None:
+    """Draws what `figures` holds of layers, sweep, step, profile and picture; (width, height), None if nothing."""
+    makers = {"layers": _layers, "sweep": _sweep, "step": _step, "profile": _profile, "picture": _picture}
+    panels = [make(figures[name]) for name, make in makers.items() if figures.get(name)]
+    if not panels:
+        return None
+    machine = figures.get("machine") or {}
+    height = 2 * MARGIN + sum(panel.height + MARGIN // 2 for panel in panels) + NOTE
+    image = Image.new("RGB", (WIDTH, height), PAPER)
+    canvas = ImageDraw.Draw(image)
+    y = MARGIN
+    for panel in panels:
+        _draw_panel(canvas, panel, y)
+        y += panel.height + MARGIN // 2
+    facts = [str(machine[name]) for name in ("gpu", "cpu", "instructions") if machine.get(name)]
+    facts += [f"{name} {machine[name]}" for name in ("threads", "torch", "bonsai_image") if machine.get(name)]
+    canvas.text((MARGIN, y), ", ".join(facts), fill=PALE, font=_font(15))
+    image.save(file, format="PNG")
+    return image.size
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font; before Pillow 10.1 it has one size."""
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:
+        return ImageFont.load_default()
+
+
+def _draw_panel(canvas: ImageDraw.ImageDraw, panel: Panel, y: int) -> None:
+    canvas.text((MARGIN, y), panel.title, fill=INK, font=_font(24))
+    canvas.text((MARGIN, y + TITLE), panel.note, fill=PALE, font=_font(16))
+    y += TITLE + NOTE + (22 if panel.mark else 6)
+    values = [bar.value for _, group in panel.groups for bar in group]
+    room, largest = WIDTH - 2 * MARGIN - LABEL - VALUE, max([*values, panel.mark[0] if panel.mark else 0])
+    left, top = MARGIN + LABEL, y
+    scale = room / largest if largest else 0
+    bottom = y + sum(len(group) * (BAR + GAP) + GROUP_GAP for _, group in panel.groups) - GROUP_GAP
+    if panel.mark:
+        x = left + panel.mark[0] * scale
+        for dash in range(top - 4, bottom, 10):
+            canvas.line((x, dash, x, min(dash + 5, bottom)), fill=INK, width=1)
+        canvas.text((x, top - 14), panel.mark[1], fill=INK, font=_font(15), anchor="mm")
+    for head, group in panel.groups:
+        canvas.text((MARGIN, y + BAR / 2), head, fill=INK, font=_font(17), anchor="lm")
+        for bar in group:
+            canvas.text((left - 12, y + BAR / 2), bar.label, fill=INK, font=_font(16), anchor="rm")
+            end = left + max(2, bar.value * scale)
+            canvas.rectangle((left, y, end, y + BAR), fill=bar.colour)
+            place, font = (end + 8, y + BAR / 2), _font(16)
+            canvas.rectangle(canvas.textbbox(place, bar.text, font=font, anchor="lm"), fill=PAPER)
+            canvas.text(place, bar.text, fill=INK, font=font, anchor="lm")
+            y += BAR + GAP
+        y += GROUP_GAP
+    canvas.line((left, top - 4, left, bottom), fill=LINE, width=2)
+
+
+def _layers(rows: list[dict]) -> Panel:
+    groups = []
+    for row in rows:
+        ways = [name for name in COLOURS if row.get(f"{name}_vs_bf16") is not None]
+        bars = [_bar(name, row[f"{name}_vs_bf16"], f"{row[f'{name}_vs_bf16']:.2f} x") for name in ways]
+        groups.append((f"{row['k']} to {row['n']}", bars))
+    return Panel(
+        f"Linear layers, {rows[0]['m']} tokens",
+        "speed relative to a dense bf16 layer, longer is faster",
+        groups,
+        (1.0, "dense bf16"),
+    )
+
+
+def _sweep(rows: list[dict]) -> Panel:
+    groups = []
+    for row in rows:
+        ways = [name for name in ("bf16", "trit5", "a8") if row.get(f"{name}_us_per_token") is not None]
+        bars = [_bar(name, row[f"{name}_us_per_token"], f"{row[f'{name}_us_per_token']:.0f} us") for name in ways]
+        groups.append((f"{row['m']} tokens", bars))
+    return Panel(
+        "Cost of a token against the number of tokens",
+        "microseconds a token in both layers of a single block, shorter is faster; level bars mean linear cost",
+        groups,
+    )
+
+
+def _step(figures: dict) -> Panel:
+    ways = [name.removesuffix("_s") for name in figures if name.endswith("_s")]
+    texts = {way: f"{figures[f'{way}_s']:.1f} s, {figures[f'{way}_bytes'] / 1e9:.2f} GB" for way in ways}
+    return Panel(
+        f"One step of the 4B model at {figures['size']}x{figures['size']}",
+        "seconds in the real host, shorter is faster; GB of weights",
+        [("", [_bar(way, figures[f"{way}_s"], texts[way]) for way in ways])],
+    )
+
+
+def _profile(figures: dict) -> Panel:
+    kinds: dict[tuple[str, str], float] = {("outside of torch", "Python"): figures["outside_s"]}
+    for row in figures["rows"]:
+        key = (row["kind"], row["cause"])
+        kinds[key] = kinds.get(key, 0.0) + row["seconds"]
+    ranked = sorted(kinds.items(), key=lambda item: -item[1])
+    bars = [
+        Bar(
+            f"{kind} ({cause})",
+            seconds,
+            f"{100 * seconds / figures['step_s']:.1f} %",
+            OURS if cause == "plugin" else RIVAL,
+        )
+        for (kind, cause), seconds in ranked
+    ]
+    return Panel(
+        f"Where a step at {figures['size']}x{figures['size']} goes",
+        f"of {figures['step_s']:.1f} s; green: what the plugin asks for",
+        [("", bars)],
+    )
+
+
+def _picture(figures: dict) -> Panel:
+    groups = []
+    parts = (("text encoder", "text_encoder_s"), ("steps", "steps_s"), ("VAE decode", "vae_s"), ("together", "total_s"))
+    for label, key in parts:
+        programs = [name for name in ("ours", "sdcpp") if name in figures]
+        groups.append((label, [_bar(name, figures[name][key], f"{figures[name][key]:.1f} s") for name in programs]))
+    return Panel(
+        f"One picture of {figures['size']}x{figures['size']}", "seconds without loading, shorter is faster", groups
+    )
+
+
+def _name(way: str) -> str:
+    return NAMES.get(way) or f"{NAMES['ours']}, {NAMES.get(way.removeprefix('ours_'), way)}"
+
+
+def _bar(way: str, value: float, text: str) -> Bar:
+    return Bar(_name(way), value, text, COLOURS.get(way, OURS_3))

@@ -1,0 +1,49 @@
+"""The benchmarks that start a ComfyUI of their own, on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bonsai_ops import synthetic
+from bonsai_ops.bench import host, picture, profile
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that --work names, with tiny parts in place of the full-size ones."""
+    folder = tmp_path_factory.mktemp("work")
+    synthetic.write_mlx(folder / "ternary" / "mlx.safetensors", "ternary", synthetic.TINY)
+    synthetic.write_text_encoder(folder / "text_encoder-mlx-4bit", synthetic.TINY_TEXT)
+    synthetic.write_vae(folder / "vae", synthetic.TINY_VAE_WIDTHS)
+    return folder
+
+
+def test_a_picture_part_by_part(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = picture.measure(comfyui_path, work, 64)
+    ours = figures["ours"]
+    assert len(ours["step_s"]) == picture.STEPS
+    assert sum(ours["step_s"]) <= ours["steps_s"]
+    assert ours["total_s"] == pytest.approx(sum(ours[part] for part in picture.PARTS))
+    assert ours["peak_bytes"] > 1e8
+    assert (ours["joules"] is None) == bool(ours["no_joules"])
+    assert "VAE decode" in capsys.readouterr().out
+
+
+def test_a_step_taken_apart(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = profile.measure(comfyui_path, work, 64)
+    by_kind = {row["kind"]: row for row in figures["rows"]}
+    assert by_kind["packed linear"]["cause"] == "plugin"
+    assert by_kind["packed linear"]["calls"] == 4 * 2 + 2 * 2  # linear layers of one double and two single blocks
+    assert {"attention", "norm", "RoPE", "SwiGLU", "modulation"} <= set(by_kind)
+    assert {by_kind[kind]["cause"] for kind in ("SwiGLU", "modulation")} == {"ComfyUI"}
+    assert sum(row["share"] for row in figures["rows"]) <= 1
+    assert "packed linear" in capsys.readouterr().out
+
+
+def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)loading nothing failed:.*No module named 'comfy'"):
+        host.run("load", "loading nothing", comfyui=tmp_path, kind="idle", file="")

@@ -1,0 +1,234 @@
+"""The benchmarks' own arithmetic: parsers, counters, rotation over copies, files they write."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from bonsai_ops import dispatch
+from bonsai_ops.bench import energy, layers, picture, plot, report, sweep, timer
+from bonsai_ops.bench.run_profile import StepProfile, kind_of
+
+SDCPP_LOG = """\
+[INFO ] stable-diffusion.cpp:1120 - Version: Flux.2 klein
+[INFO ] model_loader.cpp:1304 - loading tensors completed, taking 2.91s (read: 1.20s, memcpy: 0.00s)
+[INFO ] stable-diffusion.cpp:5296 - get_learned_condition completed, taking {condition}
+[INFO ] stable-diffusion.cpp:5702 - generating image: 1/1 - seed 0
+\r  |============>                                     | 1/4 - 66.02s/it\x1b[K\
+\r  |==================================================| 4/4 - 65.60s/it\x1b[K
+[INFO ] stable-diffusion.cpp:5711 - sampling completed, taking 262.40s
+[INFO ] stable-diffusion.cpp:5723 - generating 1 latent images completed, taking 262.41s
+[INFO ] stable-diffusion.cpp:5387 - latent 1 decoded, taking 67.90s
+[INFO ] stable-diffusion.cpp:5391 - decode_first_stage completed, taking 68.00s
+"""
+"""Written after the format that picture.parse_sdcpp describes."""
+
+
+@pytest.mark.parametrize("condition", ["36.10s", "36100 ms"])
+def test_the_log_of_stable_diffusion_cpp_is_read(condition: str) -> None:
+    row = picture.parse_sdcpp(SDCPP_LOG.format(condition=condition))
+    assert row == pytest.approx({"text_encoder_s": 36.1, "steps_s": 262.4, "step_s": 65.6, "vae_s": 68.0})
+
+
+def test_a_foreign_log_is_refused() -> None:
+    with pytest.raises(SystemExit, match="decode_first_stage completed"):
+        picture.parse_sdcpp(SDCPP_LOG.format(condition="1.00s").replace("decode_first_stage", "decode"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
+def test_stable_diffusion_cpp_is_run_and_timed(tmp_path: Path) -> None:
+    """A program that prints the log stands in for sd-cli, which is not installed where this runs."""
+    program = tmp_path / "sd-cli"
+    program.write_text("#!/bin/sh\ncat <<'END'\n" + SDCPP_LOG.format(condition="36.10s") + "END\n", encoding="utf-8")
+    program.chmod(0o755)
+    files = [tmp_path / name for name in ("model.gguf", "llm.gguf", "vae.safetensors")]
+    sdcpp = picture.Sdcpp(program, *files, arguments=("--diffusion-fa",))
+    command = sdcpp.command(512, 2, tmp_path / "out.png")
+    assert command[:3] == [str(program), "--diffusion-model", str(files[0])]
+    assert command[-2:] == ["--diffusion-fa", "-v"]
+    row = picture.with_totals(picture.run_sdcpp(sdcpp, 512, 2, energy.Energy([])))
+    assert row["total_s"] == pytest.approx(366.5)
+    assert row["pictures_per_hour"] == pytest.approx(3600 / 366.5)
+    assert row["peak_bytes"] > 0
+    program.write_text("#!/bin/sh\necho no such model\nexit 3\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"code 3:\nno such model"):
+        picture.run_sdcpp(sdcpp, 512, 2, energy.Energy([]))
+
+
+def _package(powercap: Path, number: str, name: str, microjoules: int) -> Path:
+    folder = powercap / f"intel-rapl:{number}"
+    folder.mkdir(parents=True)
+    for file, text in (("name", name), ("energy_uj", microjoules), ("max_energy_range_uj", 262_143_000_000)):
+        (folder / file).write_text(f"{text}\n", encoding="ascii")
+    return folder / "energy_uj"
+
+
+def test_rapl_counts_packages_and_survives_a_wraparound(tmp_path: Path) -> None:
+    first = _package(tmp_path, "0", "package-0", 262_140_000_000)
+    second = _package(tmp_path, "1", "package-1", 5_000_000)
+    _package(tmp_path, "0:0", "core", 7)
+    _package(tmp_path, "2", "psys", 7)
+    found = energy.find_energy("cpu", tmp_path)
+    assert [counter.name for counter in found.counters] == ["package-0", "package-1"]
+    before = found.read()
+    first.write_text("2000000\n", encoding="ascii")
+    second.write_text("6000000\n", encoding="ascii")
+    assert found.between(before, found.read()) == pytest.approx(3 + 2 + 1)
+    assert found.why_not is None
+
+
+def test_no_counter_gives_one_line_why(tmp_path: Path) -> None:
+    found = energy.find_energy("cpu", tmp_path)
+    assert found.between(found.read(), found.read()) is None
+    assert found.why_not and "\n" not in found.why_not
+
+
+class Mark:
+    """A CUDA event on a clock that the timed calls move on; milliseconds."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = Mark.now
+
+    def elapsed_time(self, end: Mark) -> float:
+        return end.at - self.at
+
+
+def test_cuda_timer_rotates_over_copies_larger_than_l2() -> None:
+    cuda = SimpleNamespace(Event=Mark, synchronize=lambda: None)
+    measured = timer.CudaTimer(cuda, l2_bytes=50 << 20, repeats=4)
+    assert measured.copies(9 << 20) == 12
+    assert measured.copies(1 << 30) == 2
+    used: list[int] = []
+
+    def call(copy: int) -> None:
+        used.append(copy)
+        Mark.now += 3.0
+
+    calls = [lambda copy=copy: call(copy) for copy in range(3)]
+    assert timer.time_in_turns({"way": calls}, measured, rounds=2) == {"way": pytest.approx(3e-3)}
+    assert used == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_one_sentence_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        timer.make_timer("cuda")
+
+
+def test_scratch_is_measured() -> None:
+    def call() -> torch.Tensor:
+        result = torch.empty(3_000_000, dtype=torch.uint8)
+        torch.empty(1_000_000, dtype=torch.uint8)
+        second = torch.empty(2_000_000, dtype=torch.uint8)
+        return result.add_(second[0])
+
+    result, scratch = timer.run_with_scratch(call, "cpu")
+    assert result.nbytes == 3_000_000
+    assert 2_000_000 <= scratch < 2_001_000
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return layers.measure(8, rounds=1, shapes=(layers.Shape(512, 640, 1, 1),))
+
+
+def test_layers_rows(rows: list[dict]) -> None:
+    assert {"m", "k", "n", "planes_vs_bf16", "trit5_vs_bf16", "a8_vs_bf16", "scratch_bytes"} <= set(rows[0])
+    exact = [rows[0][f"{way}_error"] for way in ("trit5", "planes", "bit")]
+    assert max(exact) < 4e-3  # bf16 results
+    assert rows[0]["scratch_bytes"] == max(rows[0][f"{way}_scratch_bytes"] or 0 for way in layers.OURS)
+    assert rows[0]["trit5_bytes"] < rows[0]["planes_bytes"] < rows[0]["bf16_bytes"] / 7
+    assert rows[0]["gemlite_vs_bf16"] is None
+
+
+def test_an_unknown_mode_is_a_mistake_not_a_gap() -> None:
+    weight = layers.random_weight("ternary", 256, 256)
+    with pytest.raises(ValueError, match="unknown"):
+        layers.offers(torch.zeros(1, 256), weight, "a7")
+    assert layers.offers(torch.zeros(1, 256), weight, dispatch.EXACT) is None
+
+
+def test_sweep_is_relative_to_1536(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "SHAPES", (layers.Shape(256, 256, 20, 20),))
+    rows = sweep.measure(tokens=(4, 1536), rounds=1)
+    assert [row["m"] for row in rows] == [4, 1536]
+    assert rows[1]["bf16_relative"] == pytest.approx(1.0)
+
+
+STEP = {
+    "size": 512,
+    "ours_s": 30.0,
+    "dense_bf16_s": 29.0,
+    "stock_s": 73.0,
+    "ours_bytes": 1,
+    "dense_bf16_bytes": 2,
+    "stock_bytes": 3,
+}
+
+
+def test_csv_columns_are_the_json_keys(rows: list[dict], tmp_path: Path) -> None:
+    assert report.write_csv(tmp_path / "one.csv", {"layers": rows}) == [tmp_path / "one.csv"]
+    with (tmp_path / "one.csv").open(encoding="utf-8", newline="") as stream:
+        read = list(csv.DictReader(stream))
+    assert list(read[0]) == list(json.loads(json.dumps(rows))[0])
+    assert float(read[0]["trit5_vs_bf16"]) == rows[0]["trit5_vs_bf16"]
+    files = report.write_csv(tmp_path / "all.csv", {"layers": rows, "step": STEP, "machine": {"threads": 2}})
+    assert [file.name for file in files] == ["all-layers.csv", "all-step.csv"]
+    assert files[1].read_text(encoding="utf-8").splitlines()[0] == ",".join(STEP)
+
+
+def test_plot_is_a_png(rows: list[dict], tmp_path: Path) -> None:
+    file = tmp_path / "plot.png"
+    parts = {"text_encoder_s": 1.0, "steps_s": 4.0, "vae_s": 2.0, "total_s": 7.0}
+    figures = {"machine": {"threads": 2}, "layers": rows, "step": STEP, "picture": {"size": 512, "ours": parts}}
+    size = plot.draw(file, figures)
+    with Image.open(file) as image:
+        assert image.format == "PNG"
+        assert image.size == size
+        assert image.width == plot.WIDTH
+        colours = {colour for _, colour in image.getcolors(1 << 16)}
+    assert {plot.OURS, plot.OURS_2, plot.RIVAL} <= colours
+    assert plot.draw(file, {"machine": {}}) is None
+
+
+def test_profile_says_who_asked(tmp_path: Path) -> None:
+    file = tmp_path / "host_code.py"
+    file.write_text("import torch\n\n\ndef apply_mod(x):\n    return (x * 2).to(torch.bfloat16)\n", encoding="ascii")
+    spec = importlib.util.spec_from_file_location("host_code", file)
+    host_code = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(host_code)
+    profile = StepProfile("cpu", {"ComfyUI": str(tmp_path)})
+    with profile:
+        host_code.apply_mod(torch.zeros(8))
+        torch.zeros(8).add_(1)
+    found = {(row["op"], row["kind"], row["cause"]): row for row in profile.rows()}
+    assert found["aten.mul.Tensor", "modulation", "ComfyUI"]["place"] == "host_code.py:5 apply_mod"
+    assert ("aten._to_copy", "modulation", "ComfyUI") in found
+    assert ("aten.add_.Tensor", "residual and other elementwise", "other") in found
+
+
+@pytest.mark.parametrize(
+    ("op", "functions", "kind"),
+    [
+        ("bonsai.linear", [], "packed linear"),
+        ("aten._scaled_dot_product_flash_attention_for_cpu", ["attention_pytorch"], "attention"),
+        ("aten.mul.Tensor", ["SiLUActivation.forward"], "SwiGLU"),
+        ("aten.linear", ["PackedLinear.forward"], "dense linear"),
+        ("aten._to_copy", ["QKNorm.forward"], "cast"),
+    ],
+)
+def test_kinds(op: str, functions: list[str], kind: str) -> None:
+    assert kind_of(op, functions) == kind
