@@ -14,6 +14,7 @@ gemlite          gemlite's own kernel on 2-bit weights (GPU)
 from __future__ import annotations
 
 import importlib.util
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -22,10 +23,12 @@ import torch
 from .. import codec, dispatch
 from ..packed_weight import SCHEMES, PackedWeight, recode
 from .report import show_table
-from .timer import Timer, make_timer, run_with_scratch, time_in_turns
+from .timer import Timer, make_timer, run_with_scratch, speed_ratio, spread, time_in_turns
 
 GROUP_SIZE = 128
 CHECKED_ROWS = 64
+QUIET = 0.15
+"""Largest spread of the dense product on a machine that is doing nothing else."""
 OURS = ("trit5", "planes", "bit", "a8", "fp16_accumulate")
 RIVALS = ("unpack", "fp32", "gemlite")
 
@@ -161,9 +164,10 @@ def _gemlite(x: torch.Tensor, weight: PackedWeight, exact: torch.Tensor, timer: 
 def measure(tokens: int, device: str = "cpu", rounds: int = 5, shapes: tuple[Shape, ...] = SHAPES) -> list[dict]:
     """Prints the tables and returns a row a shape.
 
-    m, k, n; scratch_bytes: the largest of our ways; and for each way: <way>_s seconds a call, <way>_vs_bf16 the dense
-    bf16 time over its time, <way>_bytes of the weight, <way>_scratch_bytes measured at its peak without the result,
-    <way>_error the relative error |y - exact| / |exact| of CHECKED_ROWS rows against float64; None where not measured.
+    m, k, n; scratch_bytes: the largest of our ways; bf16_spread: how far the rounds of the dense product lie apart; and
+    for each way: <way>_s median seconds a call, <way>_vs_bf16 its speed relative to the dense bf16 product,
+    <way>_bytes of the weight, <way>_scratch_bytes measured at its peak without the result, <way>_error the relative
+    error |y - exact| / |exact| of CHECKED_ROWS rows against float64; None where not measured.
     """
     timer = make_timer(device)
     weight = random_weight("ternary", 256, 256).to(device)
@@ -177,6 +181,9 @@ def measure(tokens: int, device: str = "cpu", rounds: int = 5, shapes: tuple[Sha
         values = (row["m"], row["k"], row["n"], 1000 * row["bf16_s"], *(row[f"{name}_vs_bf16"] for name in names))
         show_table(("m", "k", "n", "bf16 ms", *names), [values], 8, headed=not rows)
         rows.append(row)
+    noise = max(row["bf16_spread"] for row in rows)
+    if noise > QUIET:
+        print(f"this machine was busy: the same dense product varied by {100 * noise:.0f} %; measure again")
     for name, reason in absent.items():
         print(f"{name}: not measured, {reason}")
     print("all layers of a step together (the rows above, weighted by how often the model has them)")
@@ -192,12 +199,12 @@ def _row(shape: Shape, tokens: int, device: str, timer: Timer, rounds: int) -> t
     found = dict(_ways(shape, tokens, device, timer))
     ways = {name: way for name, way in found.items() if isinstance(way, Way)}
     seconds = time_in_turns({name: way.calls for name, way in ways.items()}, timer, rounds)
-    row: dict = {"m": tokens, "k": shape.k, "n": shape.n, "scratch_bytes": 0}
+    row: dict = {"m": tokens, "k": shape.k, "n": shape.n, "scratch_bytes": 0, "bf16_spread": spread(seconds["bf16"])}
     for name in ("bf16", *OURS, *RIVALS):
         way = ways.get(name)
-        row[f"{name}_s"] = seconds.get(name)
+        row[f"{name}_s"] = statistics.median(seconds[name]) if way else None
         if name != "bf16":
-            row[f"{name}_vs_bf16"] = seconds["bf16"] / seconds[name] if way else None
+            row[f"{name}_vs_bf16"] = speed_ratio(seconds[name], seconds["bf16"]) if way else None
         row[f"{name}_bytes"] = way.nbytes if way else None
         row |= dict.fromkeys((f"{name}_scratch_bytes", f"{name}_error"))
         if way is None:

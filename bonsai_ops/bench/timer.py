@@ -83,8 +83,8 @@ def require_gpu() -> None:
         )
 
 
-def time_in_turns(ways: Mapping[str, Calls], timer: Timer, rounds: int = 5) -> dict[str, float]:
-    """{name: median seconds}: every copy once to warm up, then `rounds` times all ways in turn, so drift hits all."""
+def time_in_turns(ways: Mapping[str, Calls], timer: Timer, rounds: int = 5) -> dict[str, list[float]]:
+    """{name: seconds of each round}: every copy once to warm up, then all ways in turn, so that drift hits all."""
     for calls in ways.values():
         for call in calls:
             call()
@@ -92,7 +92,17 @@ def time_in_turns(ways: Mapping[str, Calls], timer: Timer, rounds: int = 5) -> d
     for turn in range(rounds):
         for name, calls in ways.items():
             seconds[name].append(timer.seconds(calls, turn))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def speed_ratio(ours: Sequence[float], rival: Sequence[float]) -> float:
+    """How many times as fast ours is: the median over the rounds, each round compared with itself."""
+    return statistics.median(theirs / own for own, theirs in zip(ours, rival, strict=True))
+
+
+def spread(seconds: Sequence[float]) -> float:
+    """How far the rounds of one way lie apart, relative to their median."""
+    return (max(seconds) - min(seconds)) / statistics.median(seconds)
 
 
 def run_with_scratch(call: Callable[[], torch.Tensor], device: str) -> tuple[torch.Tensor, int]:

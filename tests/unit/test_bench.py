@@ -118,8 +118,13 @@ def test_cuda_timer_rotates_over_copies_larger_than_l2() -> None:
         Mark.now += 3.0
 
     calls = [lambda copy=copy: call(copy) for copy in range(3)]
-    assert timer.time_in_turns({"way": calls}, measured, rounds=2) == {"way": pytest.approx(3e-3)}
+    assert timer.time_in_turns({"way": calls}, measured, rounds=2) == {"way": pytest.approx([3e-3, 3e-3])}
     assert used == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_a_slow_moment_changes_no_ratio() -> None:
+    assert timer.speed_ratio([1.0, 5.0, 1.0], [2.0, 10.0, 8.0]) == 2.0
+    assert timer.spread([1.0, 1.2, 1.1]) == pytest.approx(0.2 / 1.1)
 
 
 def test_one_sentence_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
