@@ -1,7 +1,7 @@
 """A packed weight as comfy-kitchen's QuantizedTensor, the form in which ComfyUI moves, counts and saves it.
 
 One layout serves all schemes. The tensor's logical shape is [N, K] and its dtype the compute dtype, so that activations
-are never cast to uint8; codes, scale and zero travel together as one unit.
+are never cast to uint8; codes, scale, zero and the low-rank branch travel together as one unit.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ class PackedParams(BaseLayoutParams):
     codec: str = "trit5"
     group_size: int = 128
     zero: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
     transposed: bool = False
     mode: str = dispatch.EXACT
 
     def _tensor_fields(self) -> list[str]:
-        return ["scale"] if self.zero is None else ["scale", "zero"]
+        return ["scale", *(name for name in ("zero", "up", "down") if getattr(self, name) is not None)]
 
 
 class BonsaiPackedLayout(QuantizedLayout):
@@ -58,16 +60,12 @@ class BonsaiPackedLayout(QuantizedLayout):
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
-        params = qtensor.params
-        return (qtensor._qdata, params.scale) if params.zero is None else (qtensor._qdata, params.scale, params.zero)
+        return (qtensor._qdata, *(getattr(qtensor.params, name) for name in qtensor.params._tensor_fields()))
 
     @classmethod
     def state_dict_tensors(cls, qdata: torch.Tensor, params: PackedParams) -> dict[str, torch.Tensor]:
         """{suffix behind `<layer>.weight`: tensor}, as the native format names them."""
-        tensors = {"": qdata, "_scale": params.scale}
-        if params.zero is not None:
-            tensors["_zero"] = params.zero
-        return tensors
+        return {"": qdata} | {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
 
 
 def wrap(weight: PackedWeight, dtype: torch.dtype, mode: str = dispatch.EXACT) -> QuantizedTensor:
@@ -81,6 +79,8 @@ def wrap(weight: PackedWeight, dtype: torch.dtype, mode: str = dispatch.EXACT) -
         group_size=weight.group_size,
         zero=weight.zero,
         mode=mode,
+        up=weight.up,
+        down=weight.down,
     )
     return QuantizedTensor(weight.codes, LAYOUT, params)
 
@@ -110,6 +110,8 @@ def _weight(codes: torch.Tensor, params: PackedParams) -> PackedWeight:
         params.codec,
         params.group_size,
         params.zero,
+        params.up,
+        params.down,
     )
 
 

@@ -43,6 +43,16 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return unwrap(self.weight).zero if is_packed(self.weight) else None
 
     @property
+    def weight_up(self) -> torch.Tensor | None:
+        """Left matrix [N, r] of a packed weight's low-rank branch, None without one."""
+        return unwrap(self.weight).up if is_packed(self.weight) else None
+
+    @property
+    def weight_down(self) -> torch.Tensor | None:
+        """Right matrix [r, K] of a packed weight's low-rank branch, None without one."""
+        return unwrap(self.weight).down if is_packed(self.weight) else None
+
+    @property
     def weight_lowvram_function(self) -> object:
         """Where dynamic VRAM puts a patch that it would merge and round; hidden from it while the weight is packed."""
         return None if is_packed(self.weight) else self._dynamic_patch

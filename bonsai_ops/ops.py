@@ -22,13 +22,15 @@ def linear(
 ) -> torch.Tensor:
     """y = x W^T + bias: x [.., K] bf16, fp16 or fp32 -> [.., N] in the same dtype. mode: one of dispatch.MODES.
 
+    A low-rank branch of the weight is added in x's dtype, whatever the mode.
+
     Raises ValueError if x does not have K columns or lies on another device than the weight.
     """
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"input has {x.shape[-1]} columns, the packed weight {weight.shape[1]}")
     if x.device != weight.codes.device:
         raise ValueError(f"input is on {x.device}, the packed weight on {weight.codes.device}")
-    return torch.ops.bonsai.linear(
+    y = torch.ops.bonsai.linear(
         x,
         weight.codes,
         weight.scale,
@@ -40,6 +42,10 @@ def linear(
         weight.group_size,
         mode,
     )
+    if weight.up is None:
+        return y
+    inner = torch.nn.functional.linear(x, weight.down.to(x.dtype))
+    return y + torch.nn.functional.linear(inner, weight.up.to(x.dtype))
 
 
 def _linear(

@@ -8,6 +8,8 @@
 
 s and z are per row and group of `group_size` consecutive columns. Values are computed in float32 and rounded once to
 the requested dtype; for binary and ternary that equals rounding s, because the codes only negate it or make it zero.
+
+A weight may have a low-rank branch, matrices up [N, r] and down [r, K]: then up down is added to these values.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class PackedWeight:
     """A weight [N, K] in packed form.
 
     codes: uint8 [byte_rows(N), K]. scale: bf16, fp16 or fp32 [N, K / group_size]. zero: None (binary, ternary) or of
-    that shape and one of these dtypes. shape: (N, K). Raises ValueError when the parts do not fit together.
+    that shape and one of these dtypes. shape: (N, K). up, down: None, or the low-rank branch in one of these dtypes.
+    Raises ValueError when the parts do not fit together.
     """
 
     codes: torch.Tensor
@@ -51,6 +54,8 @@ class PackedWeight:
     codec: str
     group_size: int
     zero: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.codec not in SCHEMES.get(self.scheme, ()):
@@ -72,21 +77,41 @@ class PackedWeight:
                 raise ValueError(
                     f"{name} is {found.dtype} {tuple(found.shape)}, expected bf16, fp16 or fp32 of shape {table}"
                 )
+        if (self.up, self.down) != (None, None):
+            self._check_branch()
+
+    def _check_branch(self) -> None:
+        found = [None if m is None else (tuple(m.shape), m.dtype in TABLE_DTYPES) for m in (self.up, self.down)]
+        rank = self.rank
+        if found != [((self.shape[0], rank), True), ((rank, self.shape[1]), True)]:
+            raise ValueError(
+                f"low-rank branch is {[m if m is None else (m.dtype, tuple(m.shape)) for m in (self.up, self.down)]}, "
+                f"expected bf16, fp16 or fp32 of shapes ({self.shape[0]}, r) and (r, {self.shape[1]})"
+            )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return self.codes.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
+        return sum(t.nbytes for t in (self.codes, self.scale, self.zero, self.up, self.down) if t is not None)
+
+    @property
+    def rank(self) -> int:
+        """r of the low-rank branch, 0 without one."""
+        return 0 if self.up is None else self.up.shape[-1]
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales included."""
+        """Stored bits a weight, scales and branch included."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on `device`."""
-        zero = None if self.zero is None else self.zero.to(device)
-        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero)
+        moved = {
+            name: tensor.to(device)
+            for name in ("codes", "scale", "zero", "up", "down")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
 
     def pieces(self, dtype: torch.dtype, scratch_bytes: int = SCRATCH_BYTES) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yields (first row, last row + 1, values [rows, K] in `dtype`) until every row was seen once.
@@ -117,7 +142,10 @@ class PackedWeight:
         return self._values(codes, index, dtype)
 
     def _values(self, codes: torch.Tensor, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Codes [R, K] of the given rows -> values [R, K]."""
+        """Codes [R, K] of the given rows -> values [R, K], those of the branch included."""
+        if self.up is not None:
+            values = replace(self, up=None, down=None)._values(codes, rows, torch.float32)
+            return values.addmm_(self.up[rows].float(), self.down.float()).to(dtype)
         grouped = (codes.shape[0], -1, self.group_size)
         scale = self.scale[rows].unsqueeze(-1)
         if self.zero is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from bonsai_ops import codec, klein
+from bonsai_ops import codec, klein, ops
 from bonsai_ops.packed_weight import (
     LAYOUTS,
     SCHEMES,
@@ -262,3 +264,27 @@ def test_what_cannot_be_recoded_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"code 3 in rows 0\.\.7 does not fit codec trit5"):
         recode(fourth, "trit5")
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "binary"])
+def test_low_rank_branch(scheme: str) -> None:
+    """up down is added by every way to the values: dequantize, pieces, rows and the product with its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2, (40, 64), generator=generator, dtype=torch.uint8)
+    plain = pack_signs(codes, torch.rand(40, 2, generator=generator), 32, scheme)
+    up, down = torch.randn(40, 3, generator=generator), torch.randn(3, 64, generator=generator)
+    weight = dataclasses.replace(plain, up=up.bfloat16(), down=down.bfloat16())
+    truth = plain.dequantize() + up.bfloat16().float() @ down.bfloat16().float()
+    torch.testing.assert_close(weight.dequantize(), truth)
+    torch.testing.assert_close(weight.dequantize(torch.bfloat16), truth.bfloat16())
+    torch.testing.assert_close(weight.select_rows(torch.tensor([3, 39])), truth[[3, 39]])
+    assert weight.nbytes == plain.nbytes + 2 * 3 * (40 + 64) and (weight.rank, plain.rank) == (3, 0)
+    assert weight.to("cpu").up is not None
+    x = torch.randn(5, 64, generator=generator, requires_grad=True)
+    y = ops.linear(x, weight, torch.ones(40))
+    torch.testing.assert_close(y, x @ truth.T + 1, rtol=1e-4, atol=1e-4)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(found, truth.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
+    for wrong in ({"up": None}, {"up": up[:3]}, {"down": down[:, :9]}, {"down": down[:2]}):
+        with pytest.raises(ValueError, match="low-rank branch"):
+            dataclasses.replace(weight, **wrong)

@@ -1,0 +1,163 @@
+"""One dense linear weight -> a packed one, and how far that is from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from .. import codec as codecs
+from ..packed_weight import PackedWeight, narrow_exact, pack_signs
+from . import lowrank
+from .compensate import compensate, output_error
+from .groups import existing_scale, quantize_affine, quantize_groups
+
+GROUP_SIZES = (256, 128, 64, 32)
+SCHEMES = ("ternary", "binary", "4bit")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to quantize. scheme: ternary, binary or 4bit. rank: of the 16-bit branch, 0 for none.
+
+    rounds: how often branch and codes are fitted to one another in turn. Raises ValueError for what is not offered.
+    """
+
+    scheme: str = "ternary"
+    group_size: int = 128
+    rank: int = 0
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme {self.scheme!r} is unknown, expected one of {', '.join(SCHEMES)}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group size {self.group_size} is not offered, expected one of {GROUP_SIZES[::-1]}")
+        if self.rank < 0:
+            raise ValueError(f"rank {self.rank} is negative")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the inputs of a layer were: `power` float32 [K], the mean square of each; `gram` float32 [K, K], the mean
+    of x x^T, or None where only the power was recorded. count: inputs seen."""
+
+    power: torch.Tensor
+    gram: torch.Tensor | None = None
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """relative: |W - Q| / |W| (Frobenius). output: the same of the outputs for the recorded inputs, None without."""
+
+    relative: float
+    output: float | None = None
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantization noise of the weights in dB."""
+        return math.inf if self.relative == 0 else -20 * math.log10(self.relative)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The packed weight and its errors. squared: the absolute squared error the budget compares layers by."""
+
+    weight: PackedWeight
+    error: LayerError
+    squared: float
+
+
+def fitting_group(columns: int, wanted: int) -> int | None:
+    """The largest offered group size up to `wanted` that divides `columns`, None if 32 does not."""
+    return next((g for g in GROUP_SIZES if g <= wanted and columns % g == 0), None)
+
+
+def quantize_layer(weight: torch.Tensor, settings: Settings, statistics: Statistics | None = None) -> Quantized:
+    """Quantizes a dense weight [N, K]; the result lies on its device.
+
+    With statistics the output error is made small instead of the weight error. Of all that is tried, the result with
+    the least such error is kept, so that neither calibration nor a branch makes it worse. A weight that has the levels
+    already comes back exactly. Raises ValueError if 32 does not divide K or a value is not finite.
+    """
+    columns = weight.shape[1]
+    group_size = fitting_group(columns, settings.group_size)
+    if group_size is None:
+        raise ValueError(f"{columns} columns are no multiple of {GROUP_SIZES[-1]}")
+    if statistics is not None and statistics.power.shape != (columns,):
+        raise ValueError(f"statistics of {tuple(statistics.power.shape)} inputs do not fit {columns} columns")
+    settings = replace(settings, group_size=group_size)
+    dense = weight.detach().to(torch.float32)
+    if settings.scheme == "4bit":
+        codes, scale, zero = quantize_affine(dense, group_size)
+        packed = PackedWeight(
+            codecs.encode("nibble", codes), scale, tuple(dense.shape), "affine", "nibble", group_size, zero
+        )
+        return _measured(dense, packed, statistics)
+    if existing_scale(dense, settings.scheme, group_size) is not None:
+        return _measured(dense, _codes(dense, dense, settings, None), statistics)
+    best = _measured(dense, _codes(dense, dense, settings, statistics), statistics)
+    if settings.rank:
+        base = best.weight
+        importance = None if statistics is None else statistics.power
+        for _ in range(max(1, settings.rounds)):
+            up, down = lowrank.fit(dense - base.dequantize(), settings.rank, importance)
+            best = min(
+                best, _measured(dense, replace(base, up=up, down=down), statistics), key=lambda found: found.squared
+            )
+            base = _codes(dense - up.float() @ down.float(), dense, settings, statistics)
+            found = _measured(dense, replace(base, up=up, down=down), statistics)
+            best = min(best, found, key=lambda found: found.squared)
+    return best
+
+
+def squared_error(difference: torch.Tensor, statistics: Statistics | None) -> torch.Tensor:
+    """float64 [N]: what a difference [N, K] of the weights costs in each row: outputs if inputs are known."""
+    if statistics is None:
+        return torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64).square()
+    if statistics.gram is not None:
+        return output_error(difference, statistics.gram)
+    return (difference.double().square() * statistics.power.to(difference.device).double()).sum(-1)
+
+
+def _codes(
+    target: torch.Tensor, dense: torch.Tensor, settings: Settings, statistics: Statistics | None
+) -> PackedWeight:
+    """The best codes for `target` [N, K], row by row: the plain optimum, the weighted one and the compensated one."""
+    scheme, group_size = settings.scheme, settings.group_size
+    codes, scale = quantize_groups(target, scheme, group_size)
+    if statistics is None:
+        return pack_signs(codes, scale, group_size, scheme)
+    tried = [quantize_groups(target, scheme, group_size, statistics.power.to(target.device))]
+    if statistics.gram is not None:
+        tried.append(compensate(target, statistics.gram, scheme, group_size))
+    scale = scale.float()
+    error = squared_error(target - _values(codes, scale, settings), statistics)
+    for other_codes, other_scale in tried:
+        other_error = squared_error(target - _values(other_codes, other_scale.float(), settings), statistics)
+        better = (other_error < error).unsqueeze(-1)
+        codes, scale = torch.where(better, other_codes, codes), torch.where(better, other_scale.float(), scale)
+        error = torch.minimum(error, other_error)
+    return pack_signs(codes, narrow_exact(scale), group_size, scheme)
+
+
+def _values(codes: torch.Tensor, scale: torch.Tensor, settings: Settings) -> torch.Tensor:
+    signs = 1.0 - (codes.float() if settings.scheme == "ternary" else 2 * codes.float())
+    return (signs.view(*scale.shape, -1) * scale.unsqueeze(-1)).view(codes.shape)
+
+
+def _measured(dense: torch.Tensor, packed: PackedWeight, statistics: Statistics | None) -> Quantized:
+    difference = dense - packed.dequantize()
+    squared = float(squared_error(difference, None).sum())
+    relative = _ratio(squared, float(squared_error(dense, None).sum()))
+    if statistics is None:
+        return Quantized(packed, LayerError(relative), squared)
+    squared = float(squared_error(difference, statistics).sum())
+    output = _ratio(squared, float(squared_error(dense, statistics).sum()))
+    return Quantized(packed, LayerError(relative, output), squared)
+
+
+def _ratio(error: float, whole: float) -> float:
+    return math.sqrt(error / whole) if whole > 0 else 0.0

@@ -1,0 +1,42 @@
+"""A low-rank branch up [N, r] down [r, K] beside the codes: the best such matrix for what they leave over, in bf16."""
+
+from __future__ import annotations
+
+import torch
+
+EXACT_BELOW = 512
+"""Matrices with a side up to this are decomposed exactly, larger ones by randomized subspace iteration."""
+EXTRA, ROUNDS, SEED = 16, 4, 0
+
+
+def fit(residual: torch.Tensor, rank: int, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(up bf16 [N, r], down bf16 [r, K]) close to a residual float32 [N, K], r = min(rank, N, K). Deterministic.
+
+    importance: float [K]; the error of column k counts importance[k] times. Columns of importance 0 get a small one.
+    """
+    rank = min(rank, *residual.shape)
+    if importance is None:
+        width = None
+    else:
+        width = importance.to(residual.device, torch.float32).sqrt()
+        width = width.clamp_min(1e-3 * float(width.mean()) or 1.0)
+        residual = residual * width
+    if min(residual.shape) <= EXACT_BELOW:
+        left, size, right = torch.linalg.svd(residual, full_matrices=False)
+    else:
+        left, size, right = _randomized(residual, rank + EXTRA)
+    root = size[:rank].sqrt()
+    up, down = left[:, :rank] * root, right[:rank] * root.unsqueeze(-1)
+    if width is not None:
+        down = down / width
+    return up.to(torch.bfloat16).contiguous(), down.to(torch.bfloat16).contiguous()
+
+
+def _randomized(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading singular triples by subspace iteration from a fixed start (Halko et al., arXiv 0909.4061)."""
+    start = torch.randn(matrix.shape[1], rank, generator=torch.Generator().manual_seed(SEED)).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    left, size, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ left, size, right
