@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import comfy.model_management
@@ -13,7 +13,7 @@ import comfy.sd
 import torch
 from comfy.cli_args import args
 
-from . import dispatch
+from . import build, dispatch
 from .errors import PackError
 from .formats import Pack
 from .layout import wrap
@@ -68,6 +68,10 @@ class LoadReport:
     source: Mapping[str, str]
     mode: str = dispatch.EXACT
     """The mode in use, which is exact if the one that was asked for is declined."""
+    architecture: str = "flux2"
+    """flux2, or the ComfyUI class of a model of any kind that was patched."""
+    model: Mapping[str, object] = field(default_factory=dict)
+    """That class's configuration (build.describe), empty for flux2."""
 
     @property
     def resident_bytes(self) -> int:
@@ -107,15 +111,7 @@ def load_bonsai_model(
         name: wrap(w, dtype, settings.mode) if isinstance(w, PackedWeight) else w for name, w in weights.items()
     }
     del weights
-    model = comfy.sd.load_diffusion_model_state_dict(
-        state_dict,
-        model_options={"custom_operations": make_bonsai_ops(), "dtype": dtype},
-        disable_dynamic=disable_dynamic or settings.memory == "classic",
-    )
-    if model is None:
-        raise PackError(
-            pack.path, "was read, but this ComfyUI does not recognise it as FLUX.2", "Update ComfyUI to 0.9.2 or newer."
-        )
+    model = _make(pack, state_dict, dtype, disable_dynamic=disable_dynamic or settings.memory == "classic")
     # ComfyUI falls back to fp32 for a dtype it thinks slow on the device (bf16 on every CPU); the loader has decided.
     model.model.manual_cast_dtype = None
     adopt(model)
@@ -135,6 +131,36 @@ def load_bonsai_model(
         report.path,
     )
     return model
+
+
+def _make(pack: Pack, state_dict: dict, dtype: torch.dtype, disable_dynamic: bool):
+    """The ModelPatcher around a state dict, built from the file's own record of its configuration if it has one."""
+    recorded = build.config_from(pack.model) if pack.model else None
+    if recorded is None:
+        model = comfy.sd.load_diffusion_model_state_dict(
+            state_dict,
+            model_options={"custom_operations": make_bonsai_ops(), "dtype": dtype},
+            disable_dynamic=disable_dynamic,
+        )
+        if model is None:
+            kind = "FLUX.2" if pack.architecture == "flux2" else pack.architecture
+            cure = "Update ComfyUI to 0.9.2 or newer." if kind == "FLUX.2" else "Update ComfyUI."
+            raise PackError(pack.path, f"was read, but this ComfyUI does not recognise it as {kind}", cure)
+        return model
+    config, model_type = recorded
+    config.set_inference_dtype(dtype, None)
+    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    try:
+        base = build.build(config, model_type, state_dict)
+        patcher = build.patcher_of(base, device, offload, dynamic=not disable_dynamic)
+        if not comfy.model_management.is_device_cpu(offload):
+            base.to(offload)
+        build.fill(base, state_dict, assign=build.is_dynamic(patcher))
+    except ValueError as error:
+        raise PackError(
+            pack.path, f"does not fit this ComfyUI ({error})", "Update ComfyUI, or patch and save the model again."
+        ) from error
+    return patcher
 
 
 def _report(
@@ -162,4 +188,6 @@ def _report(
         choice.declined,
         pack.source,
         choice.mode,
+        pack.architecture,
+        pack.model,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .build import tensors_of
 from .formats import native
 from .layout import is_packed, unwrap
 from .loader import ATTACHMENT
@@ -22,15 +23,16 @@ MODEL_PREFIX = "diffusion_model."
 
 
 def base_weights(model: object) -> dict[str, PackedWeight | torch.Tensor]:
-    """{BFL name: packed (compact) or dense weight} of a ModelPatcher's transformer as it was loaded, patches undone.
+    """{name: packed (compact) or dense weight} of a ModelPatcher's transformer as it was loaded, patches undone.
+
+    FLUX names are BFL's. Persistent buffers are among them.
 
     Raises ValueError if no layer of it is packed, or if it is a merge, whose layers are dense.
     """
     if any(merges_models(patches) for patches in model.patches.values()):
         raise ValueError("this model is a merge, which is dense: save it with Save Model")
-    transformer = model.model.diffusion_model
     weights: dict[str, PackedWeight | torch.Tensor] = {}
-    for name, parameter in transformer.named_parameters():
+    for name, parameter in tensors_of(model.model.diffusion_model).items():
         backup = model.backup.get(MODEL_PREFIX + name)
         tensor = parameter if backup is None else backup.weight
         name = re.sub(r"(norm\.(?:query|key)_norm)\.weight$", r"\1.scale", name)
@@ -63,5 +65,9 @@ def save_bonsai_model(
             "Bonsai: %d layers carry patches (LoRAs); the file holds the base model without them", len(model.patches)
         )
     report = model.get_attachment(ATTACHMENT)
-    source = source_record(Path(report.path), report.format, report.source) if report is not None else {}
-    native.write(path, weights, native.make_record(weights, source), progress, extra=extra)
+    if report is None:
+        record = native.make_record(weights)
+    else:
+        source = source_record(Path(report.path), report.format, report.source)
+        record = native.make_record(weights, source, report.architecture, report.model)
+    native.write(path, weights, record, progress, extra=extra)

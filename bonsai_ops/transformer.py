@@ -19,8 +19,13 @@ HASH_BYTES = 16 << 20
 
 
 def open_transformer(path: str | Path) -> tuple[Pack, dict[str, Entry]]:
-    """(the open pack, {BFL name: entry}): headers only, checked for completeness. Raises PackError."""
+    """(the open pack, {BFL name: entry}): headers only, checked for completeness. Raises PackError.
+
+    A native file of another architecture has ComfyUI's names for it; only ComfyUI can tell whether it is complete.
+    """
     pack = open_pack(path)
+    if pack.architecture != "flux2":
+        return pack, dict(pack.entries)
     _, entries = klein.to_bfl(pack.path, pack.entries)
     if not any(klein.is_block_linear(name) and _can_be_packed(pack, entry) for name, entry in entries.items()):
         raise PackError(pack.path, "has no packed layer", "Use the file as it was published.")

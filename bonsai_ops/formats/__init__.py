@@ -36,6 +36,9 @@ class Pack:
     entries: Mapping[str, Entry]
     source: Mapping[str, str] = field(default_factory=dict)
     """For a native file: {"file": .., "sha256": ..} of what it was made from."""
+    architecture: str = "flux2"
+    model: Mapping[str, object] = field(default_factory=dict)
+    """For a native file of another architecture: ComfyUI's configuration of it."""
 
 
 def find_transformer(path: Path) -> Path:
@@ -70,7 +73,10 @@ def open_pack(path: Path | str) -> Pack:
         opened = SafetensorsFile(file)
         if native.is_native(opened):
             record = native.read_record(opened)
-            return Pack(file, "native", native.read_entries(opened, record), record.source if record else {})
+            entries = native.read_entries(opened, record)
+            if record is None:
+                return Pack(file, "native", entries)
+            return Pack(file, "native", entries, record.source, record.architecture, record.model)
         if mlx.is_mlx(opened):
             return Pack(file, "mlx", mlx.read_entries(opened, mlx.TRANSFORMER_BITS))
         return Pack(file, "unpacked", dense.read_entries(opened, floats_only=False))

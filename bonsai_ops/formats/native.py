@@ -1,8 +1,10 @@
-"""Our own file: one .safetensors with BFL names that is mapped from disk and used as it is.
+"""Our own file: one .safetensors that is mapped from disk and used as it is. FLUX.2 has BFL names in it.
 
     <layer>.weight        u8 [n, K]      codes, byte layout of codec.py (n byte rows of N rows)
     <layer>.weight_scale  bf16, fp16 or fp32 [N, K / g]: the narrowest that is exact
     <layer>.weight_zero   like weight_scale; only schemes affine and zero_point (packed_weight.py has the formulas)
+    <layer>.weight_up     bf16, fp16 or fp32 [N, r], version 2: with weight_down [r, K] the layer's low-rank branch;
+    <layer>.weight_down   up down is added to the values of the codes
     anything else         a dense tensor as it was in the source
 
 `__metadata__["bonsai"]` is JSON:
@@ -10,6 +12,11 @@
     {"version": 1, "variant": "ternary", "architecture": "flux2", "packer": "bonsai-image 0.1.0",
      "source": {"file": "...", "sha256": "..."},
      "layers": {"<layer>": {"scheme": "ternary", "codec": "trit5", "group_size": 128, "shape": [N, K]}, ..}}
+
+Scheme, codec and group size may differ from layer to layer (variant "mixed"). Version 2 is written where version 1 does
+not suffice: for a low-rank branch ("rank": r in the layer's description) and for a model that is not a Bonsai. There
+"architecture" is the name of ComfyUI's model configuration, keys are as ComfyUI names the weights of its transformer or
+UNet, and "model" holds that configuration: {"class", "model_type", "unet_config", "sampling_settings"}, plain values.
 
 A file without that record (written by ComfyUI's own ModelSave) is read too: N, K and g follow from the shapes, the
 codec from n and, where n fits both codecs of ternary weights, from the bytes. Keys may carry the prefix
@@ -35,7 +42,8 @@ from ..packed_weight import SCHEMES, PackedWeight
 from .entries import DOWNLOAD_AGAIN, DenseTensor, Entry, PackedTensor
 from .safetensors_file import DTYPES, SafetensorsFile
 
-VERSION = 1
+VERSION = 2
+TABLES = ("scale", "zero", "up", "down")
 RECORD = "bonsai"
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WRITE_BYTES = 16 << 20
@@ -50,8 +58,14 @@ class NativeRecord:
     layers: Mapping[str, Mapping]
     source: Mapping[str, str] = field(default_factory=dict)
     architecture: str = "flux2"
-    version: int = VERSION
+    version: int = 1
     packer: str = f"bonsai-image {__version__}"
+    model: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """What the metadata holds."""
+        described = {name: value for name, value in vars(self).items() if name != "model" or value}
+        return json.dumps(described, sort_keys=True)
 
 
 def is_native(file: SafetensorsFile) -> bool:
@@ -83,6 +97,7 @@ def read_record(file: SafetensorsFile) -> NativeRecord | None:
             record["architecture"],
             version,
             record.get("packer", ""),
+            dict(record.get("model") or {}),
         )
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, PackError):
@@ -95,7 +110,7 @@ def read_entries(file: SafetensorsFile, record: NativeRecord | None) -> dict[str
     described = dict(record.layers) if record else {}
     entries: dict[str, Entry] = {}
     for name, (shape, dtype) in file.tensors.items():
-        if name.endswith((".weight_scale", ".weight_zero")):
+        if name.endswith(tuple(f".weight_{table}" for table in TABLES)):
             weight = name.rpartition("_")[0]
             if weight not in file.tensors:
                 raise PackError(file.path, "stands alone", f"Expected the codes {weight}. {DOWNLOAD_AGAIN}", name)
@@ -156,12 +171,33 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
             zero,
         )
 
+    branch = _branch(file, weight, shape, 0 if described is None else described.get("rank", 0))
+
     def load() -> PackedWeight:
-        return PackedWeight(
-            file.get(weight), file.get(scale), shape, scheme, codec, group_size, file.get(zero) if has_zero else None
-        )
+        up, down = (file.get(name) for name in branch) if branch else (None, None)
+        table = file.get(zero) if has_zero else None
+        return PackedWeight(file.get(weight), file.get(scale), shape, scheme, codec, group_size, table, up, down)
 
     return PackedTensor(file.path, weight, shape, load)
+
+
+def _branch(file: SafetensorsFile, weight: str, shape: tuple[int, int], rank: int) -> tuple[str, str] | None:
+    """The names of a layer's low-rank matrices, None without. Raises PackError if they do not fit record and weight."""
+    names = (f"{weight}_up", f"{weight}_down")
+    if not rank and not any(name in file.tensors for name in names):
+        return None
+    for name, is_up in zip(names, (True, False), strict=True):
+        found, dtype = file.tensors.get(name, ((), None))
+        rank = rank or (found[-1 if is_up else 0] if len(found) == 2 else 0)
+        expected = (shape[0], rank) if is_up else (rank, shape[1])
+        if found != expected or dtype not in SCALE_DTYPES:
+            raise PackError(
+                file.path,
+                f"is {dtype} {list(found)}" if dtype else "is missing",
+                f"Expected bf16, fp16 or fp32 {list(expected)}, a low-rank branch. {DOWNLOAD_AGAIN}",
+                name,
+            )
+    return names
 
 
 def _guess(file: SafetensorsFile, weight: str, rows: int, byte_rows: int, has_zero: bool) -> tuple[str, str]:
@@ -191,16 +227,22 @@ def make_record(
     weights: Mapping[str, PackedWeight | torch.Tensor],
     source: Mapping[str, str] | None = None,
     architecture: str = "flux2",
+    model: Mapping[str, object] | None = None,
 ) -> NativeRecord:
-    """The record of a file that will hold `weights` ({name: packed or dense})."""
+    """The record of a file that will hold `weights` ({name: packed or dense}). model: its configuration, plain values.
+
+    Its version is the lowest that can describe them.
+    """
     packed = {name.removesuffix(".weight"): w for name, w in weights.items() if isinstance(w, PackedWeight)}
     schemes = {w.scheme for w in packed.values()}
     variant = schemes.pop() if len(schemes) == 1 else "mixed"
     layers = {
         layer: {"scheme": w.scheme, "codec": w.codec, "group_size": w.group_size, "shape": list(w.shape)}
+        | ({"rank": w.rank} if w.rank else {})
         for layer, w in packed.items()
     }
-    return NativeRecord(variant, layers, source or {}, architecture)
+    version = 2 if architecture != "flux2" or any(w.rank for w in packed.values()) else 1
+    return NativeRecord(variant, layers, source or {}, architecture, version, model=model or {})
 
 
 def to_tensors(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -209,9 +251,8 @@ def to_tensors(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, 
     for name, weight in weights.items():
         if isinstance(weight, PackedWeight):
             tensors[name] = weight.codes
-            tensors[f"{name}_scale"] = weight.scale
-            if weight.zero is not None:
-                tensors[f"{name}_zero"] = weight.zero
+            tables = {table: getattr(weight, table) for table in TABLES}
+            tensors |= {f"{name}_{table}": tensor for table, tensor in tables.items() if tensor is not None}
         else:
             tensors[name] = weight
     return tensors
@@ -235,7 +276,7 @@ def write(
         raise PackError(path, "exists", "Choose another name or remove it first.")
     tensors = to_tensors(weights)
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    described = {"format": "pt", RECORD: json.dumps(vars(record), sort_keys=True), **(extra or {})}
+    described = {"format": "pt", RECORD: record.to_json(), **(extra or {})}
     header: dict[str, object] = {"__metadata__": described}
     offset = 0
     for name in order:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,10 @@ def same(a: PackedWeight | torch.Tensor, b: PackedWeight | torch.Tensor) -> bool
     """Equal to the bit, dtypes and description included."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and torch.equal(raw(a), raw(b))
-    told = [(w.shape, w.scheme, w.codec, w.group_size, w.zero is None) for w in (a, b)]
-    tables = [(a.codes, b.codes), (a.scale, b.scale), *([(a.zero, b.zero)] if a.zero is not None else [])]
-    return told[0] == told[1] and all(same(x, y) for x, y in tables)
+    names = ("codes", "scale", "zero", "up", "down")
+    tables = [(getattr(a, name), getattr(b, name)) for name in names]
+    told = [(w.shape, w.scheme, w.codec, w.group_size, [getattr(w, n) is None for n in names]) for w in (a, b)]
+    return told[0] == told[1] and all(same(x, y) for x, y in tables if x is not None)
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
@@ -217,7 +219,7 @@ def damaged(path: Path, change: dict | None = None, layer: dict | None = None, *
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"change": {"version": 2}}, r"bonsai: is version 2 of the native format, this plugin reads up to 1\. Update"),
+        ({"change": {"version": 3}}, r"bonsai: is version 3 of the native format, this plugin reads up to 2\. Update"),
         ({"change": {"version": "x"}}, r"bonsai: has a damaged record"),
         ({"change": {"layers": 3}}, r"bonsai: has a damaged record"),
         ({"change": {"source": "file"}}, r"bonsai: has a damaged record"),
@@ -348,3 +350,54 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
     write(tmp_path / "w.safetensors", weights)
     assert leftovers(tmp_path) == ["w.safetensors"]
+
+
+def with_branch(weight: PackedWeight, rank: int = 3) -> PackedWeight:
+    rows, columns = weight.shape
+    return replace(weight, up=torch.randn(rows, rank).bfloat16(), down=torch.randn(rank, columns).bfloat16())
+
+
+def test_a_low_rank_branch_round_trips(tmp_path: Path) -> None:
+    """Version 2, with "rank" for the layers that have one; group size and scheme from layer to layer."""
+    weights = {
+        "a.weight": with_branch(packed("ternary", "trit5")),
+        "b.weight": packed("binary", "bit", group=128),
+        "c.weight": with_branch(packed("affine", "nibble", group=32), 1),
+    }
+    write(tmp_path / "w.safetensors", weights)
+    found = read(tmp_path / "w.safetensors")
+    assert found.keys() == weights.keys() and all(same(found[name], weight) for name, weight in weights.items())
+    record = json.loads(SafetensorsFile(tmp_path / "w.safetensors").metadata["bonsai"])
+    assert record["version"] == 2
+    assert [record["layers"][layer].get("rank") for layer in "abc"] == [3, None, 1]
+    save_file(native.to_tensors({"a.weight": weights["a.weight"]}), tmp_path / "plain.safetensors")
+    assert same(read(tmp_path / "plain.safetensors")["a.weight"], weights["a.weight"])
+
+
+def test_another_architecture_is_recorded(tmp_path: Path) -> None:
+    model = {"class": "SD3", "model_type": "FLOW", "unet_config": {"depth": 2}, "sampling_settings": {}}
+    weights = {"x.weight": packed("ternary", "trit5")}
+    native.write(tmp_path / "w.safetensors", weights, native.make_record(weights, SOURCE, "SD3", model))
+    pack = open_pack(tmp_path / "w.safetensors")
+    assert (pack.architecture, pack.model) == ("SD3", model)
+    record = native.read_record(SafetensorsFile(tmp_path / "w.safetensors"))
+    assert record.version == 2 and record.layers.keys() == {"x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a.weight_down": None}, r"a\.weight_down: is missing\. Expected bf16, fp16 or fp32 \[3, 256\], a low-rank"),
+        ({"a.weight_up": None}, r"a\.weight_up: is missing"),
+        ({"a.weight_up": torch.zeros(137, 4)}, r"a\.weight_up: is torch.float32 \[137, 4\]"),
+        ({"a.weight_down": torch.zeros(3, 99)}, r"a\.weight_down: is torch.float32 \[3, 99\]"),
+        ({"a.weight_up": torch.zeros(137, 3, dtype=torch.uint8)}, r"a\.weight_up: is torch.uint8"),
+        ({"z.weight_up": torch.zeros(3, 3)}, r"z\.weight_up: stands alone"),
+    ],
+)
+def test_a_broken_branch_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    weights = {"a.weight": with_branch(packed("ternary", "trit5"))}
+    tensors = {n: t for n, t in (native.to_tensors(weights) | change).items() if t is not None}
+    save_file(tensors, tmp_path / "w.safetensors", {"bonsai": native.make_record(weights).to_json()})
+    with pytest.raises(PackError, match=message):
+        open_pack(tmp_path / "w.safetensors")
