@@ -9,6 +9,7 @@ import comfy.utils
 import latent_preview
 import torch
 
+from .calibrate import Calibration, Recorder
 from .schedule import official_sigmas
 
 
@@ -56,3 +57,43 @@ def _fit(model: object, latent: dict) -> torch.Tensor:
             "16]: encode the picture with the FLUX.2 VAE or use Empty Flux 2 Latent"
         )
     return samples
+
+
+def sample_recorded(
+    model: object,
+    positive: list,
+    negative: list,
+    latent: dict,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler: str,
+    scheduler: str,
+    mode: str,
+) -> tuple[Calibration, dict]:
+    """(what went into every linear layer, LATENT) of a sampling such as KSampler's. mode: power or full.
+
+    Raises ValueError for an unknown mode or if no linear layer was called.
+    """
+    recorder = Recorder(mode)
+    ratio = latent.get("downscale_ratio_spacial")
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *([] if ratio is None else [ratio]))
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    out = {name: value for name, value in latent.items() if name != "downscale_ratio_spacial"}
+    with recorder.recording(model.model):
+        out["samples"] = comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            positive,
+            negative,
+            samples,
+            noise_mask=latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, steps),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+    return recorder.result(model.model), out

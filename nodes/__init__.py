@@ -5,14 +5,25 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..bonsai_ops import folders
+from .calibrate import CalibrateBitLinear
 from .load_model import LoadBonsaiModel
 from .load_pack import LoadBonsaiPack
 from .load_text_encoder import LoadBonsaiTextEncoder
 from .model_info import BonsaiModelInfo
+from .patch_linear import PatchToBitLinear
 from .sampler import BonsaiSampler
 from .save_model import SaveBonsaiModel
 
-NODES = [LoadBonsaiPack, LoadBonsaiModel, LoadBonsaiTextEncoder, BonsaiSampler, SaveBonsaiModel, BonsaiModelInfo]
+NODES = [
+    LoadBonsaiPack,
+    LoadBonsaiModel,
+    LoadBonsaiTextEncoder,
+    BonsaiSampler,
+    SaveBonsaiModel,
+    BonsaiModelInfo,
+    PatchToBitLinear,
+    CalibrateBitLinear,
+]
 
 
 class BonsaiExtension(ComfyExtension):

@@ -24,6 +24,8 @@ HELP, LOCALES = REPOSITORY / "web" / "docs", REPOSITORY / "locales"
 LANGUAGES = sorted(path.name for path in LOCALES.iterdir())
 OURS = (
     "BonsaiModelInfo",
+    "PatchToBitLinear",
+    "CalibrateBitLinear",
     "BonsaiSampler",
     "LoadBonsaiModel",
     "LoadBonsaiPack",

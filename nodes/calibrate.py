@@ -1,0 +1,82 @@
+"""Calibrate for BitLinear: a sampling that records what goes into every linear layer."""
+
+from __future__ import annotations
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..bonsai_ops.calibrate import MODES
+from ..bonsai_ops.sampling import sample_recorded
+from . import inputs
+
+Calibration = io.Custom("BONSAI_CALIBRATION")
+
+
+class CalibrateBitLinear(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CalibrateBitLinear",
+            display_name="Calibrate for BitLinear",
+            category=inputs.CATEGORY,
+            description="Samples once with the dense model and records how large each input of its linear layers is, "
+            "for Patch to BitLinear. A few steps with a typical prompt are enough.",
+            inputs=[
+                io.Model.Input("model", tooltip="The dense model that Patch to BitLinear will get."),
+                io.Conditioning.Input("positive", tooltip="A typical prompt; several can be combined."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt. Without guidance it has no effect."),
+                io.Latent.Input("latent", tooltip="An empty latent of the size you use."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    tooltip="The noise. The same seed records the same.",
+                ),
+                io.Int.Input("steps", default=4, min=1, max=100, tooltip="Number of steps to record."),
+                io.Float.Input(
+                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance, as for this model's sampler."
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=list(comfy.samplers.KSampler.SAMPLERS),
+                    default="euler",
+                    tooltip="Sampler, as for KSampler.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(comfy.samplers.KSampler.SCHEDULERS),
+                    default="simple",
+                    tooltip="Noise schedule, as for KSampler.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="power",
+                    tooltip="power: the size of each input, next to no memory. full: also how inputs go together, for "
+                    "error-compensating rounding: more exact, but slower and up to 4 GB of memory.",
+                ),
+            ],
+            outputs=[
+                Calibration.Output("calibration", tooltip="Connect it to Patch to BitLinear."),
+                io.Latent.Output(tooltip="What was sampled meanwhile."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        positive: list,
+        negative: list,
+        latent: dict,
+        seed: int,
+        steps: int = 4,
+        cfg: float = 1.0,
+        sampler_name: str = "euler",
+        scheduler: str = "simple",
+        mode: str = "power",
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            *sample_recorded(model, positive, negative, latent, seed, steps, cfg, sampler_name, scheduler, mode)
+        )

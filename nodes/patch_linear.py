@@ -1,0 +1,109 @@
+"""Patch to BitLinear: any diffusion MODEL -> the same with 1-bit or ternary linear layers, and a report."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..bonsai_ops.patch import EXCLUDED, PatchOptions, patch_model, patterns
+from . import inputs
+from .calibrate import Calibration
+
+
+class PatchToBitLinear(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PatchToBitLinear",
+            display_name="Patch to BitLinear",
+            category=inputs.CATEGORY,
+            description="Quantizes the linear layers of any diffusion model to 1 bit or three levels and keeps them "
+            "packed in memory. No training: expect a loss of quality, which the report measures.",
+            inputs=[
+                io.Model.Input("model", tooltip="Any diffusion model. It stays as it is; LoRAs on it go along."),
+                io.Combo.Input(
+                    "scheme",
+                    options=["ternary", "binary", "4bit"],
+                    default="ternary",
+                    tooltip="ternary: three levels, 1.6 bits a weight. binary: two levels, 1 bit. 4bit: sixteen "
+                    "levels. Scales come on top.",
+                ),
+                io.Combo.Input(
+                    "group_size",
+                    options=["32", "64", "128", "256"],
+                    default="128",
+                    tooltip="Weights in a row that share one 16-bit scale. Smaller is more exact and larger in memory.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=512,
+                    tooltip="Rank of a 16-bit branch beside each packed layer that makes good part of its error. 0: "
+                    "none. 32 costs 0.33 bits a weight in a layer of 3072 by 3072.",
+                ),
+                io.Int.Input(
+                    "target_size_mb",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Size in MB that the whole model may have: the layers that suffer most keep 4 or 16 bits. "
+                    "0: every layer is packed alike.",
+                ),
+                io.String.Input(
+                    "include",
+                    default="*",
+                    tooltip="Layers to pack: names with * for anything, separated by commas or lines, such as "
+                    "double_blocks.*",
+                ),
+                io.String.Input(
+                    "exclude",
+                    default=", ".join(EXCLUDED),
+                    multiline=True,
+                    tooltip="Layers that stay as they are: names with * for anything, separated by commas or lines. "
+                    "The default leaves out embedders, modulation and the final layer.",
+                ),
+                io.Boolean.Input(
+                    "dry_run", default=False, tooltip="Only report: the model goes through as it came in."
+                ),
+                Calibration.Input(
+                    "calibration",
+                    optional=True,
+                    tooltip="From Calibrate for BitLinear: errors are then kept small where the inputs are large.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The packed model: use it with any sampler, or save it."),
+                io.String.Output("report", tooltip="Sizes and errors, a line a layer."),
+                io.String.Output("csv", tooltip="The same as a table for a spreadsheet."),
+                io.Image.Output("plot", tooltip="The error of every packed layer as a picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        scheme: str = "ternary",
+        group_size: str = "128",
+        rank: int = 0,
+        target_size_mb: int = 0,
+        include: str = "*",
+        exclude: str = ", ".join(EXCLUDED),
+        dry_run: bool = False,
+        calibration: object | None = None,
+    ) -> io.NodeOutput:
+        options = PatchOptions(
+            scheme,
+            int(group_size),
+            rank,
+            target_size_mb * 1_000_000 or None,
+            patterns(include),
+            patterns(exclude),
+            dry_run,
+        )
+        statistics = None if calibration is None else calibration.layers
+        patched, report = patch_model(model, options, statistics, inputs.progress())
+        text = report.to_text()
+        picture = torch.from_numpy(report.draw()).unsqueeze(0)
+        return io.NodeOutput(patched, text, report.to_csv(), picture, ui={"text": [text]})

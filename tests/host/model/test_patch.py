@@ -1,0 +1,458 @@
+"""Patch to BitLinear on ComfyUI's own model classes, small and with random weights, each beside a dense twin.
+
+The twin has the packed weights' values in stock layers, so a patched model must draw what the twin draws.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import (
+    draw,
+    load_stock,
+    loaded,
+    low_rank,
+    packed_layers,
+    relative,
+    run_node,
+    same_state,
+    state_bytes,
+    unloaded,
+    with_lora,
+    write_pack,
+)
+
+pytestmark = pytest.mark.host
+
+CONTEXT = 64
+POOLED = {"flux": 32, "sdxl": 1280, "sd3": 96}
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "vec_in_dim": POOLED["flux"],
+    "context_in_dim": CONTEXT,
+    "hidden_size": 128,
+    "mlp_ratio": 4.0,
+    "num_heads": 1,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "txt_ids_dims": [],
+}
+FLUX2 = {
+    "image_model": "flux2",
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "vec_in_dim": None,
+    "context_in_dim": CONTEXT,
+    "hidden_size": 128,
+    "mlp_ratio": 3.0,
+    "num_heads": 1,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [32, 32, 32, 32],
+    "theta": 2000,
+    "global_modulation": True,
+    "mlp_silu_act": True,
+    "qkv_bias": False,
+    "ops_bias": False,
+    "guidance_embed": False,
+    "txt_ids_dims": [3],
+}
+SDXL = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [0, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [0, 0, 1, 1],
+    "use_linear_in_transformer": True,
+    "use_spatial_transformer": True,
+    "context_dim": CONTEXT,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+    "legacy": False,
+}
+SD3 = {
+    "in_channels": 16,
+    "patch_size": 2,
+    "depth": 2,
+    "input_size": None,
+    "adm_in_channels": POOLED["sd3"],
+    "context_embedder_config": {
+        "target": "torch.nn.Linear",
+        "params": {"in_features": CONTEXT, "out_features": 128},
+    },
+    "num_patches": 64,
+    "pos_embed_max_size": 8,
+    "pos_embed_scaling_factor": None,
+    "qk_norm": "rms",
+}
+ZIMAGE = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 256,
+    "cap_feat_dim": CONTEXT,
+    "n_layers": 2,
+    "qk_norm": True,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [64, 64, 64],
+    "rope_theta": 256.0,
+    "ffn_dim_multiplier": 1.0,
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+}
+QWEN = {
+    "image_model": "qwen_image",
+    "in_channels": 64,
+    "num_layers": 1,
+    "attention_head_dim": 128,
+    "num_attention_heads": 1,
+    "joint_attention_dim": CONTEXT,
+}
+WAN = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "dim": 128,
+    "out_dim": 16,
+    "in_dim": 16,
+    "num_heads": 1,
+    "ffn_dim": 256,
+    "num_layers": 1,
+    "text_dim": CONTEXT,
+    "patch_size": (1, 2, 2),
+    "freq_dim": 256,
+    "window_size": (-1, -1),
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "eps": 1e-6,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """An architecture: class in comfy.supported_models, configuration, latent, names of a packed and a kept layer."""
+
+    model: str
+    config: Mapping[str, Any]
+    latent: tuple[int, ...]
+    layer: str
+    kept: str
+    packed: int
+
+
+KINDS = {
+    "flux": Kind("Flux", FLUX, (1, 16, 8, 8), "double_blocks.0.img_attn.qkv", "double_blocks.0.img_mod.lin", 10),
+    "flux2": Kind("Flux2", FLUX2, (1, 128, 4, 4), "single_blocks.0.linear1", "single_stream_modulation.lin", 10),
+    "sdxl": Kind(
+        "SDXL",
+        SDXL,
+        (1, 4, 8, 8),
+        "middle_block.1.transformer_blocks.0.attn1.to_q",
+        "input_blocks.1.0.emb_layers.1",
+        48,
+    ),
+    "sd3": Kind("SD3", SD3, (1, 16, 8, 8), "joint_blocks.0.x_block.mlp.fc1", "final_layer.linear", 13),
+    "zimage": Kind("ZImage", ZIMAGE, (1, 16, 8, 8), "layers.0.attention.qkv", "layers.0.adaLN_modulation.0", 30),
+    "qwen": Kind(
+        "QwenImage",
+        QWEN,
+        (1, 16, 1, 8, 8),
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.0.img_mod.1",
+        12,
+    ),
+    "wan": Kind("WAN21_T2V", WAN, (1, 16, 1, 8, 8), "blocks.0.self_attn.q", "head.head", 10),
+}
+
+
+def random_tensors(model: Any, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Values that keep activations near 1."""
+    from bonsai_ops.build import tensors_of
+
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, tensor in tensors_of(model.diffusion_model).items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        norm = tensor.ndim == 1 and name.endswith(("weight", "scale"))
+        values[name] = 1 + 0.1 * noise if norm else noise / max(1, tensor[0].numel()) ** 0.5
+        if tensor.ndim == 1 and not norm:
+            values[name] = 0.1 * noise
+    return values
+
+
+def stock(kind: str, tensors: Mapping[str, torch.Tensor] | None = None) -> Any:
+    """ComfyUI's ModelPatcher around its own class of this kind, in fp32: random weights, or these."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config_class = getattr(comfy.supported_models, KINDS[kind].model, None)
+    if config_class is None:
+        pytest.skip(f"this ComfyUI has no {KINDS[kind].model}")
+    config = config_class(dict(KINDS[kind].config))
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    values = random_tensors(model) if tensors is None else tensors
+    model.diffusion_model.load_state_dict({n: t.clone() for n, t in values.items()}, strict=False)
+    return comfy.model_patcher.CoreModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def twin_of(kind: str, patched: Any) -> Any:
+    """A stock model with the dequantized weights of a patched one."""
+    from bonsai_ops.build import tensors_of
+    from bonsai_ops.layout import is_packed
+
+    weights = tensors_of(patched.model.diffusion_model)
+    return stock(kind, {n: t.dequantize() if is_packed(t) else t.detach() for n, t in weights.items()})
+
+
+def sample(kind: str, model: Any, steps: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(1, 12, CONTEXT, generator=generator)
+    pooled = torch.randn(1, POOLED.get(kind, 8), generator=generator)
+    positive = [[states, {"pooled_output": pooled, "guidance": 3.5}]]
+    start = {"samples": torch.zeros(KINDS[kind].latent)}
+    return draw(model, positive=positive, negative=positive, start=start, steps=steps)
+
+
+def patch(model: Any, **options: Any) -> tuple[Any, Any]:
+    from bonsai_ops.patch import PatchOptions, patch_model
+
+    statistics, progress = options.pop("statistics", None), options.pop("progress", None)
+    return patch_model(model, PatchOptions(**options), statistics, progress)
+
+
+@pytest.fixture
+def unload(comfy: Any) -> Iterator[Callable[[], None]]:
+    comfy.model_management.unload_all_models()
+    yield comfy.model_management.unload_all_models
+    comfy.model_management.unload_all_models()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture(
+    kind: str, unload: Callable[[], None], lora_file: Callable[..., str], tmp_path: Path
+) -> None:
+    """Patch, sample, LoRA, save, reload, unload: what the twin draws, and the source is as it was."""
+    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.save import save_bonsai_model
+
+    source = stock(kind)
+    first, state = sample(kind, source), state_bytes(source)
+    patched, report = patch(source, rank=4)
+    unload()
+    layer, kept = KINDS[kind].layer, KINDS[kind].kept
+    assert packed_layers(patched) == len(report.packed) == KINDS[kind].packed
+    assert {x.name: x.form for x in report.layers}[layer] == "ternary"
+    assert {x.name: x.form for x in report.layers}[kept] == "kept"
+    assert type(patched.model) is type(source.model) and patched.model is not source.model
+    drawn = sample(kind, patched)
+    assert torch.isfinite(drawn).all() and relative(drawn, first) > 1e-3
+    twin = twin_of(kind, patched)
+    assert relative(drawn, sample(kind, twin)) < 1e-5
+    rows, columns = dict(source.model.diffusion_model.named_modules())[layer].weight.shape
+    name = lora_file(low_rank({f"diffusion_model.{n}": s for n, s in {layer: (rows, columns)}.items()}))
+    found, truth = (sample(kind, with_lora(m, name)) for m in (patched, twin))
+    assert relative(found, truth) < 1e-5 and relative(found, drawn) > 1e-4
+    unload()
+    assert torch.equal(sample(kind, patched), drawn)
+    path = tmp_path / "patched.safetensors"
+    save_bonsai_model(patched, path)
+    again = load_bonsai_model(path, {"compute_dtype": "fp32"})
+    assert torch.equal(sample(kind, again), drawn)
+    assert same_state(state_bytes(again), state_bytes(patched))
+    unload()
+    assert same_state(state_bytes(source), state) and torch.equal(sample(kind, source), first)
+
+
+def text_of(kind: str) -> list:
+    states = torch.randn(1, 12, CONTEXT, generator=torch.Generator().manual_seed(1))
+    return [[states, {"pooled_output": torch.zeros(1, POOLED.get(kind, 8))}]]
+
+
+@pytest.mark.parametrize("variant", ["ternary", "binary"])
+def test_an_unpacked_bonsai_becomes_the_pack(comfy: Any, variant: str, tmp_path: Path) -> None:
+    """Dense bf16 weights of a pack, loaded by ComfyUI and patched with defaults: codes and scales of the pack."""
+    from bonsai_ops.build import tensors_of
+    from bonsai_ops.layout import is_packed, unwrap
+    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.packed_weight import PackedWeight
+    from bonsai_ops.transformer import open_transformer, read_weights
+
+    pack = load_bonsai_model(write_pack(tmp_path / "model.safetensors", variant), {"compute_dtype": "fp32"})
+    weights = read_weights(*open_transformer(tmp_path / "model.safetensors"))
+    dense = {n: w.dequantize(torch.bfloat16) if isinstance(w, PackedWeight) else w for n, w in weights.items()}
+    patched, report = patch(load_stock(dense), scheme=variant)
+    assert report.total("relative") == 0 and "exactly those of the model" in report.to_text()
+    truth, found = (tensors_of(m.model.diffusion_model) for m in (pack, patched))
+    assert truth.keys() == found.keys()
+    for name, tensor in truth.items():
+        assert is_packed(found[name]) == is_packed(tensor), name
+        if is_packed(tensor):
+            a, b = unwrap(tensor), unwrap(found[name])
+            assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) and a.scale.dtype == b.scale.dtype
+    assert relative(draw(patched, steps=1), draw(pack, steps=1)) < 1e-6
+
+
+def test_lora_and_settings_on_the_source_go_along(unload: Callable[[], None], lora_file: Callable[..., str]) -> None:
+    """A LoRA before the patch node equals one behind it, loaded or not; ModelSamplingSD3's shift is kept."""
+    source = stock("sd3")
+    layer = KINDS["sd3"].layer
+    name = lora_file(low_rank({f"diffusion_model.{layer}": (512, 128)}))
+    changed = run_node("comfy_extras.nodes_model_advanced.ModelSamplingSD3", model=with_lora(source, name), shift=7.0)
+    sample("sd3", changed)  # the LoRA is merged into the source's weights now
+    patched, _ = patch(changed)
+    assert patched.get_model_object("model_sampling").shift == 7.0
+    plain, _ = patch(source)
+    again = run_node("comfy_extras.nodes_model_advanced.ModelSamplingSD3", model=with_lora(plain, name), shift=7.0)
+    assert torch.equal(sample("sd3", patched), sample("sd3", again))
+    assert relative(sample("sd3", patched), sample("sd3", plain)) > 1e-4
+
+
+def test_a_merge_is_carried_out(unload: Callable[[], None]) -> None:
+    """The result of ModelMergeSimple is what is packed."""
+    from bonsai_ops.build import tensors_of
+
+    first, second = stock("flux"), stock("flux", random_tensors(stock("flux").model, seed=3))
+    merged = run_node("comfy_extras.nodes_model_merging.ModelMergeSimple", model1=first, model2=second, ratio=0.25)
+    mixed = {
+        n: 0.25 * t + 0.75 * tensors_of(second.model.diffusion_model)[n]
+        for n, t in tensors_of(first.model.diffusion_model).items()
+    }
+    found, _ = patch(merged)
+    truth, _ = patch(stock("flux", mixed))
+    assert relative(sample("flux", found), sample("flux", truth)) < 1e-4
+    assert packed_layers(found) == packed_layers(truth) == KINDS["flux"].packed
+
+
+def test_clone_factory_offload_and_messages(unload: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factory gives the same model while one is alive; clones are of our class; offloaded equals resident."""
+    from bonsai_ops import patch as module
+    from bonsai_ops.lora import PackedPatcher
+
+    patched, _ = patch(stock("qwen"), rank=2)
+    drawn = sample("qwen", patched)
+    function, arguments = patched.cached_patcher_init[:2]
+    assert pickle.loads(pickle.dumps((function, arguments))) == (function, arguments)
+    again = function(*arguments, disable_dynamic=True)
+    assert again.model is not patched.model and isinstance(again, PackedPatcher)
+    assert torch.equal(sample("qwen", again), drawn)
+    assert isinstance(patched.clone(), PackedPatcher)
+    assert patched.model_size() < 0.6 * stock("qwen").model_size()
+    unload()
+    loaded(patched, 1)
+    assert packed_layers(patched) == KINDS["qwen"].packed
+    unloaded(patched)
+    monkeypatch.setattr(module, "_patched", {})
+    with pytest.raises(RuntimeError, match="Save Bonsai Model"):
+        function(*arguments)
+
+
+def test_dry_run_patterns_and_report(unload: Callable[[], None]) -> None:
+    """A dry run gives the source back; patterns choose layers; convolutions are counted, odd widths are told."""
+    source = stock("sdxl")
+    same, report = patch(source, dry_run=True)
+    assert same is source and packed_layers(source) == 0 and "dry run" in report.to_text()
+    assert report.conv_layers > 5 and f"{report.conv_layers} convolutions" in report.to_text()
+    patched, report = patch(source, scheme="binary", group_size=32, include=("*.attn1.*",), exclude=("*to_out*",))
+    assert {x.name.split(".")[-1] for x in report.packed} == {"to_q", "to_k", "to_v"}
+    assert packed_layers(patched) == len(report.packed)
+    reasons = {x.name: x.reason for x in report.layers}
+    assert reasons["middle_block.1.transformer_blocks.0.attn2.to_q"] == "not included"
+    assert reasons["middle_block.1.transformer_blocks.0.attn1.to_out.0"] == "excluded by *to_out*"
+    with pytest.raises(ValueError, match=r"nothing is left to pack: .*not included"):
+        patch(source, include=("no_such_layer",))
+    _, report = patch(patched, scheme="ternary")
+    assert sum(x.reason == "is packed already" for x in report.layers) == 3 * 4
+    assert len(report.packed) == KINDS["sdxl"].packed - 3 * 4
+
+
+def test_target_size(unload: Callable[[], None]) -> None:
+    """Within the target, with less error than all-ternary; more room gives less error; too small says so."""
+    source = stock("wan")
+    _, smallest = patch(source)
+    dense = source.model_size() // 2
+    errors = []
+    for share in (0.1, 0.4):
+        target = int(smallest.nbytes + share * dense)
+        patched, report = patch(source, target_bytes=target)
+        assert report.nbytes <= target and "reached" in report.to_text()
+        assert packed_layers(patched) == len(report.packed)
+        kept = [x for x in report.layers if x.reason == "room for it within the target size"]
+        errors.append(sum(x.error.relative**2 for x in report.packed))
+        assert {x.form for x in report.packed} - {"ternary"} or kept
+        sample("wan", patched)
+    assert errors[1] < errors[0] < sum(x.error.relative**2 for x in smallest.packed)
+    _, report = patch(source, target_bytes=1000)
+    assert "not reachable" in report.to_text() and report.nbytes == smallest.nbytes
+
+
+def test_calibration(unload: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
+    """What the node records is the mean of x x^T; hooks are gone afterwards; the model's output error falls."""
+    from bonsai_ops.sampling import sample_recorded
+
+    source = stock("flux")
+    seen: list[torch.Tensor] = []
+    module = dict(source.model.diffusion_model.named_modules())[KINDS["flux"].layer]
+    handle = module.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].detach().flatten(0, -2).clone()))
+    start = {"samples": torch.zeros(KINDS["flux"].latent)}
+    settings = (text_of("flux"), text_of("flux"), start, 3, 2, 1.0, "euler", "simple")
+    known, latent = sample_recorded(source, *settings, "full")
+    handle.remove()
+    x = torch.cat(seen).double()
+    statistics = known.layers[KINDS["flux"].layer]
+    torch.testing.assert_close(statistics.gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics.power, statistics.gram.diagonal(), rtol=1e-4, atol=1e-5)
+    assert statistics.count == len(x) and latent["samples"].shape == KINDS["flux"].latent
+    assert all(not m._forward_pre_hooks for m in source.model.diffusion_model.modules())
+    drawn = sample("flux", source)
+    errors = {}
+    for name, options in {
+        "plain": {},
+        "calibrated": {"statistics": known.layers},
+        "calibrated, rank 16": {"statistics": known.layers, "rank": 16},
+    }.items():
+        patched, report = patch(source, **options)
+        errors[name] = relative(sample("flux", patched), drawn)
+        assert (report.total("output") is not None) == ("statistics" in options)
+    with capsys.disabled():
+        print("\n  error of the model's output: " + ", ".join(f"{n} {e:.4f}" for n, e in errors.items()))
+    assert errors["calibrated, rank 16"] < errors["calibrated"] < errors["plain"]
+    with pytest.raises(ValueError, match="recorded with another model"):
+        patch(source, statistics={KINDS["flux"].layer: dataclasses.replace(statistics, power=torch.ones(64))})
+
+
+def test_cancel_leaves_nothing_behind(unload: Callable[[], None], caplog: pytest.LogCaptureFixture) -> None:
+    """What the progress callback raises ends the work; the source draws as before; no half model is kept."""
+    from bonsai_ops import patch as module
+
+    source = stock("flux2")
+    first, alive = sample("flux2", source), len(module._patched)
+
+    def progress(done: int, total: int) -> None:
+        if done > 0:
+            raise InterruptedError
+
+    with caplog.at_level(logging.INFO), pytest.raises(InterruptedError):
+        patch(source, progress=progress)
+    assert len(module._patched) == alive and torch.equal(sample("flux2", source), first)
