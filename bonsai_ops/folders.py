@@ -15,6 +15,7 @@ from .text_encoder import UNPACKED_FOLDER
 
 FOLDER = "bonsai"
 EXTENSIONS = {".safetensors", ".sft", ".pt"}
+MODEL_EXTENSIONS = EXTENSIONS | {".gguf"}
 TRANSFORMER_KIND, TEXT_ENCODER_KIND = "diffusion_models", "text_encoders"
 NO_TRANSFORMER = ("text_encoder", "text_encoders", "tokenizer", "vae", "scheduler")
 """Folders of a pack in which no transformer lies."""
@@ -26,13 +27,13 @@ def register() -> None:
     path.mkdir(parents=True, exist_ok=True)
     folder_paths.add_model_folder_path(FOLDER, str(path), is_default=True)
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | EXTENSIONS)
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | MODEL_EXTENSIONS)
 
 
 def model_names() -> list[str]:
     """Transformer files in `models/bonsai` and in ComfyUI's diffusion model folders."""
     own = [n for n in _names(FOLDER) if not _is_text_encoder(n) and PurePosixPath(n).parent.name not in NO_TRANSFORMER]
-    return own + [n for n in _names(TRANSFORMER_KIND) if PurePosixPath(n).suffix in EXTENSIONS and n not in own]
+    return own + [n for n in _names(TRANSFORMER_KIND) if PurePosixPath(n).suffix in MODEL_EXTENSIONS and n not in own]
 
 
 def text_encoder_names() -> list[str]:

@@ -43,6 +43,7 @@ TEST_REQUIREMENTS_WITHOUT_DEPENDENCIES = (
     'gemlite==0.6.0.post2; sys_platform == "linux"',
     'hqq==0.2.8.post1; sys_platform == "linux"',
     "termcolor",
+    "gguf==0.19.0",
 )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import PackError
-from . import dense, gemlite, mlx, native
+from . import dense, gemlite, gguf, mlx, native
 from .entries import CodedTensor, DenseTensor, Entry, PackedTensor
 from .safetensors_file import SafetensorsFile
 
@@ -29,7 +29,7 @@ TRANSFORMER_FILES = (
 
 @dataclass(frozen=True)
 class Pack:
-    """An open transformer file. `format`: gemlite, mlx, unpacked or native. `entries`: {name in the file: entry}."""
+    """An open transformer file. `format`: gemlite, mlx, gguf, unpacked, native. `entries`: {name in it: entry}."""
 
     path: Path
     format: str
@@ -84,8 +84,10 @@ def open_pack(path: Path | str) -> Pack:
         if file.name == "qmodel.pt":
             raise PackError(file, "is an HQQ text encoder", 'Load it with "Load Bonsai Text Encoder".')
         return Pack(file, "gemlite", gemlite.read_entries(file))
+    if file.suffix == ".gguf":
+        return Pack(file, "gguf", gguf.read_entries(file))
     raise PackError(
         file,
         f"has the unknown ending {file.suffix!r}",
-        "Expected a .safetensors file (MLX, unpacked or native) or a gemlite state_dict.pt.",
+        "Expected a .safetensors file (MLX, unpacked or native), a gemlite state_dict.pt or a .gguf file.",
     )

@@ -157,11 +157,11 @@ def test_a_zip_that_is_no_torch_file(tmp_path: Path, name: str) -> None:
     refuse(path, "is not a readable torch file", "download it again")
 
 
-@pytest.mark.parametrize("suffix", [".gguf", ".ckpt", ".onnx", ""])
+@pytest.mark.parametrize("suffix", [".ckpt", ".onnx", ""])
 def test_other_endings(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"bonsai{suffix}"
     path.write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
-    refuse(path, f"unknown ending {suffix!r}", "Expected a .safetensors file (MLX, unpacked or native) or a gemlite")
+    refuse(path, f"unknown ending {suffix!r}", "Expected a .safetensors file (MLX, unpacked or native), a gemlite")
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:

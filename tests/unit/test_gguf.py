@@ -1,0 +1,180 @@
+"""GGUF files: blocks decoded as a plain loop over the definition does it, whole files into packed weights, refusals."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bonsai_ops import klein, synthetic
+from bonsai_ops.errors import PackError
+from bonsai_ops.formats import CodedTensor, DenseTensor, open_pack
+from bonsai_ops.formats.gguf import BLOCKS, PQ2_0, Q1_0, Q2_0, Q8_0, TQ1_0, TQ2_0
+from bonsai_ops.packed_weight import PackedWeight
+from bonsai_ops.transformer import open_transformer, read_weights
+
+GROUPS = {Q1_0: 128, Q2_0: 64, PQ2_0: 128, TQ1_0: 256, TQ2_0: 256}
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def write(path: Path, tensors: Mapping[str, tuple[int, tuple[int, ...], bytes]], alignment: int = 32) -> Path:
+    """A GGUF file of {name: (type, shape, bytes)} with metadata of several types before the tensors."""
+    pairs = [
+        string("general.architecture") + struct.pack("<I", 8) + string("flux2"),
+        string("some.array") + struct.pack("<IIQ", 9, 8, 2) + string("a") + string("bc"),
+        string("some.numbers") + struct.pack("<IIQ3f", 9, 6, 3, 1.0, 2.0, 3.0),
+        string("general.alignment") + struct.pack("<II", 4, alignment),
+    ]
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs)) + b"".join(pairs)
+    data = b""
+    for name, (kind, shape, raw) in tensors.items():
+        data += b"\0" * (-len(data) % alignment)
+        header += string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape[::-1])
+        header += struct.pack("<IQ", kind, len(data))
+        data += raw
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + b"\0" * (-len(header) % alignment) + data + b"\0" * (-len(data) % alignment))
+    return path
+
+
+def encode(kind: int, codes: np.ndarray, scale: np.ndarray) -> bytes:
+    """Codes [N, K] and fp16 scales [N, K / g] -> blocks, by the definitions of ggml, one weight at a time."""
+    g, out = GROUPS[kind], b""
+    for row, scales in zip(codes.reshape(codes.shape[0], -1, g), scale, strict=True):
+        for block, d in zip(row, scales, strict=True):
+            half = np.float16(d).tobytes()
+            if kind == Q1_0:
+                out += half + np.packbits(block, bitorder="little").tobytes()
+            elif kind in (Q2_0, PQ2_0):
+                out += half + bytes(
+                    sum(int(c) << 2 * i for i, c in enumerate(block[j : j + 4])) for j in range(0, g, 4)
+                )
+            elif kind == TQ2_0:
+                out += bytes(
+                    sum(int(block[j + 32 * n + m]) << 2 * n for n in range(4)) for j in (0, 128) for m in range(32)
+                )
+                out += half
+            else:
+                for start, count, levels in ((0, 32, 5), (160, 16, 5), (240, 4, 4)):
+                    for m in range(count):
+                        value = 0
+                        for n in range(levels):
+                            value = value * 3 + int(block[start + count * n + m])
+                        out += bytes([-(-value * 3 ** (5 - levels) * 256 // 243)])
+                out += half
+    return out
+
+
+def coded(kind: int, shape: tuple[int, int], seed: int = 0) -> tuple[bytes, torch.Tensor]:
+    """(blocks, values float32 [N, K]) of random weights."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 2 if kind == Q1_0 else 3, shape, dtype=np.uint8)
+    scale = (rng.random((shape[0], shape[1] // GROUPS[kind])) * 0.1).astype(np.float16)
+    level = 2 * codes.astype(np.float32) - 1 if kind == Q1_0 else codes.astype(np.float32) - 1
+    return encode(kind, codes, scale), torch.from_numpy(level * scale.astype(np.float32).repeat(GROUPS[kind], axis=1))
+
+
+@pytest.mark.parametrize("kind", GROUPS, ids=lambda k: BLOCKS[k].name)
+def test_every_type(tmp_path: Path, kind: int) -> None:
+    """Values and scheme of the packed weight; rows in pieces; a dense neighbour of each type."""
+    raw, values = coded(kind, (19, 512))
+    dense = {0: torch.randn(3, 5), 1: torch.randn(7).half(), 30: torch.randn(2, 3).bfloat16()}
+    tensors = {"a.weight": (kind, (19, 512), raw)}
+    tensors |= {
+        f"dense{k}": (k, tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes()) for k, t in dense.items()
+    }
+    entries = open_pack(write(tmp_path / "m.gguf", tensors)).entries
+    entry = entries["a.weight"]
+    assert isinstance(entry, CodedTensor) and entry.shape == (19, 512)
+    packed = entry.pack()
+    assert packed.scheme == ("binary" if kind == Q1_0 else "ternary")
+    assert packed.group_size == GROUPS[kind] and torch.equal(packed.dequantize(), values)
+    assert torch.equal(entry.read(3, 11), entry.read(0, 19)[3:11])
+    for k, tensor in dense.items():
+        assert torch.equal(entries[f"dense{k}"].load(), tensor) and entries[f"dense{k}"].dtype == tensor.dtype
+
+
+def test_the_package_reads_the_same() -> None:
+    """The gguf package's own dequantization of random bytes, where it knows the type."""
+    gguf = pytest.importorskip("gguf")
+    rng = np.random.default_rng(0)
+    for kind in (TQ1_0, TQ2_0):
+        block = BLOCKS[kind]
+        raw = rng.integers(0, 256, (4, 3 * block.nbytes), dtype=np.uint8)
+        view = raw.reshape(12, block.nbytes)
+        view[:, block.scale_at : block.scale_at + 2] = rng.random((12, 1)).astype(np.float16).view(np.uint8)
+        truth = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind))
+        codes = block.codes(torch.from_numpy(view.copy())).float() - 1
+        scale = torch.from_numpy(view[:, block.scale_at : block.scale_at + 2].copy().view(np.float16)).float()
+        assert torch.equal((codes * scale).view(4, -1), torch.from_numpy(truth))
+
+
+def test_type_42_with_groups_of_128(tmp_path: Path) -> None:
+    """The older fork's blocks under the same number are told by the room that the tensors take."""
+    raw, values = coded(PQ2_0, (64, 512))
+    found = open_pack(write(tmp_path / "m.gguf", {"a.weight": (Q2_0, (64, 512), raw)})).entries["a.weight"].pack()
+    assert found.group_size == 128 and torch.equal(found.dequantize(), values)
+
+
+def test_eight_bits_are_dense(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    q, d = rng.integers(-128, 128, (5, 2, 32), dtype=np.int8), rng.random((5, 2)).astype(np.float16)
+    raw = b"".join(d[i, j].tobytes() + q[i, j].tobytes() for i in range(5) for j in range(2))
+    entry = open_pack(write(tmp_path / "m.gguf", {"a": (Q8_0, (5, 64), raw)})).entries["a"]
+    assert isinstance(entry, DenseTensor) and entry.dtype == torch.float32
+    assert np.array_equal(entry.load().numpy(), (q * d.astype(np.float32)[..., None]).reshape(5, 64))
+
+
+@pytest.mark.parametrize("kind", [Q1_0, Q2_0, TQ2_0], ids=lambda k: BLOCKS[k].name)
+def test_a_whole_transformer(tmp_path: Path, kind: int) -> None:
+    """BFL names, blocks coded, the rest bf16: loads as a pack with exactly these values."""
+    geometry = klein.Geometry(hidden=256, context=256, in_channels=128, double_blocks=1, single_blocks=1)
+    generator, tensors, truth = torch.Generator().manual_seed(0), {}, {}
+    for seed, (name, shape) in enumerate(klein.expected_shapes(geometry).items()):
+        if klein.is_block_linear(name):
+            rows, values = coded(kind, (8, shape[1]), seed)
+            raw, truth[name] = rows * (shape[0] // 8), values.repeat(shape[0] // 8, 1)
+            tensors[name] = (kind, shape, raw)
+        else:
+            truth[name] = synthetic.dense_tensor(shape, generator)
+            tensors[name] = (30, shape, truth[name].view(torch.uint8).numpy().tobytes())
+    weights = read_weights(*open_transformer(write(tmp_path / "m.gguf", tensors)))
+    assert weights.keys() == truth.keys()
+    for name, weight in weights.items():
+        assert isinstance(weight, PackedWeight) == klein.is_block_linear(name)
+        values = weight.dequantize() if isinstance(weight, PackedWeight) else weight
+        assert torch.equal(values, truth[name]), name
+
+
+def test_refusals(tmp_path: Path) -> None:
+    raw, _ = coded(Q2_0, (4, 64))
+    good = write(tmp_path / "good.gguf", {"a.weight": (Q2_0, (4, 64), raw)}).read_bytes()
+    path = tmp_path / "bad.gguf"
+    for data, message in (
+        (b"GGUF", "is no GGUF file"),
+        (b"XXXX" + good[4:], "starts with b'XXXX'"),
+        (good[:4] + struct.pack("<I", 9) + good[8:], "version 9"),
+        (good[:60], "ends inside its header"),
+        (good[:-64], "a.weight: ends at byte"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(PackError, match=message):
+            open_pack(path)
+    write(path, {"a.weight": (10, (4, 256), bytes(84 * 4))})
+    with pytest.raises(PackError, match=r"a\.weight: is stored as GGUF type 10\. Expected Q1_0, Q2_0"):
+        open_pack(path)
+    write(path, {"a.weight": (Q1_0, (4, 64), bytes(999))})
+    with pytest.raises(PackError, match="K a multiple of 128"):
+        open_pack(path)
+    fourth = bytearray(raw)
+    fourth[7] |= 3
+    write(path, {"a.weight": (Q2_0, (4, 64), bytes(fourth))})
+    with pytest.raises(PackError, match="a fourth level"):
+        open_pack(path).entries["a.weight"].pack()
