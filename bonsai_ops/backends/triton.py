@@ -260,10 +260,12 @@ def launch(
             codes = codes.view(torch.int16)
         kernel = kernels.weight_first_kernel if chosen.weight_first else kernels.input_first_kernel
         kernel[grid](
-            *(x, codes, scale, tokens, shift, out, x.shape[0], rows, columns, n // 8, x.stride(0), out.stride(0)),
+            *(x, codes, scale, tokens, out, x.shape[0], rows, columns, n // 8, x.stride(0), out.stride(0)),
             **constants,
             **options,
         )
+    if bias is not None:  # in these kernels it would cost registers that they lack
+        out += bias.to(out.dtype)
 
 
 def quantize(x: torch.Tensor, chosen: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -170,7 +170,7 @@ def family(target: int | str) -> str:
 
 
 def constants(config: Config, codec: str, mode: str, bias: bool, interpret: bool = False) -> dict[str, Any]:
-    """The constexpr arguments of a kernel, the same for a launch and for the static report."""
+    """The constexpr arguments of a kernel, the same for a launch and for the static report. bias: a8 only."""
     coder = get_codec(codec)
     shared = {
         "BLOCK_M": config.block_m,
@@ -178,12 +178,11 @@ def constants(config: Config, codec: str, mode: str, bias: bool, interpret: bool
         "BLOCK_K": config.block_k,
         "PARTS": config.parts,
         "RADIX": coder.radix,
-        "BIAS": bias,
     }
     asm = config.asm and not interpret
     if mode == "a8":
         decode = ASM_INT8[coder.radix, config.parts] if asm else ""
-        return {**shared, "TILE_M": config.tile_m, "WEIGHT_FIRST": config.weight_first, "ASM": decode}
+        return {**shared, "TILE_M": config.tile_m, "WEIGHT_FIRST": config.weight_first, "ASM": decode, "BIAS": bias}
     planes = {"PLANES": coder.fields // config.parts, "HALF_SUMS": mode == "fp16_accumulate"}
     return {**shared, **planes, "ASM": asm, "INTERPRET": interpret}
 
@@ -260,17 +259,19 @@ def _plane(y, s, p: tl.constexpr, RADIX: tl.constexpr, SCALED: tl.constexpr, ASM
     """Takes plane p off the lanes: (weight tile in s's dtype, lanes of the next plane). s is [n, 1]."""
     if ASM and RADIX == 2:
         return _signed(y, s), tl.inline_asm_elementwise(_NEXT_BINARY, "=r,r", [y], tl.int16, True, 2)
-    elif ASM:
-        if RADIX == 3:
-            u = _digit(y, p)
-            y = _after_digit(y, u, p)
-        else:
-            u = _digit(y, 0)
-            y = tl.inline_asm_elementwise(_NEXT_CRUMB, "=r,r", [y], tl.int16, True, 2)
+    elif ASM and RADIX == 3:
+        u = _digit(y, p)
         if SCALED:
-            return _scaled(u, s), y
+            return _scaled(u, s), _after_digit(y, u, p)
         else:
-            return u.to(tl.float16, bitcast=True), y
+            return u.to(tl.float16, bitcast=True), _after_digit(y, u, p)
+    elif ASM:
+        u = _digit(y, 0)
+        rest = tl.inline_asm_elementwise(_NEXT_CRUMB, "=r,r", [y], tl.int16, True, 2)
+        if SCALED:
+            return _scaled(u, s), rest
+        else:
+            return u.to(tl.float16, bitcast=True), rest
     else:
         y = y * RADIX
         if RADIX == 2:
@@ -291,26 +292,16 @@ def _scale(s_ptr, offsets, DTYPE: tl.constexpr, SCALED: tl.constexpr, INTERPRET:
     return s
 
 
-@triton.jit
-def _bias(bias_ptr, column, N, RADIX: tl.constexpr, ASM: tl.constexpr):
-    """What sums of these outputs start from: the bias, twice where sums are twice the result."""
-    bias = tl.load(bias_ptr + tl.minimum(column, N - 1)).to(tl.float32)
-    if RADIX != 2 and ASM:
-        bias = bias * 2
-    return bias
-
-
 @triton.jit(do_not_specialize=["M", "n8"])
 def weight_first_kernel(
-    x_ptr, codes_ptr, scale_ptr, tokens_ptr, bias_ptr, y_ptr, M, N, K, n8, stride_xm, stride_ym,
+    x_ptr, codes_ptr, scale_ptr, tokens_ptr, y_ptr, M, N, K, n8, stride_xm, stride_ym,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
-    RADIX: tl.constexpr, HALF_SUMS: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
+    RADIX: tl.constexpr, HALF_SUMS: tl.constexpr, ASM: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] W^T. codes: [n, K] bytes, n = 8 n8, given as int16 [n, K / 2] when ASM, else as uint8.
 
     Words of two bytes keep the registers of both operands in MMA's order; a word pair's bytes 0, 1 and 2, 3 are
     separate tiles, and x is loaded in the same order. tokens: fp32 [M] that multiplies the sums, read when HALF_SUMS.
-    bias [N] of any float dtype, read when BIAS.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     n = n8 * 8
@@ -330,10 +321,7 @@ def weight_first_kernel(
     acc = ()
     offsets = ()
     for p in tl.static_range(PLANES):
-        start = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        if BIAS and not HALF_SUMS:
-            start += _bias(bias_ptr, rows_n + (first + p) * n, N, RADIX, ASM)[:, None]
-        acc += (start,)
+        acc += (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
         offsets += (tl.minimum(rows_n + (first + p) * n, N - 1) * groups,)
     for k in range(0, K, BLOCK_K):
         x0 = tl.trans(tl.load(x_ptrs))
@@ -382,17 +370,15 @@ def weight_first_kernel(
             out = out * 0.5
         if HALF_SUMS:
             out = out * tl.load(tokens_ptr + rows_m, in_m, 0.0)[:, None]
-        if BIAS and HALF_SUMS:
-            out += tl.load(bias_ptr + column, in_n, 0.0).to(tl.float32)[None, :]
         y_ptrs = y_ptr + rows_m.to(tl.int64)[:, None] * stride_ym + column[None, :]  # [M, N]
         tl.store(y_ptrs, out.to(DTYPE), in_m[:, None] & in_n[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "n8"])
 def input_first_kernel(
-    x_ptr, codes_ptr, scale_ptr, tokens_ptr, bias_ptr, y_ptr, M, N, K, n8, stride_xm, stride_ym,
+    x_ptr, codes_ptr, scale_ptr, tokens_ptr, y_ptr, M, N, K, n8, stride_xm, stride_ym,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
-    RADIX: tl.constexpr, HALF_SUMS: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr, INTERPRET: tl.constexpr,
+    RADIX: tl.constexpr, HALF_SUMS: tl.constexpr, ASM: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] W^T. codes: uint8 [n, K], n = 8 n8. HALF_SUMS is not supported."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -415,10 +401,7 @@ def input_first_kernel(
     acc = ()
     offsets = ()
     for p in tl.static_range(PLANES):
-        start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if BIAS:
-            start += _bias(bias_ptr, rows_n + (first + p) * n, N, RADIX, ASM)[None, :]
-        acc += (start,)
+        acc += (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
         offsets += ((tl.minimum(rows_n + (first + p) * n, N - 1) * groups).to(tl.uint32),)
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_base + x_offsets)

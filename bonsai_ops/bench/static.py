@@ -8,7 +8,7 @@
 
 ovh is blind to latency, occupancy, bank conflicts and DRAM: it compares kernels, it predicts no time. gemlite's kernel
 (2 bits for ternary, 1 for binary; the better of GEMLITE_BLOCKS) is compiled and counted the same way, where gemlite is
-installed.
+installed; beside a8 too it is the one with 16-bit activations, which the published packs run.
 """
 
 from __future__ import annotations
@@ -116,12 +116,11 @@ def measure(target: int | str, codec: str, mode: str, dtype: str) -> Row:
         "codes_ptr": "*i16" if words else "*u8",
         "scale_ptr": "*bf16",
         "tokens_ptr": "*fp32",
-        "bias_ptr": "*bf16",
         "y_ptr": f"*{dtype}",
     }
     if mode == "a8":
         kernel, macs = kernels.a8_kernel, config.block_m * config.block_n * kernels.GROUP
-        types["q_ptr"] = "*i8"
+        types |= {"q_ptr": "*i8", "bias_ptr": "*bf16"}
     else:
         kernel = kernels.weight_first_kernel if config.weight_first else kernels.input_first_kernel
         macs = config.block_m * config.block_n * config.block_k * constants["PLANES"]
