@@ -40,7 +40,8 @@ DENSE = "diffusion_model.double_stream_modulation_img.lin.weight"
 
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
     """L2 distance relative to the truth."""
-    return float((found.double() - truth.double()).norm() / truth.double().norm())
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).norm() / truth.norm())
 
 
 def write_pack(path: Path, variant: str, geometry: klein.Geometry = SMALL, seed: int = 0) -> Path:
