@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from bonsai_ops import codec, klein, synthetic
+from bonsai_ops.environment import NEWEST, comfyui_version
 from bonsai_ops.formats import native
 from bonsai_ops.packed_weight import PackedWeight
 
@@ -36,6 +37,15 @@ PROJ = "diffusion_model.double_blocks.1.txt_attn.proj.weight"
 LINEAR1 = "diffusion_model.single_blocks.0.linear1.weight"
 LINEAR2 = "diffusion_model.single_blocks.2.linear2.weight"
 DENSE = "diffusion_model.double_stream_modulation_img.lin.weight"
+
+
+def absent(what: str) -> None:
+    """Skips the test in an older ComfyUI, which has no `what`; fails in the newest, which is known to have it."""
+    import comfy
+
+    version = comfyui_version(Path(comfy.__path__[0]).parent)
+    assert version != NEWEST, f"ComfyUI {version} has lost {what}: adapt the test"
+    pytest.skip(f"ComfyUI {version} has no {what}")
 
 
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -214,7 +224,7 @@ def draw(
 def run_node(name: str, /, **inputs: Any) -> Any:
     """Calls a node of ComfyUI, such as "comfy_extras.nodes_flux.Flux2Scheduler", and returns its first output.
 
-    Skips the test where this ComfyUI has no such node.
+    Skips the test where an older ComfyUI has no such node.
     """
     return run_node_outputs(name, **inputs)[0]
 
@@ -225,7 +235,7 @@ def run_node_outputs(name: str, /, **inputs: Any) -> tuple:
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError):
-        pytest.skip(f"this ComfyUI has no node {name}")
+        absent(f"node {name}")
     if hasattr(found, "define_schema"):
         outputs = found.execute(**inputs).result
     else:

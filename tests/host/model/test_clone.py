@@ -23,6 +23,7 @@ from .conftest import (
     QKV,
     SMALL,
     Pair,
+    absent,
     bfl_lora,
     draw,
     load_stock,
@@ -78,7 +79,7 @@ def test_a_clone_without_dynamic_vram(pair: Pair, lora_file: Callable[..., str],
     from bonsai_ops.lora import PackedPatcher
 
     if comfy_version < "0.24":
-        pytest.skip(f"ComfyUI {comfy_version} has no such clone")
+        absent("clone without dynamic VRAM")
     model = with_lora(pair.packed, lora_file(bfl_lora()))
     drawn = draw(model)
     model.is_dynamic = lambda: True
@@ -92,7 +93,7 @@ def test_a_clone_without_dynamic_vram(pair: Pair, lora_file: Callable[..., str],
 def test_a_deep_clone_for_another_device(pair: Pair, lora_file: Callable[..., str]) -> None:
     """deepclone_multigpu, here to the same device: weights of its own, the patches of the first."""
     if not hasattr(pair.packed, "deepclone_multigpu"):
-        pytest.skip("this ComfyUI has no deepclone_multigpu")
+        absent("deepclone_multigpu")
     model = with_lora(pair.packed, lora_file(bfl_lora()))
     drawn = draw(model)
     clone = model.deepclone_multigpu(new_load_device=torch.device("cpu"), models_cache={})

@@ -20,6 +20,7 @@ from .conftest import (
     QKV,
     SHAPES,
     Pair,
+    absent,
     bfl_lora,
     draw,
     load_stock,
@@ -259,7 +260,7 @@ def test_dynamic_vram_keeps_the_patch_as_a_branch(pair: Pair, lora_file: Callabl
 def test_dynamic_vram_forces_small_layers(pair: Pair, lora_file: Callable[..., str], comfy_version: str) -> None:
     """patch_weight_to_device(force_cast=True) loads a packed layer as it is; its patch becomes the resident branch."""
     if comfy_version < "0.24":
-        pytest.skip(f"ComfyUI {comfy_version} forces no layer")
+        absent("load of single layers by force")
     changed = pair.both(lambda m: with_lora(m, lora_file(bfl_lora())))
     model = changed.packed
     imitate_dynamic(model)

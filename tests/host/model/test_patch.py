@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from .conftest import (
+    absent,
     draw,
     load_stock,
     loaded,
@@ -208,7 +209,7 @@ def stock(kind: str, tensors: Mapping[str, torch.Tensor] | None = None) -> Any:
 
     config_class = getattr(comfy.supported_models, KINDS[kind].model, None)
     if config_class is None:
-        pytest.skip(f"this ComfyUI has no {KINDS[kind].model}")
+        absent(KINDS[kind].model)
     config = config_class(dict(KINDS[kind].config))
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "")
