@@ -1,10 +1,19 @@
-"""The packs' FLUX.2 VAE as ComfyUI's VAE; stock for the published size, with its widths spelled out for others."""
+"""The VAE of a pack as ComfyUI's VAE.
+
+FLUX.2's convolutional one is stock in its published size and gets its widths spelled out in others. A tiny one of the
+TAESD family (keys `taesd_encoder.*`, `taesd_decoder.*`, numbered as in comfy.taesd) may be narrower than ComfyUI's own
+and lack blocks: what is missing is zeros, and a residual block of zeros hands on what it gets. Its latents
+[B, 32, H/8, W/8] are folded to FLUX.2's [B, 128, H/16, W/16], channel c of row y and column x of a 2 x 2 patch at
+4 c + 2 y + x.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import comfy.sd
+import comfy.taesd.taesd
+import torch
 
 from .errors import PackError
 from .formats.json_file import is_count, read_json
@@ -14,6 +23,10 @@ PATCH = 2
 """Latent positions are patches of PATCH x PATCH positions of the convolutional latent."""
 FILE = "vae/diffusion_pytorch_model.safetensors"
 CONFIG = "vae/config.json"
+TINY_KEY = "taesd_decoder.1.weight"
+"""Tensor [width, latent channels, 3, 3] that only the TAESD family has."""
+TINY_RATIO = 8
+"""Pixels a side of a latent position of that family."""
 STOCK_WIDTHS = [128, 256, 512, 512]
 """block_out_channels that ComfyUI assumes when it recognises a FLUX.2 VAE."""
 
@@ -24,6 +37,8 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     if not path.is_file():
         raise PackError(folder, f"holds no {FILE}", "Download the whole repository into this folder.")
     file = SafetensorsFile(path)
+    if TINY_KEY in file.tensors:
+        return _load_tiny(file)
     for key in ("bn.running_mean", "decoder.conv_in.weight"):
         if key not in file.tensors:
             raise PackError(path, "is missing", "Expected the FLUX.2 VAE as it was published.", key)
@@ -40,6 +55,32 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     if config is not None:  # ComfyUI knows these sizes only of VAEs it recognises
         vae.latent_channels = PATCH * PATCH * config["params"]["embed_dim"]
         vae.downscale_ratio = vae.upscale_ratio = PATCH * 2 ** (len(config["params"]["ddconfig"]["ch_mult"]) - 1)
+    return vae
+
+
+def _load_tiny(file: SafetensorsFile) -> comfy.sd.VAE:
+    """A VAE of the TAESD family, filled up with zeros to the size of ComfyUI's class."""
+    cure = "Download the file again, or choose a pack whose VAE has ComfyUI's TAESD layout."
+    shape, dtype = file.tensors[TINY_KEY]
+    if len(shape) != 4 or not shape[1] or not dtype.is_floating_point:
+        raise PackError(file.path, f"is {dtype} {list(shape)}, expected floats [width, latent, 3, 3]", cure, TINY_KEY)
+    filled = dict(comfy.taesd.taesd.TAESD(latent_channels=shape[1]).state_dict())
+    for name, tensor in filled.items():
+        if tensor.ndim:  # vae_scale and vae_shift keep the values that change nothing
+            filled[name] = torch.zeros(tensor.shape, dtype=dtype)
+    for name, (own, _) in file.tensors.items():
+        if name not in filled:
+            raise PackError(file.path, "is no tensor of a tiny VAE", cure, name)
+        room = filled[name].shape
+        if len(own) != len(room) or any(n > m for n, m in zip(own, room, strict=True)):
+            raise PackError(file.path, f"is {list(own)}, expected at most {list(room)}", cure, name)
+        filled[name][tuple(slice(n) for n in own)] = file.get(name)
+    vae = comfy.sd.VAE(sd=filled)
+    model = vae.first_stage_model
+    model.taesd_encoder.append(torch.nn.PixelUnshuffle(PATCH))
+    model.taesd_decoder.insert(0, torch.nn.PixelShuffle(PATCH))
+    vae.latent_channels = PATCH * PATCH * shape[1]
+    vae.downscale_ratio = vae.upscale_ratio = PATCH * TINY_RATIO
     return vae
 
 

@@ -562,3 +562,27 @@ def test_a_damaged_vae_config(tiny_vae: Path, comfyui_path: Path, content: str, 
     with pytest.raises(PackError) as caught:
         load_vae(tiny_vae)
     assert found in str(caught.value) and str(tiny_vae) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"taesd_decoder.1.weight": torch.zeros(8)}, "taesd_decoder.1.weight: is torch.float32 [8], expected floats"),
+        (
+            {"taesd_decoder.1.weight": torch.zeros(8, 32, 3, 3, dtype=torch.uint8)},
+            "taesd_decoder.1.weight: is torch.uint8 [8, 32, 3, 3], expected floats",
+        ),
+        ({"taesd_encoder.0.weight": torch.zeros(96, 3, 3, 3)}, "taesd_encoder.0.weight: is [96, 3, 3, 3], expected at"),
+        ({"taesd_encoder.0.bias": torch.zeros(8, 1)}, "taesd_encoder.0.bias: is [8, 1], expected at most [64]"),
+        ({"taesd_encoder.99.weight": torch.zeros(8)}, "taesd_encoder.99.weight: is no tensor of a tiny VAE"),
+    ],
+)
+def test_a_damaged_tiny_vae(tmp_path: Path, comfyui_path: Path, change: dict[str, torch.Tensor], found: str) -> None:
+    from bonsai_ops.vae import load_vae
+
+    tensors = {"taesd_decoder.1.weight": torch.zeros(8, 32, 3, 3), "taesd_encoder.0.weight": torch.zeros(8, 3, 3, 3)}
+    (tmp_path / "vae").mkdir()
+    save_file(tensors | change, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(PackError) as caught:
+        load_vae(tmp_path)
+    assert found in str(caught.value) and str(tmp_path) in str(caught.value)
