@@ -7,8 +7,10 @@ Stages, in order; each goes on where it stopped, and all of them run if none is 
     latents       every drawing through it
     text          the text encoder
     ternary       the transformer with three-level weights
-    binary        the same with two levels, begun from the ternary one
+    decoder       more training for the VAE's decoder; may run beside the transformer
+    binary        the transformer with two levels, begun from the ternary one's masters
     dense         the same without rounding, for comparison
+    lora          a small LoRA for the ternary one
     pack          the files that ship
     measure       prompt following and reconstruction of what is there
 
@@ -26,8 +28,8 @@ from pathlib import Path
 
 from bonsai_ops.environment import PLUGIN, clean_environment, ensure_or_exit, home, run_attached
 
-STEPS = {"ternary": 12000, "binary": 8000, "dense": 12000}
-PACK = PLUGIN / "bonsai_ops" / "packs" / "seedling"
+STEPS = {"ternary": 2800, "binary": 1000, "dense": 700}
+MODELS = PLUGIN / "bonsai_ops" / "models"
 _INSIDE = "BONSAI_TRAINING"
 
 
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--work", type=Path, help="folder for drawings and checkpoints (4 GB)")
     parser.add_argument("--stage", action="append", help="run this stage only; may be given several times")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop each training stage after this time")
-    parser.add_argument("--pack", type=Path, default=PACK, help="where the stage `pack` writes")
+    parser.add_argument("--models", type=Path, default=MODELS, help="the folder that the stage `pack` fills")
     arguments = parser.parse_args(argv)
     environment = ensure_or_exit(tests=True)
     if not os.environ.get(_INSIDE):
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> int:
         return run_attached([str(environment.python), "-m", "training", *argv], env=variables, cwd=PLUGIN)
     work = arguments.work or home() / "training"
     work.mkdir(parents=True, exist_ok=True)
-    stages = _stages(work, environment.comfyui, 60 * arguments.minutes, arguments.pack)
+    stages = _stages(work, environment.comfyui, 60 * arguments.minutes, arguments.models)
     unknown = set(arguments.stage or ()) - set(stages)
     if unknown:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; expected one of {', '.join(stages)}")
@@ -61,7 +63,11 @@ def main(argv: list[str]) -> int:
 
 def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str, Callable[[], object]]:
     """{name: function}; a function returns False when its time was over before its work."""
-    from . import dataset, export, measure, text_encoder, transformer, vae
+    import torch
+
+    from . import dataset, export, lora, measure, text_encoder, transformer, vae
+
+    torch.set_flush_denormal(True)  # Muon's iterations underflow on gradients of low rank
 
     def train(scheme: str, start: str | None = None) -> Callable[[], bool]:
         first = None if start is None else work / f"{start}.pt"
@@ -73,8 +79,10 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
         "latents": lambda: vae.encode_all(work),
         "text": lambda: text_encoder.train(work, comfyui, seconds),
         "ternary": train("ternary"),
+        "decoder": lambda: vae.train_decoder(work, seconds),
         "binary": train("binary", "ternary"),
-        "dense": train("dense"),
+        "dense": train("dense", "ternary"),
+        "lora": lambda: lora.train(work, comfyui, seconds),
         "pack": lambda: export.pack(work, comfyui, target),
         "measure": lambda: measure.show(work, comfyui),
     }

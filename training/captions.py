@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 
 from .scene import Scene
 
@@ -54,9 +55,13 @@ STYLES = ("illustration", "drawing", "picture", "flat illustration", "beautiful"
 FRAMES = ("", "", "", "a picture of ", "a drawing of ", "an illustration of ", "photo of ")
 
 
-def caption(scene: Scene, rng: random.Random, omit: float = 0.08) -> tuple[str, set[str]]:
-    """(a prompt for `scene`, the judged attributes that it names). Each attribute is left out with chance `omit`."""
-    named = {name for name in ("pot", "foliage", "background", "season") if rng.random() >= omit} | {"count"}
+def caption(scene: Scene, rng: random.Random, omit: float = 0.08, silent: Collection[str] = ()) -> tuple[str, set[str]]:
+    """(a prompt for `scene`, the judged attributes that it names).
+
+    Each attribute but the count is left out with chance `omit`, those in `silent` always.
+    """
+    named = {name for name in ("pot", "foliage", "background", "season") if rng.random() >= omit} - set(silent)
+    named.add("count")
     pick = rng.choice
     many = scene.count > 1
     leaf = pick(LEAF_WORDS[scene.foliage])

@@ -1,4 +1,4 @@
-"""A scene -> a picture, drawn with pillow at twice the size and scaled down.
+"""A scene -> a picture, drawn with pillow at twice the size and scaled down with a filter as wide as two pixels.
 
 All lengths are fractions of the picture's height H; x positions are fractions of its width. The table begins at TABLE,
 pots stand on POT_BOTTOM; the judge relies on both.
@@ -79,7 +79,7 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
     canvas.ground_marks()
     if scene.season == "winter":
         canvas.snowflakes()
-    return canvas.image.resize((width, height), Image.Resampling.BOX)
+    return canvas.image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 class _Canvas:

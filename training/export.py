@@ -11,19 +11,24 @@ from safetensors.torch import save_file
 
 from bonsai_ops import convert
 
-from . import text_encoder, transformer, vae
+from . import lora, text_encoder, transformer, vae
 
+FOLDER, LORA = "bonsai/seedling", "loras/seedling_night.safetensors"
 TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
+BINARY_FILE = "binary.safetensors"
 TEXT_ENCODER_FOLDER = "text_encoder-mlx-4bit"
 
 
-def pack(work: Path, comfyui: Path, folder: Path) -> None:
+def pack(work: Path, comfyui: Path, models: Path) -> None:
     """Writes every part that is trained: the ternary transformer as the pack's own, the binary one beside it."""
+    folder = models / FOLDER
     vae.export(work, folder / "vae")
     export_text_encoder(work, comfyui, folder / TEXT_ENCODER_FOLDER)
-    for scheme, name in (("ternary", TRANSFORMER_FILE), ("binary", "binary.safetensors")):
+    for scheme, name in (("ternary", TRANSFORMER_FILE), ("binary", BINARY_FILE)):
         if (work / f"{scheme}.pt").is_file():
             export_transformer(work, scheme, folder / name)
+    if (work / lora.FILE).is_file():
+        lora.export(work, models / LORA)
 
 
 def export_transformer(work: Path, scheme: str, target: Path) -> None:

@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint
 from .scene import BACKGROUNDS, COUNTS, FOLIAGE, LEANS, POTS, SEASONS, SHAPES, Scene, random_scene
 from .vae import rate
 
-HIDDEN, MLP, LAYERS, HEAD = 128, 128, 27, 128
+HIDDEN, MLP, LAYERS, HEAD = 128, 64, 27, 128
 OUTPUTS = (9, 18, 27)
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 SUFFIX_TOKENS = 9

@@ -38,7 +38,7 @@ TOKENS = 4096
 """Text and image tokens of one training step."""
 SHORT_TEXT, FULL_TEXT, FULL_TEXT_SHARE = 72, 512, 0.15
 """Text tokens of a step. The host always gives FULL_TEXT, mostly padding: square pictures see that now and then."""
-RATE = 1.5e-3
+RATES = {"ternary": 1.5e-3, "binary": 1e-3, "dense": 6e-4}
 EMA = 0.9985
 SCHEMES = ("dense", "ternary", "binary")
 
@@ -219,7 +219,7 @@ def train(
     torch.manual_seed(0)
     model, _ = parametrized(scheme)
     average = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), RATES[scheme], betas=(0.9, 0.95), weight_decay=0.01)
     checkpoint = Checkpoint(work / f"{scheme}.pt", model=model, average=average, optimizer=optimizer)
     step, started = checkpoint.load(), time.monotonic()
     if step == 0 and start is not None:
@@ -230,7 +230,7 @@ def train(
     recent: list[float] = []
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, RATE)
+            group["lr"] = rate(step, steps, RATES[scheme])
         width, height, x0, text, sigma, noise = feed.batch(step)
         s = sigma[:, None, None]
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,7 +1,9 @@
-"""The VAE: diffusers' AutoencoderKLFlux2, narrow, trained on the drawings.
+"""The VAE: a tiny autoencoder of the TAESD family, which ComfyUI runs with its own class, narrow and without norms.
 
-Latents are made robust against the small errors of a sampler by noise of LATENT_NOISE standard deviations during
-training. The running statistics of the packed latents (`bn.*`, what FLUX.2 normalizes with) are measured at the end.
+Modules stand at the places and under the names of `comfy.taesd.taesd.TAESD`; where the seedling has no block stands the
+ReLU that a block of zeros is, and its channels are fewer: bonsai_ops/vae.py fills both up with zeros. Latents
+[B, 32, H/8, W/8] are normalized by running statistics, which `export` folds into the last convolution of the encoder,
+and made robust against the small errors of a sampler by noise of LATENT_NOISE standard deviations.
 """
 
 from __future__ import annotations
@@ -15,79 +17,222 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLFlux2
+from torch import nn
 
 from . import dataset
 from .checkpoint import Checkpoint
+from .muon import Muon
 from .speed import compiled, follow
 
-WIDTHS = (64, 64, 64, 64)
-"""At least two channels for each of the 32 groups of a norm: a group of one forgets how bright its channel was."""
-LAYERS = 1
+WIDTHS = (24, 48, 64, 64)
+"""Channels at full size and after each halving."""
+ENCODER_BLOCKS, DECODER_BLOCKS = (0, 1, 1, 2), (1, 1, 2, 3)
+"""Residual blocks at full size and after each halving."""
+STOCK_BLOCKS = (1, 3, 3, 3)
 LATENT_CHANNELS = 32
-LATENT_NOISE = 0.06
-BATCH, SIDE = 2, 128
-"""Pictures of a step and their side. Smaller crops teach less: the norms see too little of a picture in them."""
-STEPS = 5000
-EMA = 0.995
+LATENT_NOISE = 0.05
+MOMENTUM = 0.99
+BATCH, SIDE = 4, 128
+"""Pictures of a step and their side."""
+STEPS, DECODER_STEPS = 2500, 9000
+EMA = 0.997
 ENCODED = 8
 """Pictures a batch of `encode_all`."""
-RATE = 1e-3
+DECODER_RATE, RATE = 5e-4, 2e-4
+"""Peak learning rates: Muon's for the decoder's convolutions, AdamW's for everything else."""
 
 
-STATISTICS = "vae_statistics.pt"
+class Block(nn.Module):
+    """Three convolutions beside an identity, then a ReLU."""
 
-
-def build() -> AutoencoderKLFlux2:
-    """The untrained model."""
-    levels = len(WIDTHS)
-    model = AutoencoderKLFlux2(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=WIDTHS,
-        layers_per_block=LAYERS,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=32,
-        sample_size=256,
-    )
-    for module in model.modules():
-        if type(module) is torch.nn.GroupNorm:
-            module.__class__ = _FloatGroupNorm
-    _start_linear(model)
-    return model
-
-
-@torch.no_grad()
-def _start_linear(model: AutoencoderKLFlux2) -> None:
-    """An almost linear network that neither shrinks nor grows its signal.
-
-    Residual branches begin with nothing; the convolutions between them keep the variance (torch's own start divides it
-    by three at each of the dozen layers). Before the last norms channels come in pairs x, -x: a norm takes the mean of
-    each group of two away, and with it how bright a picture is, but theirs is zero.
-    """
-    encoder, decoder = model.encoder, model.decoder
-    for name, module in model.named_modules():
-        if name.endswith(("conv2", "to_out.0")):
-            module.weight.zero_()
-        elif name.endswith(("conv_in", "conv_out", "samplers.0.conv", "quant_conv")):
-            module.weight.normal_(0, module.weight[0].numel() ** -0.5)
-            module.bias.zero_()
-    for last in (encoder.down_blocks[-2].downsamplers[0].conv, decoder.up_blocks[-2].upsamplers[0].conv):
-        last.weight[1::2] = -last.weight[::2]
-
-
-class _FloatGroupNorm(torch.nn.GroupNorm):
-    """In fp32: the bf16 backward of torch's CPU kernel takes longer than all convolutions together."""
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width, start=0)
+        )
+        self.fuse = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.float())
+        return self.fuse(self.conv(x) + x)
+
+
+class Clamp(nn.Module):
+    """Keeps latents within 3 standard deviations, smoothly."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+def conv(before: int, after: int, start: float = 2.0, **options: object) -> nn.Conv2d:
+    """A 3x3 convolution whose weights begin with variance start / inputs."""
+    layer = nn.Conv2d(before, after, 3, padding=1, **options)
+    with torch.no_grad():
+        layer.weight.normal_(0, math.sqrt(start / (9 * before)))
+        if layer.bias is not None:
+            layer.bias.zero_()
+    return layer
+
+
+def _blocks(level: int, counts: tuple[int, ...]) -> list[nn.Module]:
+    """`counts[level]` blocks and, for the rest of the stock number, what blocks of zeros do."""
+    count = counts[level]
+    return [*(Block(WIDTHS[level]) for _ in range(count)), *(nn.ReLU() for _ in range(STOCK_BLOCKS[level] - count))]
+
+
+class Autoencoder(nn.Module):
+    """Pictures [B, 3, H, W] in -1 .. 1 <-> normalized latents [B, 32, H/8, W/8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        encoder = [conv(3, WIDTHS[0]), *_blocks(0, ENCODER_BLOCKS)]
+        for level in (1, 2, 3):
+            encoder += [
+                conv(WIDTHS[level - 1], WIDTHS[level], stride=2, bias=False),
+                *_blocks(level, ENCODER_BLOCKS),
+            ]
+        decoder = [Clamp(), conv(LATENT_CHANNELS, WIDTHS[3]), nn.ReLU()]
+        for level in (3, 2, 1):
+            decoder += [
+                *_blocks(level, DECODER_BLOCKS),
+                nn.Upsample(scale_factor=2),
+                conv(WIDTHS[level], WIDTHS[level - 1], bias=False),
+            ]
+        self.taesd_encoder = nn.Sequential(*encoder, conv(WIDTHS[3], LATENT_CHANNELS, start=1))
+        self.taesd_decoder = nn.Sequential(*decoder, *_blocks(0, DECODER_BLOCKS), conv(WIDTHS[0], 3, start=1))
+        self.register_buffer("mean", torch.zeros(LATENT_CHANNELS))
+        self.register_buffer("deviation", torch.ones(LATENT_CHANNELS))
+
+    def encode(self, picture: torch.Tensor) -> torch.Tensor:
+        return self.normalize(self.taesd_encoder(picture * 0.5 + 0.5))
+
+    def normalize(self, raw: torch.Tensor) -> torch.Tensor:
+        return (raw - self.mean.view(-1, 1, 1)) / self.deviation.view(-1, 1, 1)
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.taesd_decoder(latent).sub(0.5).mul(2)
+
+    @torch.no_grad()
+    def start_linear(self, pictures: np.ndarray) -> None:
+        """Makes both halves the best linear ones that fit into them, found by least squares on uint8 [B, H, W, 3].
+
+        Encoder: the first 32 principal components of blocks of 8 x 8 pixels. Decoder: from there to components of
+        blocks of 4 x 4, 2 x 2 and one pixel. Channels come in pairs x, -x, so that the ReLUs lose nothing.
+        """
+        target = to_model(pictures) * 0.5 + 0.5
+        encoder = [layer for layer in self.taesd_encoder if isinstance(layer, nn.Conv2d)]
+        for layer in encoder:
+            layer.weight.mul_(0.1)
+        first, *halvings, last = encoder
+        first.weight[:3] = torch.eye(3)[:, :, None, None] * _tap(1, 1)
+        for layer, channels in zip(halvings, (3, 12), strict=False):
+            layer.weight[: 4 * channels] = 0
+            for i in range(4):
+                part = layer.weight[i * channels : (i + 1) * channels, :channels]
+                part += torch.eye(channels)[:, :, None, None] * _tap(1 + i // 2, 1 + i % 2)
+        halvings[2].weight.zero_()
+        parts = _components(_blocks_of(target, 3), LATENT_CHANNELS).split(48, 1)
+        for i, part in enumerate(parts):
+            halvings[2].weight[:, :48] += _mirrored(part)[:, :, None, None] * _tap(1 + i // 2, 1 + i % 2)
+        raw = _blocks_of(target, 3).permute(0, 2, 3, 1) @ torch.cat(parts, 1).T  # [B, h, w, 32]
+        spread = raw.flatten(0, 2).std(0)
+        # Turned at random, components of unit variance have no long tails for Clamp to cut.
+        turn = torch.linalg.qr(torch.randn(LATENT_CHANNELS, LATENT_CHANNELS))[0] / spread
+        last.weight.copy_(_unmirrored(turn)[:, :, None, None] * _tap(1, 1))
+        latent = self.taesd_encoder(target)
+        self.follow_statistics(latent, 0.0)
+
+        decoder = [layer for layer in self.taesd_decoder if isinstance(layer, nn.Conv2d)]
+        for layer in decoder:
+            layer.weight.mul_(0.1)
+        clamped = F.pad(self.taesd_decoder[0](self.normalize(latent)).permute(0, 2, 3, 1), (0, 1), value=1.0)
+        inverse = torch.linalg.lstsq(clamped.flatten(0, 2), raw.flatten(0, 2)).solution.T
+        decoder[0].weight.copy_(_mirrored(inverse[:, :-1])[:, :, None, None] * _tap(1, 1))
+        decoder[0].bias.copy_(torch.stack([inverse[:, -1], -inverse[:, -1]], 1).flatten())
+        signal = (clamped @ inverse.T).permute(0, 3, 1, 2)
+        for level, layer in zip((2, 1, 0), decoder[1:4], strict=True):
+            wanted = _blocks_of(target, level)
+            if wanted.shape[1] > layer.out_channels // 2:
+                basis = _components(wanted, layer.out_channels // 2)
+                wanted = torch.einsum("kc,bchw->bkhw", basis, wanted)
+            fine = F.interpolate(signal, scale_factor=2)
+            kernel = _fit(fine, wanted)
+            count, used = wanted.shape[1], signal.shape[1]
+            layer.weight[:, : 2 * used] = 0
+            layer.weight[0 : 2 * count : 2, 0 : 2 * used : 2] = kernel
+            layer.weight[0 : 2 * count : 2, 1 : 2 * used : 2] = -kernel
+            layer.weight[1 : 2 * count : 2] = -layer.weight[0 : 2 * count : 2]
+            signal = F.conv2d(fine, kernel, padding=1)
+        decoder[4].weight.zero_()
+        for channel in range(3):
+            decoder[4].weight[channel, 2 * channel, 1, 1] = 1
+            decoder[4].weight[channel, 2 * channel + 1, 1, 1] = -1
+
+    @torch.no_grad()
+    def follow_statistics(self, raw: torch.Tensor, keep: float) -> None:
+        """Moves the running statistics towards those of a batch of what the encoder gave."""
+        raw = raw.float()
+        self.mean.lerp_(raw.mean((0, 2, 3)), 1 - keep)
+        self.deviation.lerp_(raw.std((0, 2, 3)).clamp(min=1e-3), 1 - keep)
+
+
+def _tap(y: int, x: int) -> torch.Tensor:
+    """A 3x3 kernel of zeros with a one at (y, x)."""
+    kernel = torch.zeros(3, 3)
+    kernel[y, x] = 1
+    return kernel
+
+
+def _blocks_of(pictures: torch.Tensor, halvings: int) -> torch.Tensor:
+    """[B, C, H, W] -> [B, 4^halvings C, ...]: 2 x 2 pixels to channels (dy, dx, c), as often as asked."""
+    for _ in range(halvings):
+        pictures = F.pixel_unshuffle(pictures, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
+    return pictures
+
+
+def _components(values: torch.Tensor, count: int) -> torch.Tensor:
+    """The first principal components [count, C] of [B, C, H, W], not centred."""
+    rows = values.permute(0, 2, 3, 1).flatten(0, 2)
+    return torch.linalg.eigh(rows.T @ rows)[1].flip(1)[:, :count].T.contiguous()
+
+
+def _mirrored(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows r -> r, -r."""
+    return torch.stack([matrix, -matrix], 1).flatten(0, 1)
+
+
+def _unmirrored(matrix: torch.Tensor) -> torch.Tensor:
+    """Columns that take x from the ReLUs of x and -x."""
+    return _mirrored(matrix.T).T
+
+
+def _fit(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The 3x3 kernel [D, C, 3, 3] that comes nearest to wanted [B, D, H, W] from values [B, C, H, W]."""
+    gram, product = 0.0, 0.0
+    for value, target in zip(values.split(20), wanted.split(20), strict=True):
+        rows = F.unfold(value, 3, padding=1).transpose(1, 2).flatten(0, 1)
+        gram = gram + rows.T @ rows
+        product = product + rows.T @ target.flatten(2).transpose(1, 2).flatten(0, 1)
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.solve(gram + ridge, product).T.unflatten(1, (-1, 3, 3))
+
+
+class _Noisy(nn.Module):
+    """Pictures through the model with noise on the latents: (reconstruction, latents before they are normalized)."""
+
+    def __init__(self, model: Autoencoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raw = self.model.taesd_encoder(picture * 0.5 + 0.5)
+        latent = self.model.normalize(raw)
+        return self.model.decode(latent + LATENT_NOISE * torch.randn_like(latent)), raw
 
 
 def to_model(pictures: np.ndarray) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float [B, 3, H, W] in -1 .. 1."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    values = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return values.to(memory_format=torch.channels_last)
 
 
 def to_picture(values: torch.Tensor) -> np.ndarray:
@@ -96,59 +241,66 @@ def to_picture(values: torch.Tensor) -> np.ndarray:
 
 
 def train(work: Path, seconds: float = math.inf) -> bool:
-    """Trains, from the last checkpoint if there is one, for at most `seconds`; True when all STEPS are done."""
+    """Trains both halves, from the last checkpoint if there is one, for at most `seconds`; True when all is done."""
+    return _train(work, "vae", None, STEPS, seconds)
+
+
+def train_decoder(work: Path, seconds: float = math.inf) -> bool:
+    """Trains the decoder on, with the encoder as `train` left it."""
+    return _train(work, "vae_decoder", work / "vae.pt", DECODER_STEPS, seconds)
+
+
+def _train(work: Path, name: str, start: Path | None, steps: int, seconds: float) -> bool:
     torch.manual_seed(0)
-    model = build().to(memory_format=torch.channels_last)
-    average = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    checkpoint = Checkpoint(work / "vae.pt", model=model, average=average, optimizer=optimizer)
-    noisy = compiled(_Noisy(model))
-    step, started = checkpoint.load(), time.monotonic()
+    model = Autoencoder()
     small, _ = dataset.load(work, 128, 128)
     large, _ = dataset.load(work, 256, 256)
-    while step < STEPS:
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, STEPS, RATE)
-        target = to_model(_batch(step, small, large)).to(memory_format=torch.channels_last)
+    model.start_linear(np.array(small[:300]))
+    average = copy.deepcopy(model)
+    if start is not None:
+        Checkpoint(start, average=model).load()
+        average.load_state_dict(model.state_dict())
+        model.taesd_encoder.requires_grad_(False)
+    model, average = (m.to(memory_format=torch.channels_last) for m in (model, average))
+    kernels = [p for p in model.taesd_decoder.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not k for k in kernels)]
+    muon, adam = Muon(kernels, DECODER_RATE), torch.optim.AdamW(others, RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    checkpoint = Checkpoint(work / f"{name}.pt", model=model, average=average, muon=muon, adam=adam)
+    noisy = compiled(_Noisy(model))
+    step, began = checkpoint.load(), time.monotonic()
+    torch.manual_seed(step)
+    recent: list[float] = []
+    while step < steps:
+        for optimizer, peak in ((muon, DECODER_RATE), (adam, RATE)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, steps, peak)
+        target = to_model(_batch(step, small, large))
         with torch.autocast("cpu", torch.bfloat16):
-            picture, mean = noisy(target)
+            picture, raw = noisy(target)
         difference = picture.float() - target
-        loss = (
-            difference.square().mean() * 4
-            + difference.abs().mean()
-            + _edges(difference)
-            + 1e-4 * mean.float().square().mean()
-        )
-        optimizer.zero_grad()
+        loss = difference.square().mean() * 4 + difference.abs().mean() + _edges(difference)
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        muon.step()
+        adam.step()
+        if start is None:
+            model.follow_statistics(raw.detach(), min(MOMENTUM, step / (step + 10)))
         follow(average, model, EMA, step)
+        average.mean.copy_(model.mean)
+        average.deviation.copy_(model.deviation)
         step += 1
-        if step % 100 == 0:
-            psnr = 10 * math.log10(4 / difference.square().mean().item())
-            print(
-                f"vae step {step}: loss {loss.item():.4f}, {psnr:.2f} dB, {time.monotonic() - started:.0f} s",
-                flush=True,
-            )
-        if step % 250 == 0 or step == STEPS or time.monotonic() - started > seconds:
+        recent.append(difference.square().mean().item())
+        over = time.monotonic() - began > seconds
+        if step % 100 == 0 or over:
+            decibels = -10 * math.log10(sum(recent) / len(recent) / 4)
+            print(f"{name} step {step}: {decibels:.2f} dB, {time.monotonic() - began:.0f} s", flush=True)
+            recent.clear()
+        if step % 250 == 0 or step == steps or over:
             checkpoint.save(step)
-        if time.monotonic() - started > seconds:
+        if over:
             break
-    return step >= STEPS
-
-
-class _Noisy(torch.nn.Module):
-    """Pictures through the model with noise on the latents: (reconstruction, latents)."""
-
-    def __init__(self, model: AutoencoderKLFlux2) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = self.model.encode(picture).latent_dist.mean
-        spread = mean.detach().float().std(dim=(0, 2, 3), keepdim=True)
-        return self.model.decode(mean + LATENT_NOISE * spread * torch.randn_like(mean)).sample, mean
+    return step >= steps
 
 
 def rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -178,109 +330,83 @@ def _edges(difference: torch.Tensor) -> torch.Tensor:
     return across + (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
 
 
-def load(work: Path) -> AutoencoderKLFlux2:
-    """The trained model in evaluation mode."""
-    model = build()
-    Checkpoint(work / "vae.pt", average=model).load()
-    return model.eval().to(memory_format=torch.channels_last)
+def load(work: Path) -> Autoencoder:
+    """The trained model in evaluation mode, with the decoder of `train_decoder` if there is one."""
+    model = Autoencoder()
+    path = work / "vae_decoder.pt"
+    Checkpoint(path if path.is_file() else work / "vae.pt", average=model).load()
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
-def encode(model: AutoencoderKLFlux2, pictures: np.ndarray) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> latents [B, 128, H/16, W/16], not normalized."""
-    mean = model.encode(to_model(pictures).to(memory_format=torch.channels_last)).latent_dist.mean
-    return F.pixel_unshuffle(mean, 2)
+def encode(model: Autoencoder, pictures: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> normalized latents [B, 128, H/16, W/16]."""
+    return F.pixel_unshuffle(model.encode(to_model(pictures)), 2)
 
 
 @torch.inference_mode()
-def decode(model: AutoencoderKLFlux2, latents: torch.Tensor) -> np.ndarray:
+def decode(model: Autoencoder, latents: torch.Tensor) -> np.ndarray:
     """Normalized latents [B, 128, h, w] -> uint8 pictures."""
-    mean, deviation = statistics_of(model)
-    return to_picture(model.decode(F.pixel_shuffle(latents * deviation + mean, 2)).sample)
-
-
-def statistics_of(model: AutoencoderKLFlux2) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, standard deviation) [1, 128, 1, 1] that normalize packed latents."""
-    mean = model.bn.running_mean.view(1, -1, 1, 1)
-    return mean, torch.sqrt(model.bn.running_var.view(1, -1, 1, 1) + model.config.batch_norm_eps)
-
-
-def measure_statistics(model: AutoencoderKLFlux2, work: Path) -> None:
-    """Sets the model's running statistics from drawings of every size."""
-    total, squares, count = torch.zeros(128), torch.zeros(128), 0
-    for width, height in dataset.SIZES:
-        pictures, _ = dataset.load(work, width, height)
-        for i in range(0, 320, 32):
-            values = encode(model, pictures[i : i + 32]).double()
-            total += values.sum((0, 2, 3)).float()
-            squares += values.square().sum((0, 2, 3)).float()
-            count += values[:, 0].numel()
-    mean = total / count
-    model.bn.running_mean.copy_(mean)
-    model.bn.running_var.copy_(squares / count - mean.square())
-
-
-def load_statistics(work: Path) -> dict[str, torch.Tensor]:
-    """What `encode_all` measured."""
-    return torch.load(work / STATISTICS, weights_only=True)
+    return to_picture(model.decode(F.pixel_shuffle(latents, 2).to(memory_format=torch.channels_last)))
 
 
 def encode_all(work: Path) -> None:
     """Writes the normalized latents of every drawing: latents-WxH.npy, float16 [count, 128, h, w]."""
     model = load(work)
-    with torch.inference_mode():
-        measure_statistics(model, work)
-    torch.save({n: b.clone() for n, b in model.bn.state_dict().items()}, work / STATISTICS)
-    mean, deviation = statistics_of(model)
+    run = compiled(_Encode(model))
     for width, height in dataset.SIZES:
         pictures, _ = dataset.load(work, width, height)
         path = work / f"latents-{width}x{height}.npy"
         if path.is_file():
             continue
-        rows, run = [], compiled(_Mean(model))
+        rows = []
         for i in range(0, len(pictures), ENCODED):
             part = np.zeros((ENCODED, *pictures.shape[1:]), np.uint8)
             part[: len(pictures[i : i + ENCODED])] = pictures[i : i + ENCODED]
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                raw = F.pixel_unshuffle(run(to_model(part).to(memory_format=torch.channels_last)).float(), 2)
-            rows.append(((raw - mean) / deviation)[: len(pictures) - i].half().numpy())
+                latent = F.pixel_unshuffle(run(to_model(part)).float(), 2)
+            rows.append(latent[: len(pictures) - i].half().numpy())
         np.save(path, np.concatenate(rows))
         print(f"latents of {width}x{height}", flush=True)
 
 
-class _Mean(torch.nn.Module):
-    """Pictures -> the mean of their latents."""
+class _Encode(nn.Module):
+    """`Autoencoder.encode` as a module."""
 
-    def __init__(self, model: AutoencoderKLFlux2) -> None:
+    def __init__(self, model: Autoencoder) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, picture: torch.Tensor) -> torch.Tensor:
-        return self.model.encode(picture).latent_dist.mean
+        return self.model.encode(picture)
 
 
 @torch.inference_mode()
-def psnr(model: AutoencoderKLFlux2, pictures: np.ndarray) -> float:
+def psnr(model: Autoencoder, pictures: np.ndarray) -> float:
     """Mean reconstruction PSNR in dB over uint8 pictures [B, H, W, 3]."""
     values = []
     for i in range(0, len(pictures), 16):
         target = to_model(pictures[i : i + 16])
-        again = model.decode(model.encode(target).latent_dist.mean).sample.clamp(-1, 1)
+        again = model.decode(model.encode(target)).clamp(-1, 1)
         values += [10 * math.log10(4 / e) for e in (again - target).square().mean((1, 2, 3)).tolist()]
     return sum(values) / len(values)
 
 
 def export(work: Path, folder: Path) -> None:
-    """diffusers' files in bf16: vae/config.json and vae/diffusion_pytorch_model.safetensors."""
+    """The file bonsai_ops/vae.py reads, in bf16: TAESD's names, this model's widths."""
     from safetensors.torch import save_file
 
     model = load(work)
-    model.bn.load_state_dict(load_statistics(work))
+    last = model.taesd_encoder[-1]
+    with torch.no_grad():
+        last.weight.div_(model.deviation.view(-1, 1, 1, 1))
+        last.bias.sub_(model.mean).div_(model.deviation)
     tensors = {
-        name: value.detach().contiguous() if name.startswith("bn.") else value.detach().bfloat16().contiguous()
+        name: value.detach().bfloat16().contiguous()
         for name, value in model.state_dict().items()
+        if name not in ("mean", "deviation")
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    kept = ("block_out_channels", "latent_channels", "layers_per_block")
-    (folder / "config.json").write_text(json.dumps({n: model.config[n] for n in kept}, indent=1), encoding="utf-8")
+    config = {"_class_name": "TAESD", "latent_channels": LATENT_CHANNELS}
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -10,11 +10,12 @@ import torch
 
 from bonsai_ops.codec import decode, spread_fields
 from bonsai_ops.packed_weight import pack_signs
-from training import captions, text_encoder, transformer
+from training import captions, text_encoder, transformer, vae
 from training.drawing import draw
 from training.export import words
 from training.judge import judge
 from training.measure import held_out
+from training.muon import orthogonal
 from training.scene import JUDGED, random_scene
 
 SIZES = [(128, 128), (192, 128), (128, 192), (256, 256)]
@@ -86,3 +87,22 @@ def test_four_bit_words_are_mlx_words() -> None:
     """words() packs least significant first, as formats/mlx.py reads."""
     codes = torch.randint(0, 16, (3, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(spread_fields(words(codes).view(torch.uint8), text_encoder.BITS), codes)
+
+
+def test_the_untrained_vae_is_nearly_a_linear_one() -> None:
+    """Least squares alone give a picture of the right colours, and latents of unit variance."""
+    torch.manual_seed(0)
+    rng = random.Random(4)
+    pictures = np.stack([np.asarray(draw(random_scene(rng, None), 64, 64)) for _ in range(48)])
+    model = vae.Autoencoder()
+    model.start_linear(pictures)
+    latents = vae.encode(model, pictures)
+    assert latents.shape == (48, 128, 4, 4) and abs(float(latents.std()) - 1) < 0.1
+    assert vae.psnr(model, pictures) > 17
+
+
+def test_muon_steps_along_an_orthogonal_matrix() -> None:
+    gradient = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    for matrix in (gradient.flatten(1), gradient.flatten(1).T):
+        values = torch.linalg.svdvals(orthogonal(matrix))
+        assert float(values.min()) > 0.6 and float(values.max()) < 1.3

@@ -74,19 +74,29 @@ def test_transformer(scheme: str, tmp_path: Path) -> None:
 
 
 def test_vae(tmp_path: Path) -> None:
-    """Decoding and encoding, with the running statistics that the training measured."""
+    """Decoding and encoding: ComfyUI's wider class, filled up with zeros, and statistics folded into the encoder."""
     torch.manual_seed(0)
-    model = half_precision(vae.build()).eval()
-    model.bn.running_mean.normal_()
-    model.bn.running_var.uniform_(0.5, 2)
-    torch.save(model.bn.state_dict(), tmp_path / vae.STATISTICS)
+    model = vae.Autoencoder().eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # convolutions that begin with nothing
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.mean.normal_()
+    model.deviation.uniform_(0.5, 2)
+    last = model.taesd_encoder[-1]
+    with torch.no_grad():  # as the file has it: folded, then rounded
+        deviation = model.deviation.view(-1, 1, 1, 1)
+        last.weight.copy_((last.weight / deviation).bfloat16() * deviation)
+        last.bias.copy_(((last.bias - model.mean) / model.deviation).bfloat16() * model.deviation + model.mean)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"taesd_encoder.{len(model.taesd_encoder) - 1}."):
+            parameter.data.copy_(parameter.bfloat16())
     Checkpoint(tmp_path / "vae.pt", average=model).save(1)
     vae.export(tmp_path, tmp_path / "vae")
     stock = load_vae(tmp_path)
+    assert stock.latent_channels == 128 and stock.downscale_ratio == stock.upscale_ratio == 16
     latents = torch.randn(1, 128, 4, 6, generator=torch.Generator().manual_seed(2))
     found = (stock.decode(latents) * 255).round().to(torch.int16)
     truth = torch.from_numpy(vae.decode(model, latents)).to(torch.int16)
-    assert int((found - truth).abs().max()) <= 1
-    mean, deviation = vae.statistics_of(model)
-    again = (vae.encode(model, truth.byte().numpy()) - mean) / deviation
-    assert relative(stock.encode(truth / 255), again) < 1e-4
+    assert found.shape == (1, 64, 96, 3) and int((found - truth).abs().max()) <= 1
+    picture = torch.randint(0, 256, truth.shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    assert relative(stock.encode(picture / 255), vae.encode(model, picture.numpy())) < 1e-4
