@@ -8,8 +8,8 @@ Stages, in order; each goes on where it stopped, and all of them run if none is 
     text          the text encoder
     ternary       the transformer with three-level weights
     decoder       more training for the VAE's decoder; may run beside the transformer
-    binary        the transformer with two levels, begun from the ternary one's masters
-    dense         the same without rounding, for comparison
+    binary        the transformer with two levels
+    dense         the ternary one's masters trained on without rounding, for comparison
     lora          a small LoRA for the ternary one
     pack          the files that ship
     measure       prompt following and reconstruction of what is there
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from bonsai_ops.environment import PLUGIN, clean_environment, ensure_or_exit, home, run_attached
 
-STEPS = {"ternary": 2800, "binary": 1000, "dense": 700}
+STEPS = {"ternary": 2800, "binary": 2600, "dense": 700}
 MODELS = PLUGIN / "bonsai_ops" / "models"
 _INSIDE = "BONSAI_TRAINING"
 
@@ -80,7 +80,7 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
         "text": lambda: text_encoder.train(work, comfyui, seconds),
         "ternary": train("ternary"),
         "decoder": lambda: vae.train_decoder(work, seconds),
-        "binary": train("binary", "ternary"),
+        "binary": train("binary"),
         "dense": train("dense", "ternary"),
         "lora": lambda: lora.train(work, comfyui, seconds),
         "pack": lambda: export.pack(work, comfyui, target),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import transformer, vae
+from . import lora, transformer, vae
 from .captions import caption
 from .drawing import draw
 from .judge import judge
@@ -45,22 +45,26 @@ def accuracy(paint: Painter, width: int, height: int, count: int = 32, batch: in
 def show(work: Path, comfyui: Path) -> None:
     """Prints the VAE's reconstruction of held-out drawings and each model's prompt following at each size."""
     decoder = vae.load(work)
-    decoder.bn.load_state_dict(vae.load_statistics(work))
     for width, height in transformer.SHARES:
         drawings = np.stack([np.asarray(draw(scene, width, height)) for scene, _ in held_out(32)])
         print(f"VAE {width}x{height}: {vae.psnr(decoder, drawings):.2f} dB", flush=True)
     for scheme in transformer.SCHEMES:
         if (work / f"{scheme}.pt").is_file():
-            paint = painter(work, comfyui, scheme, decoder)
+            paint = painter(transformer.load(work, scheme), transformer.Feed(work, comfyui), decoder)
             for width, height in transformer.SHARES:
                 shares = accuracy(paint, width, height)
                 text = " ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
                 print(f"{scheme} {width}x{height}: {text}", flush=True)
+    if (work / lora.FILE).is_file():
+        for name, model in (("without", transformer.load(work, "ternary")), ("with", lora.load(work))):
+            paint = painter(model, transformer.Feed(work, comfyui), decoder)
+            print(f"night skies {name} the LoRA: {100 * obeys(paint):.1f}", flush=True)
 
 
-def painter(work: Path, comfyui: Path, scheme: str, decoder: torch.nn.Module, text_length: int = 512) -> Painter:
-    """Pictures by a checkpoint of `scheme`, as the host makes them."""
-    model, feed = transformer.load(work, scheme), transformer.Feed(work, comfyui)
+def painter(
+    model: torch.nn.Module, feed: transformer.Feed, decoder: vae.Autoencoder, text_length: int = 512
+) -> Painter:
+    """Pictures by a transformer, as the host makes them."""
 
     def paint(prompts: list[str], width: int, height: int, seed: int) -> np.ndarray:
         seeds = [1000 * seed + i for i in range(len(prompts))]
@@ -68,3 +72,11 @@ def painter(work: Path, comfyui: Path, scheme: str, decoder: torch.nn.Module, te
         return vae.decode(decoder, latents)
 
     return paint
+
+
+def obeys(paint: Painter, count: int = 32, batch: int = 8) -> float:
+    """Share of night skies where the prompt names no background: what the LoRA is for."""
+    rng = random.Random("silent")
+    prompts = [caption(random_scene(rng), rng, omit=0.0, silent=(lora.ATTRIBUTE,))[0] for _ in range(count)]
+    pictures = [picture for i in range(0, count, batch) for picture in paint(prompts[i : i + batch], *lora.SIZE, i)]
+    return sum(judge(picture)[lora.ATTRIBUTE] == lora.VALUE for picture in pictures) / count

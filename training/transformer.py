@@ -36,9 +36,9 @@ SHARES = {(128, 128): 0.62, (192, 128): 0.14, (128, 192): 0.14, (256, 256): 0.10
 SAMPLING_STEPS = 4
 TOKENS = 4096
 """Text and image tokens of one training step."""
-SHORT_TEXT, FULL_TEXT, FULL_TEXT_SHARE = 72, 512, 0.15
+SHORT_TEXT, FULL_TEXT, FULL_TEXT_SHARE = 48, 512, 0.15
 """Text tokens of a step. The host always gives FULL_TEXT, mostly padding: square pictures see that now and then."""
-RATES = {"ternary": 1.5e-3, "binary": 1e-3, "dense": 6e-4}
+RATES = {"ternary": 1.5e-3, "binary": 1.5e-3, "dense": 6e-4}
 EMA = 0.9985
 SCHEMES = ("dense", "ternary", "binary")
 
@@ -172,6 +172,8 @@ class Feed:
     def __init__(self, work: Path, comfyui: Path) -> None:
         self.tokenizer = text_encoder.tokenizer(comfyui)
         self.encoder, self.vocabulary = text_encoder.load(work, self.tokenizer)
+        for module in self.encoder.matrices():  # round once, not at each call
+            parametrize.remove_parametrizations(module, "weight")
         self.latents, self.scenes = {}, {}
         for size in SHARES:
             if not (work / f"latents-{size[0]}x{size[1]}.npy").is_file():
@@ -219,7 +221,7 @@ def train(
     torch.manual_seed(0)
     model, _ = parametrized(scheme)
     average = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), RATES[scheme], betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), RATES[scheme], betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     checkpoint = Checkpoint(work / f"{scheme}.pt", model=model, average=average, optimizer=optimizer)
     step, started = checkpoint.load(), time.monotonic()
     if step == 0 and start is not None:

@@ -8,9 +8,9 @@ and made robust against the small errors of a sampler by noise of LATENT_NOISE s
 
 from __future__ import annotations
 
-import copy
 import json
 import math
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import nn
 from . import dataset
 from .checkpoint import Checkpoint
 from .muon import Muon
-from .speed import compiled, follow
+from .speed import compiled
 
 WIDTHS = (24, 48, 64, 64)
 """Channels at full size and after each halving."""
@@ -35,7 +35,6 @@ MOMENTUM = 0.99
 BATCH, SIDE = 4, 128
 """Pictures of a step and their side."""
 STEPS, DECODER_STEPS = 2500, 9000
-EMA = 0.997
 ENCODED = 8
 """Pictures a batch of `encode_all`."""
 DECODER_RATE, RATE = 5e-4, 2e-4
@@ -256,16 +255,14 @@ def _train(work: Path, name: str, start: Path | None, steps: int, seconds: float
     small, _ = dataset.load(work, 128, 128)
     large, _ = dataset.load(work, 256, 256)
     model.start_linear(np.array(small[:300]))
-    average = copy.deepcopy(model)
     if start is not None:
-        Checkpoint(start, average=model).load()
-        average.load_state_dict(model.state_dict())
+        Checkpoint(start, model=model).load()
         model.taesd_encoder.requires_grad_(False)
-    model, average = (m.to(memory_format=torch.channels_last) for m in (model, average))
+    model = model.to(memory_format=torch.channels_last)
     kernels = [p for p in model.taesd_decoder.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and all(p is not k for k in kernels)]
     muon, adam = Muon(kernels, DECODER_RATE), torch.optim.AdamW(others, RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    checkpoint = Checkpoint(work / f"{name}.pt", model=model, average=average, muon=muon, adam=adam)
+    checkpoint = Checkpoint(work / f"{name}.pt", model=model, muon=muon, adam=adam)
     noisy = compiled(_Noisy(model))
     step, began = checkpoint.load(), time.monotonic()
     torch.manual_seed(step)
@@ -286,9 +283,6 @@ def _train(work: Path, name: str, start: Path | None, steps: int, seconds: float
         adam.step()
         if start is None:
             model.follow_statistics(raw.detach(), min(MOMENTUM, step / (step + 10)))
-        follow(average, model, EMA, step)
-        average.mean.copy_(model.mean)
-        average.deviation.copy_(model.deviation)
         step += 1
         recent.append(difference.square().mean().item())
         over = time.monotonic() - began > seconds
@@ -334,7 +328,7 @@ def load(work: Path) -> Autoencoder:
     """The trained model in evaluation mode, with the decoder of `train_decoder` if there is one."""
     model = Autoencoder()
     path = work / "vae_decoder.pt"
-    Checkpoint(path if path.is_file() else work / "vae.pt", average=model).load()
+    Checkpoint(path if path.is_file() else work / "vae.pt", model=model).load()
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -350,24 +344,33 @@ def decode(model: Autoencoder, latents: torch.Tensor) -> np.ndarray:
     return to_picture(model.decode(F.pixel_shuffle(latents, 2).to(memory_format=torch.channels_last)))
 
 
-def encode_all(work: Path) -> None:
+def encode_all(work: Path, processes: int = 2) -> None:
     """Writes the normalized latents of every drawing: latents-WxH.npy, float16 [count, 128, h, w]."""
-    model = load(work)
-    run = compiled(_Encode(model))
-    for width, height in dataset.SIZES:
-        pictures, _ = dataset.load(work, width, height)
-        path = work / f"latents-{width}x{height}.npy"
-        if path.is_file():
-            continue
-        rows = []
-        for i in range(0, len(pictures), ENCODED):
-            part = np.zeros((ENCODED, *pictures.shape[1:]), np.uint8)
-            part[: len(pictures[i : i + ENCODED])] = pictures[i : i + ENCODED]
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                latent = F.pixel_unshuffle(run(to_model(part)).float(), 2)
-            rows.append(latent[: len(pictures) - i].half().numpy())
-        np.save(path, np.concatenate(rows))
-        print(f"latents of {width}x{height}", flush=True)
+    missing = [size for size in dataset.SIZES if not _latents(work, *size).is_file()]
+    missing.sort(key=lambda size: -dataset.SIZES[size] * size[0] * size[1])
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for width, height in pool.imap_unordered(_encode_size, [(work, size) for size in missing]):
+            print(f"latents of {width}x{height}", flush=True)
+
+
+def _latents(work: Path, width: int, height: int) -> Path:
+    return work / f"latents-{width}x{height}.npy"
+
+
+def _encode_size(job: tuple[Path, tuple[int, int]]) -> tuple[int, int]:
+    work, size = job
+    torch.set_num_threads(1)
+    run = compiled(_Encode(load(work)))
+    pictures, _ = dataset.load(work, *size)
+    rows = []
+    for i in range(0, len(pictures), ENCODED):
+        part = np.zeros((ENCODED, *pictures.shape[1:]), np.uint8)
+        part[: len(pictures[i : i + ENCODED])] = pictures[i : i + ENCODED]
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            latent = F.pixel_unshuffle(run(to_model(part)).float(), 2)
+        rows.append(latent[: len(pictures) - i].half().numpy())
+    np.save(_latents(work, *size), np.concatenate(rows))
+    return size
 
 
 class _Encode(nn.Module):

@@ -90,7 +90,7 @@ def test_vae(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if not name.startswith(f"taesd_encoder.{len(model.taesd_encoder) - 1}."):
             parameter.data.copy_(parameter.bfloat16())
-    Checkpoint(tmp_path / "vae.pt", average=model).save(1)
+    Checkpoint(tmp_path / "vae.pt", model=model).save(1)
     vae.export(tmp_path, tmp_path / "vae")
     stock = load_vae(tmp_path)
     assert stock.latent_channels == 128 and stock.downscale_ratio == stock.upscale_ratio == 16
