@@ -348,8 +348,8 @@ def test_a_merge_is_carried_out(unload: Callable[[], None]) -> None:
 
 def test_clone_factory_offload_and_messages(unload: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The factory gives the same model while one is alive; clones are of our class; offloaded equals resident."""
-    from bonsai_ops import patch as module
     from bonsai_ops.lora import PackedPatcher
+    from bonsai_ops.patch import assemble as module
 
     patched, _ = patch(stock("qwen"), rank=2)
     drawn = sample("qwen", patched)
@@ -445,7 +445,7 @@ def test_calibration(unload: Callable[[], None], capsys: pytest.CaptureFixture[s
 
 def test_cancel_leaves_nothing_behind(unload: Callable[[], None], caplog: pytest.LogCaptureFixture) -> None:
     """What the progress callback raises ends the work; the source draws as before; no half model is kept."""
-    from bonsai_ops import patch as module
+    from bonsai_ops.patch import assemble as module
 
     source = stock("flux2")
     first, alive = sample("flux2", source), len(module._patched)

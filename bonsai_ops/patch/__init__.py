@@ -1,0 +1,19 @@
+"""Any diffusion MODEL of ComfyUI -> the same with few-bit linear layers: what "Patch to BitLinear" does.
+
+The result is a second model of the source's own class, made with our operations (linear.py), so that LoRAs, offload,
+clones and saving work as with a loaded pack. The source is only read. What was set on it (LoRAs, model sampling,
+wrappers, options) goes along; a merge of models is carried out first, as its result is what is to be packed.
+
+options.py   what is asked for
+layers.py    which layers are packed, and each of them
+spend.py     which layers get more bits within a target size
+assemble.py  the packed MODEL
+model.py     all of it
+"""
+
+from __future__ import annotations
+
+from .model import patch_model
+from .options import EXCLUDED, PatchOptions, patterns
+
+__all__ = ["EXCLUDED", "PatchOptions", "patch_model", "patterns"]
