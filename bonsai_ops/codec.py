@@ -7,6 +7,7 @@ A codec has a radix r and puts P = fields codes of 0 .. r-1 into one byte:
     crumb        4       4   2
     trit5        3       5   1.6   (3^5 = 243 of the 256 byte values)
     nibble      16       2   4
+    byte       256       1   8
 
 Layout, the same for all ("N-planar": nothing of K is padded, groups along K never straddle a byte):
 
@@ -15,7 +16,7 @@ Layout, the same for all ("N-planar": nothing of K is padded, groups along K nev
 
 Byte value: with v = c_0 r^(P-1) + c_1 r^(P-2) + .. + c_(P-1), B = ceil(256 v / r^P). So B / 256 is the fraction
 0.c_0 c_1 .. in base r, and every code is the carry of a multiplication: y = r B; c = y >> 8; B = y & 255; and so on.
-For radix 2, 4 and 16 this is plain bit packing, first code in the top bits.
+For radix 2, 4, 16 and 256 this is plain bit packing, first code in the top bits.
 
 Only torch integer operations; the same result on every device. No I/O, no ComfyUI.
 """
@@ -48,7 +49,16 @@ class Codec:
         return self.byte_rows(rows) * columns
 
 
-CODECS = {c.name: c for c in (Codec("bit", 2, 8), Codec("crumb", 4, 4), Codec("trit5", 3, 5), Codec("nibble", 16, 2))}
+CODECS = {
+    c.name: c
+    for c in (
+        Codec("bit", 2, 8),
+        Codec("crumb", 4, 4),
+        Codec("trit5", 3, 5),
+        Codec("nibble", 16, 2),
+        Codec("byte", 256, 1),
+    )
+}
 
 
 def get_codec(name: str) -> Codec:
@@ -121,6 +131,9 @@ def planes(name: str, packed: torch.Tensor) -> Iterator[torch.Tensor]:
     """
     codec = get_codec(name)
     rest = packed.to(torch.int16)
+    if codec.fields == 1:  # the byte is the code; its carry does not fit int16
+        yield rest
+        return
     for plane in range(codec.fields):
         rest = rest * codec.radix if plane == 0 else rest.mul_(codec.radix)
         yield rest >> 8
@@ -139,7 +152,7 @@ def holds(name: str, radix: int, packed: torch.Tensor) -> bool:
     codec = get_codec(name)
     codes = torch.cartesian_prod(*[torch.arange(min(radix, codec.radix), dtype=torch.uint8)] * codec.fields)
     made = torch.zeros(256, dtype=torch.bool)
-    made[encode(name, codes.t().repeat_interleave(8, 0))[0].long()] = True
+    made[encode(name, codes.view(-1, codec.fields).t().repeat_interleave(8, 0))[0].long()] = True
     return bool(made.to(packed.device)[packed.long()].all())
 
 

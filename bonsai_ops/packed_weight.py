@@ -3,7 +3,7 @@
     scheme      code -> value                         codec
     binary      w = s (1 - 2 c),  c in {0, 1}         bit
     ternary     w = s (1 - c),    c in {0, 1, 2}      trit5, crumb
-    affine      w = c s + z       (z added last)      bit, crumb, nibble
+    affine      w = c s + z       (z added last)      bit, crumb, nibble, byte
     zero_point  w = (c - z) s     (z subtracted)      nibble
 
 s and z are per row and group of `group_size` consecutive columns. Values are computed in float32 and rounded once to
@@ -24,7 +24,7 @@ from . import codec as codecs
 SCHEMES = {
     "binary": ("bit",),
     "ternary": ("trit5", "crumb"),
-    "affine": ("bit", "crumb", "nibble"),
+    "affine": ("bit", "crumb", "nibble", "byte"),
     "zero_point": ("nibble",),
 }
 """Allowed codecs of each scheme, the smallest first."""

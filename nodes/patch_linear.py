@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..bonsai_ops.patch import EXCLUDED, PatchOptions, patch_model, patterns
+from ..bonsai_ops.quantize import SCHEMES
 from . import inputs
 from .calibrate import Calibration
 
@@ -23,10 +24,10 @@ class PatchToBitLinear(io.ComfyNode):
                 io.Model.Input("model", tooltip="Any diffusion model. It stays as it is; LoRAs on it go along."),
                 io.Combo.Input(
                     "scheme",
-                    options=["ternary", "binary", "4bit"],
+                    options=list(SCHEMES),
                     default="ternary",
-                    tooltip="ternary: three levels, 1.6 bits a weight. binary: two levels, 1 bit. 4bit: sixteen "
-                    "levels. Scales come on top.",
+                    tooltip="ternary: three levels, 1.6 bits a weight. binary: two levels, 1 bit. 4bit, 8bit: 16 or "
+                    "256 even steps. Scales come on top.",
                 ),
                 io.Combo.Input(
                     "group_size",
@@ -47,8 +48,8 @@ class PatchToBitLinear(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1_000_000,
-                    tooltip="Size in MB that the whole model may have: the layers that suffer most keep 4 or 16 bits. "
-                    "0: every layer is packed alike.",
+                    tooltip="Size in MB that the whole model may have: the layers that suffer most keep 4, 8 or 16 "
+                    "bits. 0: every layer is packed alike.",
                 ),
                 io.String.Input(
                     "include",

@@ -14,9 +14,10 @@
      "layers": {"<layer>": {"scheme": "ternary", "codec": "trit5", "group_size": 128, "shape": [N, K]}, ..}}
 
 Scheme, codec and group size may differ from layer to layer (variant "mixed"). Version 2 is written where version 1 does
-not suffice: for a low-rank branch ("rank": r in the layer's description) and for a model that is not a Bonsai. There
-"architecture" is the name of ComfyUI's model configuration, keys are as ComfyUI names the weights of its transformer or
-UNet, and "model" holds that configuration: {"class", "model_type", "unet_config", "sampling_settings"}, plain values.
+not suffice: for the codec byte, for a low-rank branch ("rank": r in the layer's description) and for a model that is no
+Bonsai. There "architecture" is the name of ComfyUI's model configuration, keys are as ComfyUI names the weights of its
+transformer or UNet, and "model" holds that configuration: {"class", "model_type", "unet_config", "sampling_settings"},
+plain values.
 
 A file without that record (written by ComfyUI's own ModelSave) is read too: N, K and g follow from the shapes, the
 codec from n and, where n fits both codecs of ternary weights, from the bytes. Keys may carry the prefix
@@ -43,6 +44,8 @@ from .entries import DOWNLOAD_AGAIN, DenseTensor, Entry, PackedTensor
 from .safetensors_file import DTYPES, SafetensorsFile
 
 VERSION = 2
+NEWER_CODECS = ("byte",)
+"""Codecs that a reader of version 1 does not know."""
 TABLES = ("scale", "zero", "up", "down")
 RECORD = "bonsai"
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -241,7 +244,8 @@ def make_record(
         | ({"rank": w.rank} if w.rank else {})
         for layer, w in packed.items()
     }
-    version = 2 if architecture != "flux2" or any(w.rank for w in packed.values()) else 1
+    newer = architecture != "flux2" or any(w.rank or w.codec in NEWER_CODECS for w in packed.values())
+    version = 2 if newer else 1
     return NativeRecord(variant, layers, source or {}, architecture, version, model=model or {})
 
 

@@ -25,7 +25,7 @@ def patch_model(
     statistics: Mapping[str, Statistics] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[object, Report]:
-    """(packed ModelPatcher, report); with dry_run the first is the source itself.
+    """(packed ModelPatcher, report); with dry_run, or a target size that has room for all, the first is the source.
 
     statistics: {layer name: what its inputs were}. progress(weights done, weights in all) is called a layer; what it
     raises ends the work, and the source is as it was. Raises ValueError if nothing can be packed, if the model is made
@@ -46,7 +46,8 @@ def patch_model(
     for layer in chosen:
         _check_statistics(layer, statistics.get(layer.name))
     device = source.load_device
-    total = sum(layer.shape[0] * layer.shape[1] for layer in chosen) * (1 if options.target_bytes is None else 2)
+    rounds = 1 if options.target_bytes is None else 1 + len(options.finer)
+    total = rounds * sum(layer.shape[0] * layer.shape[1] for layer in chosen)
     done = 0
 
     def begin(layer: Layer) -> None:
@@ -69,8 +70,11 @@ def patch_model(
     title = f"{type(base).__name__}, {settings.scheme}, groups of {settings.group_size}" + (
         f", rank {settings.rank}" if settings.rank else ""
     )
+    packed = {f"{layer.name}.weight": layer.made.weight for layer in layers if layer.made is not None}
     if options.dry_run:
         notes.append("dry run: the model goes through unchanged")
+    elif not packed:
+        notes.append("the whole model has room within the target size: it goes through unchanged")
     if statistics:
         notes.append(f"calibrated: {sum(layer.name in statistics for layer in chosen)} of {len(chosen)} layers")
     report = Report(
@@ -81,9 +85,8 @@ def patch_model(
         time.perf_counter() - started,
         notes,
     )
-    if options.dry_run:
+    if options.dry_run or not packed:
         return source, report
-    packed = {f"{layer.name}.weight": layer.made.weight for layer in layers if layer.made is not None}
     patcher = assemble(source, twin, packed, settings.scheme)
     baked = [layer.key for layer in chosen if merges_models(source.patches.get(layer.key, ()))]
     for key in baked:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..quantize import Settings
+from ..quantize.layer import AFFINE, SCHEMES
 
 EXCLUDED = (
     # embedders of picture, text, time and guidance
@@ -47,8 +48,8 @@ EXCLUDED = (
 class PatchOptions:
     """What to pack and how. include, exclude: patterns of fnmatch on layer names, such as "double_blocks.*.qkv".
 
-    target_bytes: size the whole model may have; layers then get 4 bits or stay as they are where that helps most. None:
-    all few-bit.
+    target_bytes: size the whole model may have; layers then get 4 or 8 bits or stay as they are where that helps
+    most. None: all alike.
     """
 
     scheme: str = "ternary"
@@ -62,6 +63,12 @@ class PatchOptions:
     @property
     def settings(self) -> Settings:
         return Settings(self.scheme, self.group_size, self.rank)
+
+    @property
+    def finer(self) -> tuple[Settings, ...]:
+        """The forms with more bits that a target size may give to a layer, the smallest first."""
+        later = SCHEMES[SCHEMES.index(self.scheme) + 1 :] if self.scheme in AFFINE else AFFINE
+        return tuple(Settings(scheme, self.group_size) for scheme in later)
 
 
 def patterns(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Post-training quantization of dense linear weights to 1 bit, three levels or 4 bit. Knows no ComfyUI and no files.
+"""Post-training quantization of dense linear weights to 1 bit, three levels, 4 or 8 bit. Knows no ComfyUI and no files.
 
 groups.py      codes and scales of a group: the least-squares optimum in closed form
 compensate.py  codes chosen column by column, each error made good in the columns to come (GPTQ)
@@ -10,6 +10,15 @@ report.py      the result as text, as CSV and as a picture
 
 from __future__ import annotations
 
-from .layer import LayerError, Quantized, Settings, Statistics, fitting_group, quantize_layer
+from .layer import SCHEMES, LayerError, Quantized, Settings, Statistics, fitting_group, measured, quantize_layer
 
-__all__ = ["LayerError", "Quantized", "Settings", "Statistics", "fitting_group", "quantize_layer"]
+__all__ = [
+    "SCHEMES",
+    "LayerError",
+    "Quantized",
+    "Settings",
+    "Statistics",
+    "fitting_group",
+    "measured",
+    "quantize_layer",
+]

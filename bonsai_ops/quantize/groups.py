@@ -122,20 +122,22 @@ def values(codes: torch.Tensor, scale: torch.Tensor, scheme: str) -> torch.Tenso
     return signs.to(scale.dtype) * scale.unsqueeze(-1)
 
 
-def quantize_affine(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes uint8 [N, K] below 16, scale, zero bf16 [N, K / group]) of a dense weight, w = code * scale + zero.
+def quantize_affine(
+    weight: torch.Tensor, group_size: int, radix: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes uint8 [N, K] below `radix`, scale, zero bf16 [N, K / group]) of a dense weight, w = code * scale + zero.
 
     Starts from the range of a group and refits both tables to the codes twice, keeping the best of the three.
     """
-    codes, scales, zeros = [], [], []
+    codes, scales, zeros, top = [], [], [], radix - 1
     for _, rows in _steps(weight, group_size):
         low, high = rows.amin(-1), rows.amax(-1)
-        scale, zero = ((high - low) / 15).to(SCALE_DTYPE).float(), low.to(SCALE_DTYPE).float()
+        scale, zero = ((high - low) / top).to(SCALE_DTYPE).float(), low.to(SCALE_DTYPE).float()
         best_scale_, best_zero, best_error = scale, zero, torch.full_like(scale, torch.inf)
         best_codes = torch.zeros(rows.shape, dtype=torch.uint8, device=rows.device)
         for _ in range(3):
             step = torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
-            code = ((rows - zero.unsqueeze(-1)) / step).round_().clamp_(0, 15)
+            code = ((rows - zero.unsqueeze(-1)) / step).round_().clamp_(0, top)
             error = (code * scale.unsqueeze(-1) + zero.unsqueeze(-1) - rows).square_().sum(-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)

@@ -14,12 +14,14 @@ from .compensate import compensate, output_error
 from .groups import existing_scale, quantize_affine, quantize_groups
 
 GROUP_SIZES = (256, 128, 64, 32)
-SCHEMES = ("ternary", "binary", "4bit")
+AFFINE = {"4bit": "nibble", "8bit": "byte"}
+"""Schemes of evenly spaced levels, the smallest first: their codec."""
+SCHEMES = ("ternary", "binary", *AFFINE)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to quantize. scheme: ternary, binary or 4bit. rank: of the 16-bit branch, 0 for none.
+    """How to quantize. scheme: ternary, binary, 4bit or 8bit. rank: of the 16-bit branch, 0 for none.
 
     rounds: how often branch and codes are fitted to one another in turn. Raises ValueError for what is not offered.
     """
@@ -90,25 +92,19 @@ def quantize_layer(weight: torch.Tensor, settings: Settings, statistics: Statist
         raise ValueError(f"statistics of {tuple(statistics.power.shape)} inputs do not fit {columns} columns")
     settings = replace(settings, group_size=group_size)
     dense = weight.detach().to(torch.float32)
-    if settings.scheme == "4bit":
-        codes, scale, zero = quantize_affine(dense, group_size)
-        packed = PackedWeight(
-            codecs.encode("nibble", codes), scale, tuple(dense.shape), "affine", "nibble", group_size, zero
-        )
-        return _measured(dense, packed, statistics)
-    if existing_scale(dense, settings.scheme, group_size) is not None:
-        return _measured(dense, _codes(dense, dense, settings, None), statistics)
-    best = _measured(dense, _codes(dense, dense, settings, statistics), statistics)
+    if settings.scheme not in AFFINE and existing_scale(dense, settings.scheme, group_size) is not None:
+        return measured(dense, _codes(dense, settings, None), statistics)
+    best = measured(dense, _codes(dense, settings, statistics), statistics)
     if settings.rank:
         base = best.weight
         importance = None if statistics is None else statistics.power
         for _ in range(max(1, settings.rounds)):
             up, down = lowrank.fit(dense - base.dequantize(), settings.rank, importance)
             best = min(
-                best, _measured(dense, replace(base, up=up, down=down), statistics), key=lambda found: found.squared
+                best, measured(dense, replace(base, up=up, down=down), statistics), key=lambda found: found.squared
             )
-            base = _codes(dense - up.float() @ down.float(), dense, settings, statistics)
-            found = _measured(dense, replace(base, up=up, down=down), statistics)
+            base = _codes(dense - up.float() @ down.float(), settings, statistics)
+            found = measured(dense, replace(base, up=up, down=down), statistics)
             best = min(best, found, key=lambda found: found.squared)
     return best
 
@@ -122,11 +118,17 @@ def squared_error(difference: torch.Tensor, statistics: Statistics | None) -> to
     return (difference.double().square() * statistics.power.to(difference.device).double()).sum(-1)
 
 
-def _codes(
-    target: torch.Tensor, dense: torch.Tensor, settings: Settings, statistics: Statistics | None
-) -> PackedWeight:
-    """The best codes for `target` [N, K], row by row: the plain optimum, the weighted one and the compensated one."""
+def _codes(target: torch.Tensor, settings: Settings, statistics: Statistics | None) -> PackedWeight:
+    """The best codes for `target` [N, K], row by row: the plain optimum, the weighted one and the compensated one.
+
+    Affine schemes have one way only, which does not look at the inputs.
+    """
     scheme, group_size = settings.scheme, settings.group_size
+    if scheme in AFFINE:
+        codec = AFFINE[scheme]
+        codes, scale, zero = quantize_affine(target, group_size, codecs.get_codec(codec).radix)
+        shape = (target.shape[0], target.shape[1])
+        return PackedWeight(codecs.encode(codec, codes), scale, shape, "affine", codec, group_size, zero)
     codes, scale = quantize_groups(target, scheme, group_size)
     if statistics is None:
         return pack_signs(codes, scale, group_size, scheme)
@@ -148,7 +150,8 @@ def _values(codes: torch.Tensor, scale: torch.Tensor, settings: Settings) -> tor
     return (signs.view(*scale.shape, -1) * scale.unsqueeze(-1)).view(codes.shape)
 
 
-def _measured(dense: torch.Tensor, packed: PackedWeight, statistics: Statistics | None) -> Quantized:
+def measured(dense: torch.Tensor, packed: PackedWeight, statistics: Statistics | None = None) -> Quantized:
+    """A packed weight with its errors against the dense one, float32 [N, K] on the same device."""
     difference = dense - packed.dequantize()
     squared = float(squared_error(difference, None).sum())
     relative = _ratio(squared, float(squared_error(dense, None).sum()))

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .layer import LayerError
 
 WIDTH, HEIGHT, MARGIN, FONT_SIZE = 960, 460, 56, 14
-COLORS = {"ternary": "#3f8f4f", "binary": "#4f79c0", "4bit": "#c08a3e", "kept": "#9aa0a6"}
+COLORS = {"ternary": "#3f8f4f", "binary": "#4f79c0", "4bit": "#c08a3e", "8bit": "#a25bb0", "kept": "#9aa0a6"}
 COLUMNS = (
     "layer",
     "form",

@@ -116,8 +116,9 @@ def test_choice_and_reasons() -> None:
         assert backend.name == "cpu"
     else:
         assert "AVX-512 BF16" in declined["cpu"]
-    affine = dispatch.Call(device, torch.bfloat16, 128, 256, "affine", "crumb", 128)
-    assert "second table" in dispatch.why_not(affine)["cpu"]
+    for name in ("crumb", "nibble", "byte"):
+        affine = dispatch.Call(device, torch.bfloat16, 128, 256, "affine", name, 128)
+        assert "second table" in dispatch.why_not(affine)["cpu"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from bonsai_ops.packed_weight import SCHEMES, PackedWeight
 
 PAIRS = [(scheme, name) for scheme, names in SCHEMES.items() for name in names]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
-RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16}
+RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16, "byte": 256}
 """Of a codec; a ternary weight has codes below 3 in any."""
 SOURCE = {"file": "state_dict.pt", "sha256": "00ff"}
 
@@ -372,6 +372,17 @@ def test_a_low_rank_branch_round_trips(tmp_path: Path) -> None:
     assert [record["layers"][layer].get("rank") for layer in "abc"] == [3, None, 1]
     save_file(native.to_tensors({"a.weight": weights["a.weight"]}), tmp_path / "plain.safetensors")
     assert same(read(tmp_path / "plain.safetensors")["a.weight"], weights["a.weight"])
+
+
+def test_eight_bit_codes_need_version_2(tmp_path: Path) -> None:
+    """A reader of version 1 says "update" instead of misreading them; without a record they are recognised too."""
+    weights = {"a.weight": packed("affine", "byte", group=128), "b.weight": packed("affine", "nibble")}
+    write(tmp_path / "w.safetensors", weights)
+    assert native.read_record(SafetensorsFile(tmp_path / "w.safetensors")).version == 2
+    assert all(same(read(tmp_path / "w.safetensors")[name], weight) for name, weight in weights.items())
+    save_file(native.to_tensors(weights), tmp_path / "plain.safetensors")
+    assert same(read(tmp_path / "plain.safetensors")["a.weight"], weights["a.weight"])
+    assert native.make_record({"b.weight": weights["b.weight"]}).version == 1
 
 
 def test_another_architecture_is_recorded(tmp_path: Path) -> None:

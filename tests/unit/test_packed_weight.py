@@ -20,7 +20,7 @@ from bonsai_ops.packed_weight import (
 )
 from bonsai_ops.synthetic import KLEIN_4B
 
-RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16}
+RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16, "byte": 256}
 """Of a codec; a ternary weight has codes below 3 in any."""
 PAIRS = [(scheme, name) for scheme, names in SCHEMES.items() for name in names]
 SHAPES = [(1, 64), (7, 128), (41, 256), (83, 96), (130, 512)]
@@ -216,6 +216,7 @@ def test_parts_that_do_not_fit_are_refused(changed: dict, message: str) -> None:
         ("affine", "bit", 384 * 3072 + 2 * 147_456, 1.25),
         ("affine", "crumb", 768 * 3072 + 2 * 147_456, 2.25),
         ("affine", "nibble", 1536 * 3072 + 2 * 147_456, 4.25),
+        ("affine", "byte", 3072 * 3072 + 2 * 147_456, 8.25),
         ("zero_point", "nibble", 1536 * 3072 + 2 * 147_456, 4.25),
     ],
 )

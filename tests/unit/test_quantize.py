@@ -210,13 +210,31 @@ def test_deterministic_and_wide() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_four_bits() -> None:
+def test_four_and_eight_bits() -> None:
+    """Even steps over the range of the group. Its ends may lie outside by what bf16 cuts off the tables."""
     weight = torch.randn(64, 256, generator=generator()) + 0.3
-    four, three = (quantize_layer(weight, Settings(s, 64)) for s in ("4bit", "ternary"))
-    assert four.error.relative < 0.09 < 0.4 < three.error.relative
-    exact = torch.full((8, 64), 0.5)
-    assert quantize_layer(exact, Settings("4bit", 64)).error.relative == 0
-    assert narrow_exact(four.weight.scale).dtype == torch.bfloat16
+    eight, four, three = (quantize_layer(weight, Settings(s, 64)) for s in ("8bit", "4bit", "ternary"))
+    assert eight.error.relative < 0.006 < 0.06 < four.error.relative < 0.09 < 0.4 < three.error.relative
+    assert (eight.weight.codec, four.weight.codec) == ("byte", "nibble")
+    for found in (eight, four):
+        groups = (weight - found.weight.dequantize()).view(64, -1, 64).abs()
+        assert torch.all(groups.median(-1).values <= found.weight.scale.float() / 2)
+        assert torch.all(groups.amax(-1) <= 1.5 * found.weight.scale.float())
+        assert narrow_exact(found.weight.scale).dtype == narrow_exact(found.weight.zero).dtype == torch.bfloat16
+    for scheme in ("4bit", "8bit"):
+        assert quantize_layer(torch.full((8, 64), 0.5), Settings(scheme, 64)).error.relative == 0
+        with pytest.raises(ValueError, match="not finite"):
+            quantize_layer(torch.full((8, 64), torch.inf), Settings(scheme, 64))
+
+
+@pytest.mark.parametrize("scheme", ["4bit", "8bit"])
+def test_even_steps_with_branch_and_calibration(scheme: str) -> None:
+    """A branch lowers the error of these schemes too; known inputs change what is measured, not the weight."""
+    weight = torch.randn(96, 128, generator=generator()) + torch.randn(96, 1, generator=generator(1)).mul(9)
+    plain, branch = (quantize_layer(weight, Settings(scheme, 64, rank)) for rank in (0, 4))
+    assert branch.squared < plain.squared and branch.weight.rank == 4
+    known = quantize_layer(weight, Settings(scheme, 64), statistics(inputs(128)))
+    assert torch.equal(known.weight.codes, plain.weight.codes) and 0 < known.error.output < 0.1
 
 
 def test_budget_against_every_choice() -> None:

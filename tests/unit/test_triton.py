@@ -527,6 +527,7 @@ def test_accepts(change: dict) -> None:
         ({"capability": None}, "unknown"),
         ({"dtype": torch.float32}, "not float32"),
         ({"scheme": "affine", "codec": "nibble"}, "affine weights stored as nibble"),
+        ({"scheme": "affine", "codec": "byte"}, "affine weights stored as byte"),
         ({"group_size": 64}, "not 64"),
         ({"columns": 192}, "in 192"),
         ({"mode": "int4"}, "no mode 'int4'"),

@@ -315,6 +315,34 @@ def test_an_unpacked_bonsai_becomes_the_pack(comfy: Any, variant: str, tmp_path:
     assert relative(draw(patched, steps=1), draw(pack, steps=1)) < 1e-6
 
 
+@pytest.mark.parametrize("scheme", ["4bit", "8bit"])
+def test_even_steps(scheme: str, unload: Callable[[], None], lora_file: Callable[..., str], tmp_path: Path) -> None:
+    """4 and 8 bits: the twin's picture resident and offloaded, with a LoRA, saved and reloaded; close to the source."""
+    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.save import save_bonsai_model
+
+    source = stock("flux2")
+    patched, report = patch(source, scheme=scheme, rank=2)
+    assert {x.form for x in report.packed} == {scheme} and packed_layers(patched) == KINDS["flux2"].packed
+    drawn, twin = sample("flux2", patched), twin_of("flux2", patched)
+    assert relative(drawn, sample("flux2", twin)) < 1e-5
+    assert relative(drawn, sample("flux2", source)) < {"4bit": 0.2, "8bit": 0.01}[scheme]
+    layer = KINDS["flux2"].layer
+    shape = tuple(dict(source.model.diffusion_model.named_modules())[layer].weight.shape)
+    name = lora_file(low_rank({f"diffusion_model.{layer}": shape}))
+    found, truth = (sample("flux2", with_lora(m, name)) for m in (patched, twin))
+    assert relative(found, truth) < 1e-5 and relative(found, drawn) > 1e-4
+    unload()
+    with_few_bytes = with_lora(patched, name)
+    loaded(with_few_bytes, 1)
+    assert torch.equal(sample("flux2", with_few_bytes), found)
+    unloaded(with_few_bytes)
+    path = tmp_path / "patched.safetensors"
+    save_bonsai_model(patched, path)
+    again = load_bonsai_model(path, {"compute_dtype": "fp32"})
+    assert torch.equal(sample("flux2", again), drawn) and same_state(state_bytes(again), state_bytes(patched))
+
+
 def test_lora_and_settings_on_the_source_go_along(unload: Callable[[], None], lora_file: Callable[..., str]) -> None:
     """A LoRA before the patch node equals one behind it, loaded or not; ModelSamplingSD3's shift is kept."""
     source = stock("sd3")
@@ -393,8 +421,8 @@ def test_target_size(unload: Callable[[], None]) -> None:
     source = stock("wan")
     _, smallest = patch(source)
     dense = source.model_size() // 2
-    errors = []
-    for share in (0.1, 0.4):
+    errors, forms = [], set()
+    for share in (0.03, 0.1, 0.4):
         target = int(smallest.nbytes + share * dense)
         patched, report = patch(source, target_bytes=target)
         assert report.nbytes <= target and "reached" in report.to_text()
@@ -402,8 +430,12 @@ def test_target_size(unload: Callable[[], None]) -> None:
         kept = [x for x in report.layers if x.reason == "room for it within the target size"]
         errors.append(sum(x.error.relative**2 for x in report.packed))
         assert {x.form for x in report.packed} - {"ternary"} or kept
+        forms |= {x.form for x in report.packed}
         sample("wan", patched)
-    assert errors[1] < errors[0] < sum(x.error.relative**2 for x in smallest.packed)
+    assert errors[2] < errors[1] < errors[0] < sum(x.error.relative**2 for x in smallest.packed)
+    assert forms == {"ternary", "4bit", "8bit"}
+    same, report = patch(source, scheme="8bit", target_bytes=source.model_size())
+    assert same is source and report.packed == [] and "goes through unchanged" in report.to_text()
     _, report = patch(source, target_bytes=1000)
     assert "not reachable" in report.to_text() and report.nbytes == smallest.nbytes
 
