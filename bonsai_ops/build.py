@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import comfy.model_base
 import comfy.model_patcher
@@ -85,6 +85,14 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         found |= {prefix + n: t for n, t in {**module._parameters, **kept}.items() if t is not None}
     return found
+
+
+def linear_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of every linear layer in model order, whoever made it and however its weight is stored."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "in_features") and isinstance(weight, torch.Tensor) and weight.ndim == 2:
+            yield name, module
 
 
 def fill(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], assign: bool) -> None:

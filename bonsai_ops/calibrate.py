@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .build import linear_modules
 from .quantize import Statistics
 
 MODES = ("power", "full")
@@ -15,6 +16,11 @@ GRAM_BYTES = 4 << 30
 """Second moments are recorded while they fit into this; the layers after that get the power alone."""
 TOKENS = 1024
 """Tokens of one call that go into a second moment: every n-th one. The power takes all."""
+
+
+def thinned(x: torch.Tensor) -> torch.Tensor:
+    """Every n-th row of x [M, K], so that at most TOKENS are left."""
+    return x[:: -(-x.shape[0] // TOKENS) or 1]
 
 
 @dataclass
@@ -53,10 +59,8 @@ class Recorder:
         """Inside, every call of a linear layer of `model.diffusion_model` is recorded; its result stays the same."""
         handles = []
         try:
-            for name, module in model.diffusion_model.named_modules():
-                weight = getattr(module, "weight", None)
-                if hasattr(module, "in_features") and isinstance(weight, torch.Tensor) and weight.ndim == 2:
-                    handles.append(module.register_forward_pre_hook(self._hook(name)))
+            for name, module in linear_modules(model.diffusion_model):
+                handles.append(module.register_forward_pre_hook(self._hook(name)))
             yield
         finally:
             for handle in handles:
@@ -91,6 +95,6 @@ class Recorder:
         sums.power += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square().to(sums.power.device)
         sums.count += x.shape[0]
         if sums.gram is not None:
-            some = x[:: -(-x.shape[0] // TOKENS)].to(sums.gram.device, torch.float32)
+            some = thinned(x).to(sums.gram.device, torch.float32)
             sums.gram.addmm_(some.T, some)
             sums.gram_count += some.shape[0]

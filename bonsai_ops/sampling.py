@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -10,6 +12,8 @@ import latent_preview
 import torch
 
 from .calibrate import Calibration, Recorder
+from .patch.measure import Meter
+from .quantize.report import Report
 from .schedule import official_sigmas
 
 
@@ -59,41 +63,61 @@ def _fit(model: object, latent: dict) -> torch.Tensor:
     return samples
 
 
-def sample_recorded(
-    model: object,
-    positive: list,
-    negative: list,
-    latent: dict,
-    seed: int,
-    steps: int,
-    cfg: float,
-    sampler: str,
-    scheduler: str,
-    mode: str,
-) -> tuple[Calibration, dict]:
-    """(what went into every linear layer, LATENT) of a sampling such as KSampler's. mode: power or full.
+@dataclass(frozen=True)
+class Sampling:
+    """A sampling such as KSampler's from noise alone: what to draw, on which latent, and how."""
+
+    positive: list
+    negative: list
+    latent: dict
+    seed: int
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str
+
+    def run(self, model: object) -> dict:
+        """The LATENT that `model` draws."""
+        latent = self.latent
+        ratio = latent.get("downscale_ratio_spacial")
+        samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *([] if ratio is None else [ratio]))
+        noise = comfy.sample.prepare_noise(samples, self.seed, latent.get("batch_index"))
+        out = {name: value for name, value in latent.items() if name != "downscale_ratio_spacial"}
+        out["samples"] = comfy.sample.sample(
+            model,
+            noise,
+            self.steps,
+            self.cfg,
+            self.sampler,
+            self.scheduler,
+            self.positive,
+            self.negative,
+            samples,
+            noise_mask=latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, self.steps),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=self.seed,
+        )
+        return out
+
+
+def sample_recorded(model: object, sampling: Sampling, mode: str) -> tuple[Calibration, dict]:
+    """(what went into every linear layer, LATENT). mode: power or full.
 
     Raises ValueError for an unknown mode or if no linear layer was called.
     """
     recorder = Recorder(mode)
-    ratio = latent.get("downscale_ratio_spacial")
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *([] if ratio is None else [ratio]))
-    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    out = {name: value for name, value in latent.items() if name != "downscale_ratio_spacial"}
     with recorder.recording(model.model):
-        out["samples"] = comfy.sample.sample(
-            model,
-            noise,
-            steps,
-            cfg,
-            sampler,
-            scheduler,
-            positive,
-            negative,
-            samples,
-            noise_mask=latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, steps),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
+        out = sampling.run(model)
     return recorder.result(model.model), out
+
+
+def sample_measured(original: object, patched: object, sampling: Sampling) -> tuple[Report, dict]:
+    """(errors of the packed layers against those of the original, LATENT of the packed model).
+
+    Raises ValueError if nothing is packed, the models differ or no packed layer was called.
+    """
+    meter = Meter(original, patched)
+    with meter.measuring():
+        out = sampling.run(patched)
+    return meter.report(), out

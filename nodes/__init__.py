@@ -9,6 +9,7 @@ from .calibrate import CalibrateBitLinear
 from .load_model import LoadBonsaiModel
 from .load_pack import LoadBonsaiPack
 from .load_text_encoder import LoadBonsaiTextEncoder
+from .measure import MeasureBitLinear
 from .model_info import BonsaiModelInfo
 from .patch_linear import PatchToBitLinear
 from .sampler import BonsaiSampler
@@ -23,6 +24,7 @@ NODES = [
     BonsaiModelInfo,
     PatchToBitLinear,
     CalibrateBitLinear,
+    MeasureBitLinear,
 ]
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..bonsai_ops.calibrate import MODES
-from ..bonsai_ops.sampling import sample_recorded
+from ..bonsai_ops.sampling import Sampling, sample_recorded
 from . import inputs
 
 Calibration = io.Custom("BONSAI_CALIBRATION")
@@ -23,32 +22,7 @@ class CalibrateBitLinear(io.ComfyNode):
             "for Patch to BitLinear. A few steps with a typical prompt are enough.",
             inputs=[
                 io.Model.Input("model", tooltip="The dense model that Patch to BitLinear will get."),
-                io.Conditioning.Input("positive", tooltip="A typical prompt; several can be combined."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt. Without guidance it has no effect."),
-                io.Latent.Input("latent", tooltip="An empty latent of the size you use."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    tooltip="The noise. The same seed records the same.",
-                ),
-                io.Int.Input("steps", default=4, min=1, max=100, tooltip="Number of steps to record."),
-                io.Float.Input(
-                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance, as for this model's sampler."
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=list(comfy.samplers.KSampler.SAMPLERS),
-                    default="euler",
-                    tooltip="Sampler, as for KSampler.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(comfy.samplers.KSampler.SCHEDULERS),
-                    default="simple",
-                    tooltip="Noise schedule, as for KSampler.",
-                ),
+                *inputs.sampling(),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
@@ -77,6 +51,5 @@ class CalibrateBitLinear(io.ComfyNode):
         scheduler: str = "simple",
         mode: str = "power",
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            *sample_recorded(model, positive, negative, latent, seed, steps, cfg, sampler_name, scheduler, mode)
-        )
+        sampling = Sampling(positive, negative, latent, seed, steps, cfg, sampler_name, scheduler)
+        return io.NodeOutput(*sample_recorded(model, sampling, mode))

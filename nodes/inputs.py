@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import comfy.model_management
+import comfy.samplers
 import comfy.utils
+import torch
 from comfy_api.latest import io
 
 from ..bonsai_ops.dispatch import EXACT, MODES
 from ..bonsai_ops.loader import MEMORY_MODES
 from ..bonsai_ops.packed_weight import LAYOUTS
 from ..bonsai_ops.precision import DTYPES
+from ..bonsai_ops.quantize.report import Report
 
 CATEGORY = "Bonsai"
 
@@ -59,15 +62,52 @@ def layout() -> io.Combo.Input:
     )
 
 
+def sampling() -> list[io.Input]:
+    """What a sampling from noise needs beside the model: the fields of Sampling, in its order."""
+    return [
+        io.Conditioning.Input("positive", tooltip="A typical prompt; several can be combined."),
+        io.Conditioning.Input("negative", tooltip="The negative prompt. Without guidance it has no effect."),
+        io.Latent.Input("latent", tooltip="An empty latent of the size you use."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            tooltip="The noise. The same seed gives the same result.",
+        ),
+        io.Int.Input("steps", default=4, min=1, max=100, tooltip="Number of steps to sample."),
+        io.Float.Input(
+            "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance, as for this model's sampler."
+        ),
+        io.Combo.Input(
+            "sampler_name",
+            options=list(comfy.samplers.KSampler.SAMPLERS),
+            default="euler",
+            tooltip="Sampler, as for KSampler.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=list(comfy.samplers.KSampler.SCHEDULERS),
+            default="simple",
+            tooltip="Noise schedule, as for KSampler.",
+        ),
+    ]
+
+
+def report(found: Report) -> tuple[str, str, torch.Tensor]:
+    """A report as text, CSV and IMAGE."""
+    return found.to_text(), found.to_csv(), torch.from_numpy(found.draw()).unsqueeze(0)
+
+
 def progress(node_id: str | None = None) -> Callable[[int, int], None]:
     """A callback (done, total) that moves ComfyUI's progress bar and raises when the user cancels."""
     bar: comfy.utils.ProgressBar | None = None
 
-    def report(done: int, total: int) -> None:
+    def move(done: int, total: int) -> None:
         nonlocal bar
         comfy.model_management.throw_exception_if_processing_interrupted()
         if bar is None:
             bar = comfy.utils.ProgressBar(1000, node_id=node_id)
         bar.update_absolute(done * 1000 // max(total, 1), 1000)
 
-    return report
+    return move

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from comfy_api.latest import io
 
 from ..bonsai_ops.patch import EXCLUDED, PatchOptions, patch_model, patterns
@@ -105,6 +104,5 @@ class PatchToBitLinear(io.ComfyNode):
         )
         statistics = None if calibration is None else calibration.layers
         patched, report = patch_model(model, options, statistics, inputs.progress())
-        text = report.to_text()
-        picture = torch.from_numpy(report.draw()).unsqueeze(0)
-        return io.NodeOutput(patched, text, report.to_csv(), picture, ui={"text": [text]})
+        shown = inputs.report(report)
+        return io.NodeOutput(patched, *shown, ui={"text": [shown[0]]})

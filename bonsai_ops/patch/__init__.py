@@ -9,6 +9,7 @@ layers.py    which layers are packed, and each of them
 spend.py     which layers get more bits within a target size
 assemble.py  the packed MODEL
 model.py     all of it
+measure.py   what the packed layers are worth in a sampling
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import comfy.lora
@@ -45,10 +46,8 @@ def linear_layers(source: object, twin: torch.nn.Module, options: PatchOptions) 
     """Every linear layer of the source in model order, with the reason for those that stay."""
     ours = dict(twin.diffusion_model.named_modules())
     layers = []
-    for name, module in source.model.diffusion_model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not hasattr(module, "in_features") or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-            continue
+    for name, module in build.linear_modules(source.model.diffusion_model):
+        weight = module.weight
         layer = Layer(name, module)
         excluded = next((p for p in options.exclude if fnmatch.fnmatchcase(name, p)), None)
         columns = weight.shape[1]
@@ -76,6 +75,17 @@ def base_tensors(source: object) -> dict[str, torch.Tensor]:
         if kept is not None:
             tensors[name] = kept.weight
     return tensors
+
+
+def other_tensors(source: object, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
+    """{name: tensor} of the source's transformer that is no weight of `layers`."""
+    weights = {f"{layer.name}.weight" for layer in layers}
+    return {name: tensor for name, tensor in base_tensors(source).items() if name not in weights}
+
+
+def convolutions(source: object) -> int:
+    """The number of its convolutions, which are never packed."""
+    return sum(isinstance(m, torch.nn.modules.conv._ConvNd) for m in source.model.diffusion_model.modules())
 
 
 def dense_weight(source: object, layer: Layer, device: torch.device) -> torch.Tensor:

@@ -6,13 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-import torch
-
 from ..lora import merges_models
 from ..quantize import Statistics
 from ..quantize.report import LayerReport, Report
 from .assemble import assemble, empty_twin
-from .layers import Layer, base_tensors, linear_layers, quantized, stored_bytes
+from .layers import Layer, convolutions, linear_layers, other_tensors, quantized, stored_bytes
 from .options import PatchOptions
 from .spend import spend
 
@@ -60,13 +58,12 @@ def patch_model(
         begin(layer)
         layer.made = quantized(source, layer, settings, statistics.get(layer.name), device)
         layer.form = settings.scheme
-    other = {n: t for n, t in base_tensors(source).items() if n not in {f"{x.name}.weight" for x in layers}}
+    other = other_tensors(source, layers)
     notes: list[str] = []
     if options.target_bytes is not None:
         notes.append(spend(source, layers, other, options, statistics, device, begin))
     if progress is not None:
         progress(total, total)
-    convolutions = sum(isinstance(m, torch.nn.modules.conv._ConvNd) for m in base.diffusion_model.modules())
     title = f"{type(base).__name__}, {settings.scheme}, groups of {settings.group_size}" + (
         f", rank {settings.rank}" if settings.rank else ""
     )
@@ -81,7 +78,7 @@ def patch_model(
         title,
         [_layer_report(source, layer) for layer in layers],
         sum(t.nbytes for t in other.values()),
-        convolutions,
+        convolutions(source),
         time.perf_counter() - started,
         notes,
     )

@@ -72,6 +72,11 @@ class Quantized:
     squared: float
 
 
+def form_of(weight: PackedWeight) -> str:
+    """The scheme of SCHEMES that makes such a weight; its own name for one of another kind."""
+    return next((s for s, codec in AFFINE.items() if (weight.scheme, weight.codec) == ("affine", codec)), weight.scheme)
+
+
 def fitting_group(columns: int, wanted: int) -> int | None:
     """The largest offered group size up to `wanted` that divides `columns`, None if 32 does not."""
     return next((g for g in GROUP_SIZES if g <= wanted and columns % g == 0), None)

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from .layer import LayerError
 
 WIDTH, HEIGHT, MARGIN, FONT_SIZE = 960, 460, 56, 14
-COLORS = {"ternary": "#3f8f4f", "binary": "#4f79c0", "4bit": "#c08a3e", "8bit": "#a25bb0", "kept": "#9aa0a6"}
+COLORS = {"ternary": "#3f8f4f", "binary": "#4f79c0", "4bit": "#c08a3e", "8bit": "#a25bb0"}
+OTHER_COLOR, OUTPUT_COLOR = "#9aa0a6", "#f2d16b"
 COLUMNS = (
     "layer",
     "form",
@@ -55,7 +56,7 @@ class LayerReport:
 class Report:
     """The whole model. other_bytes: tensors that are no linear layer; conv_layers: how many of these are convolutions.
 
-    seconds: what the quantization took.
+    seconds: what it took. inputs: which ones the errors of the outputs are for.
     """
 
     title: str
@@ -64,6 +65,7 @@ class Report:
     conv_layers: int
     seconds: float
     notes: Sequence[str] = ()
+    inputs: str = "calibrated inputs"
 
     @property
     def packed(self) -> list[LayerReport]:
@@ -93,7 +95,7 @@ class Report:
             lines.append("the packed weights are exactly those of the model")
         output = self.total("output")
         if output is not None:
-            lines.append(f"relative error of the layers' outputs, calibrated inputs: {output:.4f} (root mean square)")
+            lines.append(f"relative error of the layers' outputs, {self.inputs}: {output:.4f} (root mean square)")
         lines.append(
             f"kept: {len(kept)} linear layers ({_mb(sum(k.nbytes for k in kept))}), other tensors "
             f"{_mb(self.other_bytes)}, {self.conv_layers} convolutions among them"
@@ -111,9 +113,9 @@ class Report:
         return "\n".join(lines)
 
     def total(self, name: str) -> float | None:
-        """Root mean square of the packed layers' errors weighted by their size; None where one is not known."""
-        found = [(layer.weights, getattr(layer.error, name)) for layer in self.packed]
-        if not found or any(error is None for _, error in found):
+        """Root mean square of the packed layers' errors, where known, weighted by their size; None if none is."""
+        found = [(p.weights, error) for p in self.packed if (error := getattr(p.error, name)) is not None]
+        if not found:
             return None
         return math.sqrt(sum(n * error**2 for n, error in found) / sum(n for n, _ in found))
 
@@ -132,16 +134,16 @@ class Report:
         return out.getvalue()
 
     def draw(self) -> np.ndarray:
-        """Bars of the relative error of each packed layer in model order: float32 [HEIGHT, WIDTH, 3] in 0 .. 1."""
+        """Bars of the relative error of each packed layer's weights in model order, marks for that of its outputs where
+        known: float32 [HEIGHT, WIDTH, 3] in 0 .. 1.
+        """
         picture = Image.new("RGB", (WIDTH, HEIGHT), "#202124")
         pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
         pen.text((MARGIN, 12), self.title, fill="#e8eaed", font=font)
         size = f"{_mb(self.nbytes)}, {len(self.packed)} of {len(self.layers)} linear layers packed"
-        pen.text(
-            (MARGIN, 32), f"relative error of each packed layer's weights, in model order; {size}", "#9aa0a6", font
-        )
+        pen.text((MARGIN, 32), f"relative error of each packed layer, in model order; {size}", "#9aa0a6", font)
         bottom, height = HEIGHT - 40, HEIGHT - 40 - 64
-        top = max([0.1, *(layer.error.relative for layer in self.packed)])
+        top = max([0.1, *(error for p in self.packed for error in (p.error.relative, p.error.output or 0))])
         for i in range(5):
             y = bottom - height * i / 4
             pen.line((MARGIN, y, WIDTH - 16, y), fill="#3c4043")
@@ -150,11 +152,18 @@ class Report:
         for i, layer in enumerate(self.packed):
             x = MARGIN + i * step
             y = bottom - max(1, height * layer.error.relative / top)
-            pen.rectangle((x, y, max(x, x + step - max(1, step / 8)), bottom), fill=COLORS[layer.form])
+            right = max(x, x + step - max(1, step / 8))
+            pen.rectangle((x, y, right, bottom), fill=COLORS.get(layer.form, OTHER_COLOR))
+            if layer.error.output is not None:
+                y = bottom - height * layer.error.output / top
+                pen.rectangle((x, y - 1, right, y + 1), fill=OUTPUT_COLOR)
+        keys = [(form, COLORS.get(form, OTHER_COLOR)) for form in dict.fromkeys(p.form for p in self.packed)]
+        if self.total("output") is not None:
+            keys.append((f"outputs, {self.inputs}", OUTPUT_COLOR))
         x = MARGIN
-        for form in dict.fromkeys(layer.form for layer in self.packed):
-            pen.rectangle((x, HEIGHT - 26, x + 12, HEIGHT - 14), fill=COLORS[form])
-            pen.text((x + 18, HEIGHT - 28), form, fill="#e8eaed", font=font)
+        for name, color in keys:
+            pen.rectangle((x, HEIGHT - 26, x + 12, HEIGHT - 14), fill=color)
+            pen.text((x + 18, HEIGHT - 28), name, fill="#e8eaed", font=font)
             x += 110
         return np.asarray(picture, dtype=np.float32) / 255.0
 

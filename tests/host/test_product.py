@@ -26,6 +26,7 @@ OURS = (
     "BonsaiModelInfo",
     "PatchToBitLinear",
     "CalibrateBitLinear",
+    "MeasureBitLinear",
     "BonsaiSampler",
     "LoadBonsaiModel",
     "LoadBonsaiPack",

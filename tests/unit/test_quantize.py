@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import itertools
 
@@ -292,5 +293,9 @@ def test_report() -> None:
         layers[0].bits, 1e-4
     )
     picture = report.draw()
+    known = [dataclasses.replace(layers[0], error=LayerError(0.5, 0.7)), *layers[1:]]
+    measured = dataclasses.replace(report, layers=known, inputs="inputs of this sampling")
+    assert measured.total("output") == pytest.approx(0.7)  # of the layers where it is known
+    assert "outputs, inputs of this sampling: 0.7000" in measured.to_text() and (measured.draw() != picture).any()
     assert picture.shape == (460, 960, 3) and 0 <= picture.min() < picture.max() <= 1
     assert Report("empty", [], 0, 0, 0.0).draw().shape == picture.shape

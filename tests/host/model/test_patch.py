@@ -291,6 +291,14 @@ def text_of(kind: str) -> list:
     return [[states, {"pooled_output": torch.zeros(1, POOLED.get(kind, 8))}]]
 
 
+def sampling(kind: str) -> Any:
+    """Two steps of this kind, as the nodes that sample describe them."""
+    from bonsai_ops.sampling import Sampling
+
+    start = {"samples": torch.zeros(KINDS[kind].latent)}
+    return Sampling(text_of(kind), text_of(kind), start, 3, 2, 1.0, "euler", "simple")
+
+
 @pytest.mark.parametrize("variant", ["ternary", "binary"])
 def test_an_unpacked_bonsai_becomes_the_pack(comfy: Any, variant: str, tmp_path: Path) -> None:
     """Dense bf16 weights of a pack, loaded by ComfyUI and patched with defaults: codes and scales of the pack."""
@@ -448,9 +456,7 @@ def test_calibration(unload: Callable[[], None], capsys: pytest.CaptureFixture[s
     seen: list[torch.Tensor] = []
     module = dict(source.model.diffusion_model.named_modules())[KINDS["flux"].layer]
     handle = module.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].detach().flatten(0, -2).clone()))
-    start = {"samples": torch.zeros(KINDS["flux"].latent)}
-    settings = (text_of("flux"), text_of("flux"), start, 3, 2, 1.0, "euler", "simple")
-    known, latent = sample_recorded(source, *settings, "full")
+    known, latent = sample_recorded(source, sampling("flux"), "full")
     handle.remove()
     x = torch.cat(seen).double()
     statistics = known.layers[KINDS["flux"].layer]
@@ -473,6 +479,51 @@ def test_calibration(unload: Callable[[], None], capsys: pytest.CaptureFixture[s
     assert errors["calibrated, rank 16"] < errors["calibrated"] < errors["plain"]
     with pytest.raises(ValueError, match="recorded with another model"):
         patch(source, statistics={KINDS["flux"].layer: dataclasses.replace(statistics, power=torch.ones(64))})
+
+
+def test_measuring_a_sampling(unload: Callable[[], None], lora_file: Callable[..., str], tmp_path: Path) -> None:
+    """Each layer's error is that of its inputs as they come, LoRA or not; what is drawn stays the same."""
+    from bonsai_ops.layout import unwrap
+    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.sampling import sample_measured
+    from bonsai_ops.save import save_bonsai_model
+
+    source, layer = stock("flux"), KINDS["flux"].layer
+    patched, made = patch(source, rank=2)
+    shape = tuple(dict(source.model.diffusion_model.named_modules())[layer].weight.shape)
+    with_branch = with_lora(patched, lora_file(low_rank({f"diffusion_model.{layer}": shape})))
+    for model in (patched, with_branch):
+        seen: list[torch.Tensor] = []
+        module = dict(model.model.diffusion_model.named_modules())[layer]
+        handle = module.register_forward_pre_hook(lambda m, x, seen=seen: seen.append(x[0].detach().flatten(0, -2)))
+        plain = sampling("flux").run(model)["samples"]
+        handle.remove()
+        report, latent = sample_measured(source, model, sampling("flux"))
+        assert torch.equal(latent["samples"], plain)
+        assert not any(m._forward_pre_hooks for m in model.model.diffusion_model.modules())
+        rows = {x.name: x for x in report.layers}
+        weight = source.model.diffusion_model.get_submodule(layer).weight
+        x = torch.cat(seen)
+        truth = x @ weight.T
+        difference = x @ unwrap(module.weight).dequantize().T - truth
+        assert rows[layer].error.output == pytest.approx(float(difference.norm() / truth.norm()), rel=1e-4)
+        assert [(x.name, x.form, x.nbytes, x.rank) for x in report.packed] == [
+            (x.name, x.form, x.nbytes, x.rank) for x in made.packed
+        ]
+        assert (report.nbytes, report.conv_layers) == (made.nbytes, made.conv_layers)
+        assert report.total("relative") == pytest.approx(made.total("relative"), rel=1e-6)
+        assert "inputs of this sampling" in report.to_text() and "measured: 10 of 10 layers" in report.to_text()
+    save_bonsai_model(patched, tmp_path / "patched.safetensors")
+    again, _ = sample_measured(source, load_bonsai_model(tmp_path / "patched.safetensors"), sampling("flux"))
+    assert again.total("output") == pytest.approx(report.total("output"), rel=0.2)
+    finer, _ = sample_measured(source, patch(source, scheme="8bit")[0], sampling("flux"))
+    assert finer.total("output") < report.total("output") / 30 and {x.form for x in finer.packed} == {"8bit"}
+    itself, _ = sample_measured(patched, patched, sampling("flux"))
+    assert itself.total("output") < 1e-6 and itself.total("relative") == 0
+    with pytest.raises(ValueError, match="no layer of the patched model is packed"):
+        sample_measured(source, source, sampling("flux"))
+    with pytest.raises(ValueError, match=r"in the patched model and missing in the original"):
+        sample_measured(stock("sd3"), patched, sampling("flux"))
 
 
 def test_cancel_leaves_nothing_behind(unload: Callable[[], None], caplog: pytest.LogCaptureFixture) -> None:

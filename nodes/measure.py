@@ -1,0 +1,50 @@
+"""Measure BitLinear: a sampling that compares every packed layer with the dense one it came from."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..bonsai_ops.sampling import Sampling, sample_measured
+from . import inputs
+
+
+class MeasureBitLinear(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MeasureBitLinear",
+            display_name="Measure BitLinear",
+            category=inputs.CATEGORY,
+            description="Samples once with the packed model and computes the dense layers beside it: how far each "
+            "layer's output is off on the inputs that it really gets.",
+            inputs=[
+                io.Model.Input("original", tooltip="The dense model that was patched."),
+                io.Model.Input("patched", tooltip="From Patch to BitLinear, or a packed file of the same model."),
+                *inputs.sampling(),
+            ],
+            outputs=[
+                io.String.Output("report", tooltip="Sizes and errors, a line a layer."),
+                io.String.Output("csv", tooltip="The same as a table for a spreadsheet."),
+                io.Image.Output("plot", tooltip="The errors of every packed layer as a picture."),
+                io.Latent.Output(tooltip="What the packed model drew meanwhile."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        original: object,
+        patched: object,
+        positive: list,
+        negative: list,
+        latent: dict,
+        seed: int,
+        steps: int = 4,
+        cfg: float = 1.0,
+        sampler_name: str = "euler",
+        scheduler: str = "simple",
+    ) -> io.NodeOutput:
+        sampling = Sampling(positive, negative, latent, seed, steps, cfg, sampler_name, scheduler)
+        report, drawn = sample_measured(original, patched, sampling)
+        shown = inputs.report(report)
+        return io.NodeOutput(*shown, drawn, ui={"text": [shown[0]]})
