@@ -73,6 +73,7 @@ def sampling() -> list[io.Input]:
             default=0,
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate="fixed",  # the page's default would do all the work again at each run
             tooltip="The noise. The same seed gives the same result.",
         ),
         io.Int.Input("steps", default=4, min=1, max=100, tooltip="Number of steps to sample."),

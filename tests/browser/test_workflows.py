@@ -1,10 +1,8 @@
 """The shipped workflows in ComfyUI's real page: loaded, checked, queued and watched in Chromium (drive.cjs).
 
-The published weights cannot be had in a test, so every run uses a tiny pack of random weights; the pictures are noise.
-File names are replaced by those of that pack. ComfyUI's own CLIPLoader and VAELoader accept only text encoders and VAEs
-of the published widths, so in the runs they are taken out and their links start at a Load Bonsai Pack node instead. All
-other nodes, values and links run as shipped. A workflow as shipped, with its own loaders, is only loaded and
-compared: the page must name exactly the missing files, with the addresses they can be downloaded from.
+The published weights cannot be had in a test, so every run uses the files of tiny_files.py. A workflow as shipped, with
+its own loaders, is only loaded and compared: the page must name exactly the missing files, with the addresses they can
+be downloaded from.
 
 BONSAI_SCREENSHOTS names a folder that keeps the pictures of the page.
 """
@@ -21,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import tiny_files
 from PIL import Image
-from safetensors.torch import save_file
 
 from bonsai_ops.environment import NEWEST
 from bonsai_ops.server import ComfyServer
-from bonsai_ops.synthetic import TINY, write_pipeline
 
 pytestmark = [pytest.mark.browser, pytest.mark.host, pytest.mark.slow]
 
@@ -35,13 +31,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 LANGUAGES = sorted(path.name for path in (REPOSITORY / "locales").iterdir())
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PACK, MODEL, PICTURE = "browser-tiny", "browser-tiny.safetensors", "browser-tiny.png"
-LORA, LORA_RANK = "browser-tiny-lora.safetensors", 4
-REPLACED = {"LoadBonsaiModel": MODEL, "LoadBonsaiPack": PACK, "LoadImage": PICTURE, "LoraLoaderModelOnly": LORA}
-NOT_SHIPPED = {"LoadImage": PICTURE, "LoraLoaderModelOnly": LORA}
-"""Node: file that takes the place of one that the user brings, for which the workflow names no address."""
-STOCK_LOADERS = {"CLIPLoader": 1, "VAELoader": 2}
-"""Loader: output of Load Bonsai Pack that takes its place."""
 DRIVE_SECONDS = 400
 
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -100,81 +89,21 @@ def tools() -> tuple[str, str]:
     return node, chromium
 
 
-def write_lora(path: Path) -> None:
-    """A plain LoRA for one packed layer of the tiny pack, named as LoRAs for FLUX.2 Klein are."""
-    layer = "diffusion_model.double_blocks.0.img_attn.qkv"
-    down, up = torch.randn(LORA_RANK, TINY.hidden), torch.randn(3 * TINY.hidden, LORA_RANK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({f"{layer}.lora_A.weight": down / TINY.hidden**0.5, f"{layer}.lora_B.weight": up / LORA_RANK**0.5}, path)
-
-
-def write_picture(path: Path) -> None:
-    """A gradient whose middle is masked: Load Image makes the mask from what is transparent."""
-    picture = Image.linear_gradient("L").resize((300, 200)).convert("RGB")
-    alpha = Image.new("L", picture.size, 255)
-    alpha.paste(0, (100, 50, 200, 150))
-    picture.putalpha(alpha)
-    picture.save(path)
-
-
 @pytest.fixture(scope="module")
 def page(
     tools: tuple[str, str], comfy_server: Callable[..., ComfyServer], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Page]:
     """The page of a running server that has the tiny pack and a LoRA for it; they are removed at the end."""
     server = comfy_server(NEWEST)
-    models, picture = server.base_directory / "models", server.base_directory / "input" / PICTURE
-    pack, model, lora = models / "bonsai" / PACK, models / "diffusion_models" / MODEL, models / "loras" / LORA
-    write_pipeline(pack, variant="ternary", seed=0)
-    model.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(pack / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", model)
-    write_lora(lora)
-    write_picture(picture)
     folder = tmp_path_factory.mktemp("page")
     pictures = Path(os.environ.get("BONSAI_SCREENSHOTS") or folder)
     pictures.mkdir(parents=True, exist_ok=True)
-    yield Page(server, *tools, folder, pictures)
-    shutil.rmtree(pack)
-    for file in (model, lora, picture):
-        file.unlink()
+    with tiny_files.written(server.base_directory):
+        yield Page(server, *tools, folder, pictures)
 
 
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def with_tiny_pack(graph: dict[str, Any]) -> dict[str, Any]:
-    """The workflow with the tiny pack's names, and Load Bonsai Pack instead of ComfyUI's own loaders."""
-    for node in graph["nodes"]:
-        node["properties"].pop("models", None)
-        if node["type"] in REPLACED:
-            node["widgets_values"][0] = REPLACED[node["type"]]
-    replaced = {node["id"]: STOCK_LOADERS[node["type"]] for node in graph["nodes"] if node["type"] in STOCK_LOADERS}
-    if not replaced:
-        return graph
-    graph["last_node_id"] += 1
-    outputs = [{"name": kind, "type": kind, "links": []} for kind in ("MODEL", "CLIP", "VAE")]
-    for link in graph["links"]:
-        if link[1] in replaced:
-            link[1], link[2] = graph["last_node_id"], replaced[link[1]]
-            outputs[link[2]]["links"].append(link[0])
-    graph["nodes"] = [node for node in graph["nodes"] if node["id"] not in replaced]
-    graph["nodes"].append(
-        {
-            "id": graph["last_node_id"],
-            "type": "LoadBonsaiPack",
-            "pos": [520, 236],
-            "size": [420, 198],
-            "flags": {},
-            "order": 0,
-            "mode": 0,
-            "inputs": [],
-            "outputs": outputs,
-            "properties": {},
-            "widgets_values": [PACK, "auto", "auto", "exact", "compact"],
-        }
-    )
-    return graph
 
 
 def values_of(graph: dict[str, Any]) -> dict[str, list]:
@@ -193,7 +122,7 @@ def saved_pictures(graph: dict[str, Any], answer: dict[str, Any], server: ComfyS
 
 @each_workflow
 def test_workflow_runs(path: Path, page: Page) -> None:
-    graph = with_tiny_pack(read(path))
+    graph = tiny_files.instead_of_published(read(path))
     answer = page.drive(f"{path.stem}-run", graph, run=True)
     assert answer["errors"] == [], page.server.log_tail()
     assert answer["types"] == [] and answer["missing"] == [] and answer["media"] == []
@@ -210,8 +139,8 @@ def test_workflow_as_shipped_names_its_files(path: Path, page: Page) -> None:
     """Drawn as HTML nodes, the other way the page draws them. Node titles are those of the schemas."""
     graph = read(path)
     for node in graph["nodes"]:
-        if node["type"] in NOT_SHIPPED:
-            node["widgets_values"][0] = NOT_SHIPPED[node["type"]]
+        if node["type"] in tiny_files.NOT_SHIPPED:
+            node["widgets_values"][0] = tiny_files.NOT_SHIPPED[node["type"]]
     answer = page.drive(f"{path.stem}-shipped", graph, run=False, vue=True)
     assert answer["errors"] == [] and answer["types"] == [] and answer["media"] == []
     assert answer["widgets"] == values_of(graph)

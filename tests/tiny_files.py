@@ -1,0 +1,106 @@
+"""Tiny files with random weights for whatever the shipped workflows load; the pictures they draw are noise.
+
+ComfyUI's own CLIPLoader and VAELoader accept only text encoders and VAEs of the published widths, so they are taken out
+of a workflow and their links start at a Load Bonsai Pack node instead. All other nodes, values and links stay as they
+are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from bonsai_ops.synthetic import TINY, write_dense, write_pipeline
+
+PACK, MODEL, PICTURE = "tiny-files", "tiny-files.safetensors", "tiny-files.png"
+DENSE = "tiny-files-dense.safetensors"
+LORA, LORA_RANK = "tiny-files-lora.safetensors", 4
+REPLACED = {
+    "LoadBonsaiModel": MODEL,
+    "LoadBonsaiPack": PACK,
+    "LoadImage": PICTURE,
+    "LoraLoaderModelOnly": LORA,
+    "UNETLoader": DENSE,
+}
+NOT_SHIPPED = {"LoadImage": PICTURE, "LoraLoaderModelOnly": LORA}
+"""Node: file that takes the place of one that the user brings, for which the workflow names no address."""
+STOCK_LOADERS = {"CLIPLoader": 1, "VAELoader": 2}
+"""Loader: output of Load Bonsai Pack that takes its place."""
+
+
+@contextlib.contextmanager
+def written(base_directory: Path) -> Iterator[None]:
+    """Inside, ComfyUI with this base directory has the files; they are removed at the end."""
+    models, picture = base_directory / "models", base_directory / "input" / PICTURE
+    pack, lora = models / "bonsai" / PACK, models / "loras" / LORA
+    model, dense = (models / "diffusion_models" / name for name in (MODEL, DENSE))
+    try:
+        write_pipeline(pack, variant="ternary", seed=0)
+        write_dense(dense, TINY)
+        shutil.copyfile(pack / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", model)
+        _write_lora(lora)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        _write_picture(picture)
+        yield
+    finally:
+        shutil.rmtree(pack, ignore_errors=True)
+        for file in (model, dense, lora, picture):
+            file.unlink(missing_ok=True)
+
+
+def instead_of_published(graph: dict[str, Any]) -> dict[str, Any]:
+    """A workflow as saved with the tiny files' names, and Load Bonsai Pack instead of ComfyUI's own loaders."""
+    for node in graph["nodes"]:
+        node["properties"].pop("models", None)
+        if node["type"] in REPLACED:
+            node["widgets_values"][0] = REPLACED[node["type"]]
+    replaced = {node["id"]: STOCK_LOADERS[node["type"]] for node in graph["nodes"] if node["type"] in STOCK_LOADERS}
+    if not replaced:
+        return graph
+    graph["last_node_id"] += 1
+    outputs = [{"name": kind, "type": kind, "links": []} for kind in ("MODEL", "CLIP", "VAE")]
+    for link in graph["links"]:
+        if link[1] in replaced:
+            link[1], link[2] = graph["last_node_id"], replaced[link[1]]
+            outputs[link[2]]["links"].append(link[0])
+    graph["nodes"] = [node for node in graph["nodes"] if node["id"] not in replaced]
+    graph["nodes"].append(
+        {
+            "id": graph["last_node_id"],
+            "type": "LoadBonsaiPack",
+            "pos": [520, 236],
+            "size": [420, 198],
+            "flags": {},
+            "order": 0,
+            "mode": 0,
+            "inputs": [],
+            "outputs": outputs,
+            "properties": {},
+            "widgets_values": [PACK, "auto", "auto", "exact", "compact"],
+        }
+    )
+    return graph
+
+
+def _write_lora(path: Path) -> None:
+    """A plain LoRA for one packed layer of the tiny pack, named as LoRAs for FLUX.2 Klein are."""
+    layer = "diffusion_model.double_blocks.0.img_attn.qkv"
+    down, up = torch.randn(LORA_RANK, TINY.hidden), torch.randn(3 * TINY.hidden, LORA_RANK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"{layer}.lora_A.weight": down / TINY.hidden**0.5, f"{layer}.lora_B.weight": up / LORA_RANK**0.5}, path)
+
+
+def _write_picture(path: Path) -> None:
+    """A gradient whose middle is masked: Load Image makes the mask from what is transparent."""
+    picture = Image.linear_gradient("L").resize((300, 200)).convert("RGB")
+    alpha = Image.new("L", picture.size, 255)
+    alpha.paste(0, (100, 50, 200, 150))
+    picture.putalpha(alpha)
+    picture.save(path)
