@@ -1,4 +1,4 @@
-"""`python -m bonsai_ops.bench [--memory | --layers | --sweep | --step | --lora | --profile | --picture | --static] ..`.
+"""`python -m bonsai_ops.bench [--memory | --layers | --step | --quantize | ..]`: one benchmark or several.
 
 --memory   sizes, load time and peak memory of synthetic 4B packs in the real host, beside a dense bf16 file
 --layers   every linear layer of the 4B model: ours exact (ternary compact, ternary in 2-bit planes, 1-bit) and with
@@ -9,6 +9,7 @@
 --lora     what a LoRA on every linear layer costs a step in the real host: ours, a dense model in bf16
 --profile  where one step in the real host goes, operation by operation, and whose code asks for it
 --picture  a whole picture part by part: text encoder, 4 steps, VAE decode; --sdcpp adds stable-diffusion.cpp
+--quantize what Patch to BitLinear takes for a dense 4B model in the real host: minutes, peak memory, sizes
 --static   every GPU kernel compiled for ten GPUs without one: registers, spills, instructions, beside gemlite's
 
 Without any of them: layers and step. Weights are random, sizes real. --device cuda measures a GPU with CUDA events and
@@ -25,8 +26,8 @@ from pathlib import Path
 
 from ..environment import ensure_or_exit, relaunch_if_needed
 
-BENCHMARKS = ("memory", "layers", "sweep", "step", "lora", "profile", "picture")
-IN_HOST = ("memory", "step", "lora", "profile", "picture")
+BENCHMARKS = ("memory", "layers", "sweep", "step", "lora", "profile", "picture", "quantize")
+IN_HOST = ("memory", "step", "lora", "profile", "picture", "quantize")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         default="compact",
         help="step, profile, picture: how ternary weights lie in memory",
     )
+    how.add_argument("--ways", nargs="+", help="quantize: some of ternary, rank32, mix; default: all of them")
     rival = parser.add_argument_group("stable-diffusion.cpp, for --picture")
     rival.add_argument("--sdcpp", type=Path, help="its sd-cli")
     rival.add_argument("--sdcpp-model", type=Path, help="the transformer it loads (.gguf or .safetensors)")
@@ -109,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(name: str, arguments: argparse.Namespace, comfyui: Path, work: Path) -> dict | list[dict]:
     """Runs one benchmark; its figures."""
-    from . import layers, memory, picture, profile, step, sweep
+    from . import layers, memory, picture, profile, quantize, step, sweep
 
     size, device, layout = arguments.size, arguments.device, arguments.layout
     mode = arguments.mode[0]
@@ -125,6 +127,8 @@ def _measure(name: str, arguments: argparse.Namespace, comfyui: Path, work: Path
         return step.measure_lora(comfyui, work, size, arguments.rank, device)
     if name == "profile":
         return profile.measure(comfyui, work, size, mode, layout, device)
+    if name == "quantize":
+        return quantize.measure(comfyui, work, arguments.ways, device)
     return picture.measure(comfyui, work, size, mode, layout, device, _sdcpp(arguments))
 
 

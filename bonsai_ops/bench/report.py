@@ -12,7 +12,7 @@ import torch
 
 from .. import __version__
 
-TABLES = ("layers", "sweep", "step", "lora", "profile", "picture")
+TABLES = ("layers", "sweep", "step", "lora", "profile", "picture", "quantize")
 """Figures that --csv writes, in this order."""
 
 

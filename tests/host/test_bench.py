@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bonsai_ops import synthetic
-from bonsai_ops.bench import host, picture, profile
+from bonsai_ops.bench import host, picture, profile, quantize
 
 pytestmark = pytest.mark.host
 
@@ -19,6 +19,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthetic.write_mlx(folder / "ternary" / "mlx.safetensors", "ternary", synthetic.TINY)
     synthetic.write_text_encoder(folder / "text_encoder-mlx-4bit", synthetic.TINY_TEXT)
     synthetic.write_vae(folder / "vae", synthetic.TINY_VAE_WIDTHS)
+    synthetic.write_dense(folder / "dense.safetensors", synthetic.TINY)
     return folder
 
 
@@ -42,6 +43,18 @@ def test_a_step_taken_apart(comfyui_path: Path, work: Path, capsys: pytest.Captu
     assert {by_kind[kind]["cause"] for kind in ("SwiGLU", "modulation")} == {"ComfyUI"}
     assert sum(row["share"] for row in figures["rows"]) <= 1
     assert "packed linear" in capsys.readouterr().out
+
+
+def test_quantizing(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ways = {"ternary": {}, "mix": {"target_bytes": 7_500_000}}
+    plain, mix = quantize.measure(comfyui_path, work, ways=ways)
+    assert (plain["way"], mix["way"]) == ("ternary", "mix") and plain["layers"] == 4 * 2 + 2 * 2
+    assert 1.6 < plain["bits"] < 1.8 < mix["bits"] and mix["bytes"] <= 7_500_000
+    assert 0.4 < plain["relative_error"] < 0.5 and mix["relative_error"] < plain["relative_error"]
+    assert plain["seconds"] > 0 and plain["peak_bytes"] >= plain["loaded_peak_bytes"] > 1e8
+    assert capsys.readouterr().out.count("minutes") == 1
+    with pytest.raises(SystemExit, match="expected some of ternary, rank32, mix"):
+        quantize.measure(comfyui_path, work, ["binary"])
 
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
