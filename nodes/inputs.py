@@ -1,4 +1,4 @@
-"""Inputs that several nodes share, and the bridge from a loader's progress to ComfyUI's bar and Cancel button."""
+"""Inputs and outputs that several nodes share, and the bridge from progress to ComfyUI's bar and Cancel button."""
 
 from __future__ import annotations
 

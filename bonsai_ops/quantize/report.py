@@ -141,7 +141,8 @@ class Report:
         pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
         pen.text((MARGIN, 12), self.title, fill="#e8eaed", font=font)
         size = f"{_mb(self.nbytes)}, {len(self.packed)} of {len(self.layers)} linear layers packed"
-        pen.text((MARGIN, 32), f"relative error of each packed layer, in model order; {size}", "#9aa0a6", font)
+        subtitle = f"relative error of each packed layer's weights, in model order; {size}"
+        pen.text((MARGIN, 32), subtitle, "#9aa0a6", font)
         bottom, height = HEIGHT - 40, HEIGHT - 40 - 64
         top = max([0.1, *(error for p in self.packed for error in (p.error.relative, p.error.output or 0))])
         for i in range(5):

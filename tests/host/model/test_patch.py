@@ -502,7 +502,7 @@ def test_measuring_a_sampling(unload: Callable[[], None], lora_file: Callable[..
         assert torch.equal(latent["samples"], plain)
         assert not any(m._forward_pre_hooks for m in model.model.diffusion_model.modules())
         rows = {x.name: x for x in report.layers}
-        weight = source.model.diffusion_model.get_submodule(layer).weight
+        weight = source.model.diffusion_model.get_submodule(layer).weight.detach()
         x = torch.cat(seen)
         truth = x @ weight.T
         difference = x @ unwrap(module.weight).dequantize().T - truth
