@@ -28,7 +28,7 @@ from pathlib import Path
 
 from bonsai_ops.environment import PLUGIN, clean_environment, ensure_or_exit, home, run_attached
 
-STEPS = {"ternary": 2800, "binary": 2600, "dense": 700}
+STEPS = {"ternary": 2200, "binary": 2000, "dense": 500}
 MODELS = PLUGIN / "bonsai_ops" / "models"
 _INSIDE = "BONSAI_TRAINING"
 

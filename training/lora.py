@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.utils import parametrize
 
@@ -68,7 +67,7 @@ def train(work: Path, comfyui: Path, seconds: float = math.inf) -> bool:
         s = sigma[:, None, None]
         with torch.autocast("cpu", torch.bfloat16):
             velocity = forward((1 - s) * x0 + s * noise, sigma, text, *SIZE)
-        loss = F.mse_loss(velocity.float(), noise - x0)
+        loss = transformer.weighted_error(velocity.float() - (noise - x0), feed.importance)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

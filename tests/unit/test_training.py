@@ -106,3 +106,22 @@ def test_muon_steps_along_an_orthogonal_matrix() -> None:
     for matrix in (gradient.flatten(1), gradient.flatten(1).T):
         values = torch.linalg.svdvals(orthogonal(matrix))
         assert float(values.min()) > 0.6 and float(values.max()) < 1.3
+
+
+def test_errors_count_by_what_they_change_in_the_picture() -> None:
+    """A latent that moves all pixels weighs more than one that moves a single one; on average nothing changes."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(6, 128, 4, 4, generator=generator)
+    values = torch.nn.functional.pixel_shuffle(latents, 2)
+    pictures = torch.full((6, 64, 64, 3), 128.0)
+    pictures += 20 * values[:, 0].repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(-1)  # every pixel
+    pictures[:, ::8, ::8, 0] += 20 * values[:, 1]  # one value of each block
+    root = transformer.importance(latents.numpy(), pictures.clamp(0, 255).byte().numpy())
+    errors = []
+    for channel in range(3):
+        difference = torch.zeros(1, 16, 128)
+        difference[..., 4 * channel : 4 * channel + 4] = 1
+        errors.append(float(transformer.weighted_error(difference, root)))
+    assert errors[0] > 10 * errors[1] > 10 * errors[2] * 0.9
+    every = float(transformer.weighted_error(torch.randn(64, 16, 128, generator=generator), root))
+    assert abs(every - 1) < 0.1
