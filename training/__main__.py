@@ -1,7 +1,8 @@
 """Makes the seedling: python -m training [--work FOLDER] [--stage NAME] [--minutes M].
 
-Stages, in order; each goes on where it stopped, and all of them run if none is named:
+Stages, in order; each goes on where it stopped, and all of them but the first run if none is named:
 
+    unpack        checkpoints from the shipped files, to go on from them instead of from the beginning
     drawings      pictures and captions, drawn by code
     vae           the autoencoder
     latents       every drawing through it
@@ -13,6 +14,7 @@ Stages, in order; each goes on where it stopped, and all of them run if none is 
     lora          a small LoRA for the ternary one
     pack          the files that ship
     measure       prompt following and reconstruction of what is there
+    quantize      what post-training quantization does to the dense one
 
 Runs for hours on two processor cores, in the environment of the tests. Everything is kept in the work folder.
 """
@@ -28,8 +30,9 @@ from pathlib import Path
 
 from bonsai_ops.environment import PLUGIN, clean_environment, ensure_or_exit, home, run_attached
 
-STEPS = {"ternary": 2200, "binary": 2000, "dense": 500}
+STEPS = {"ternary": 3000, "binary": 2000, "dense": 450}
 MODELS = PLUGIN / "bonsai_ops" / "models"
+OPTIONAL = "unpack"
 _INSIDE = "BONSAI_TRAINING"
 
 
@@ -53,7 +56,7 @@ def main(argv: list[str]) -> int:
     unknown = set(arguments.stage or ()) - set(stages)
     if unknown:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; expected one of {', '.join(stages)}")
-    for name in arguments.stage or stages:
+    for name in arguments.stage or [name for name in stages if name != OPTIONAL]:
         print(f"{name} ...", flush=True)
         if stages[name]() is False:
             print(f"{name} is not finished: run the same command again to go on.")
@@ -65,7 +68,7 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
     """{name: function}; a function returns False when its time was over before its work."""
     import torch
 
-    from . import dataset, export, lora, measure, text_encoder, transformer, vae
+    from . import dataset, export, lora, measure, quantizer, text_encoder, transformer, unpack, vae
 
     torch.set_flush_denormal(True)  # Muon's iterations underflow on gradients of low rank
 
@@ -74,6 +77,7 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
         return lambda: transformer.train(work, comfyui, scheme, STEPS[scheme], seconds, first)
 
     return {
+        OPTIONAL: lambda: unpack.unpack(work, target),
         "drawings": lambda: dataset.make(work),
         "vae": lambda: vae.train(work, seconds),
         "latents": lambda: vae.encode_all(work),
@@ -85,6 +89,7 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
         "lora": lambda: lora.train(work, comfyui, seconds),
         "pack": lambda: export.pack(work, comfyui, target),
         "measure": lambda: measure.show(work, comfyui),
+        "quantize": lambda: quantizer.show(work, comfyui),
     }
 
 

@@ -15,7 +15,7 @@ from . import captions, transformer
 from .checkpoint import Checkpoint
 from .vae import rate
 
-RANK, STEPS, RATE, SIZE, BATCH = 4, 300, 2e-3, (128, 128), 24
+RANK, STEPS, RATE, SIZE, BATCH = 4, 200, 2e-3, (128, 128), 24
 ATTRIBUTE, VALUE = "background", "night"
 PREFIX = "single_transformer_blocks."
 FILE = "lora.pt"

@@ -15,6 +15,7 @@ from .captions import caption
 from .drawing import draw
 from .judge import judge
 from .scene import JUDGED, Scene, random_scene
+from .speed import frozen
 
 SEEDS = (0, 1, 2)
 Painter = Callable[[list[str], int, int, int], np.ndarray]
@@ -44,20 +45,20 @@ def accuracy(paint: Painter, width: int, height: int, count: int = 32, batch: in
 
 def show(work: Path, comfyui: Path) -> None:
     """Prints the VAE's reconstruction of held-out drawings and each model's prompt following at each size."""
-    decoder = vae.load(work)
+    decoder, feed = vae.load(work), transformer.Feed(work, comfyui)
     for width, height in transformer.SHARES:
         drawings = np.stack([np.asarray(draw(scene, width, height)) for scene, _ in held_out(32)])
         print(f"VAE {width}x{height}: {vae.psnr(decoder, drawings):.2f} dB", flush=True)
     for scheme in transformer.SCHEMES:
         if (work / f"{scheme}.pt").is_file():
-            paint = painter(transformer.load(work, scheme), transformer.Feed(work, comfyui), decoder)
+            paint = painter(frozen(transformer.load(work, scheme)), feed, decoder)
             for width, height in transformer.SHARES:
                 shares = accuracy(paint, width, height)
                 text = " ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
                 print(f"{scheme} {width}x{height}: {text}", flush=True)
     if (work / lora.FILE).is_file():
         for name, model in (("without", transformer.load(work, "ternary")), ("with", lora.load(work))):
-            paint = painter(model, transformer.Feed(work, comfyui), decoder)
+            paint = painter(frozen(model), feed, decoder)
             print(f"night skies {name} the LoRA: {100 * obeys(paint):.1f}", flush=True)
 
 

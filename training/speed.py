@@ -6,6 +6,7 @@ import os
 import shutil
 
 import torch
+from torch.nn.utils import parametrize
 
 
 def compiled(module: torch.nn.Module) -> torch.nn.Module:
@@ -13,6 +14,14 @@ def compiled(module: torch.nn.Module) -> torch.nn.Module:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(module, dynamic=False) if compiler else module
+
+
+def frozen(module: torch.nn.Module) -> torch.nn.Module:
+    """`module` with the weights that its parametrizations give, computed once instead of at each call."""
+    for part in list(module.modules()):
+        if parametrize.is_parametrized(part, "weight"):
+            parametrize.remove_parametrizations(part, "weight")
+    return module
 
 
 @torch.no_grad()

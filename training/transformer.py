@@ -26,7 +26,7 @@ from bonsai_ops.schedule import official_sigmas, shift_mu
 
 from . import captions, dataset, text_encoder
 from .checkpoint import Checkpoint
-from .speed import compiled, follow
+from .speed import compiled, follow, frozen
 from .vae import rate
 
 HEADS, DOUBLE, SINGLE = 2, 2, 4
@@ -191,9 +191,8 @@ class Feed:
 
     def __init__(self, work: Path, comfyui: Path) -> None:
         self.tokenizer = text_encoder.tokenizer(comfyui)
-        self.encoder, self.vocabulary = text_encoder.load(work, self.tokenizer)
-        for module in self.encoder.matrices():  # round once, not at each call
-            parametrize.remove_parametrizations(module, "weight")
+        encoder, self.vocabulary = text_encoder.load(work, self.tokenizer)
+        self.encoder = frozen(encoder)
         self.latents, self.scenes = {}, {}
         for size in SHARES:
             if not (work / f"latents-{size[0]}x{size[1]}.npy").is_file():

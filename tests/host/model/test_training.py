@@ -7,11 +7,13 @@ from pathlib import Path
 import comfy.model_management
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from bonsai_ops.environment import PLUGIN
 from bonsai_ops.loader import load_bonsai_model
 from bonsai_ops.text_encoder import load_bonsai_text_encoder
 from bonsai_ops.vae import load_vae
-from training import export, text_encoder, transformer, vae
+from training import export, text_encoder, transformer, unpack, vae
 from training.checkpoint import Checkpoint
 
 from .conftest import relative
@@ -100,3 +102,16 @@ def test_vae(tmp_path: Path) -> None:
     assert found.shape == (1, 64, 96, 3) and int((found - truth).abs().max()) <= 1
     picture = torch.randint(0, 256, truth.shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     assert relative(stock.encode(picture / 255), vae.encode(model, picture.numpy())) < 1e-4
+
+
+def test_training_goes_on_from_the_shipped_files(tmp_path: Path, comfyui_path: Path) -> None:
+    """Unpacked and exported again, every file is the same."""
+    models = PLUGIN / "bonsai_ops" / "models"
+    unpack.unpack(tmp_path, models)
+    export.pack(tmp_path, comfyui_path, tmp_path / "models")
+    again = sorted(path for path in (tmp_path / "models").rglob("*.safetensors"))
+    assert len(again) == 4
+    for path in again:
+        shipped, found = load_file(models / path.relative_to(tmp_path / "models")), load_file(path)
+        assert shipped.keys() == found.keys()
+        assert [name for name in shipped if not torch.equal(shipped[name], found[name])] == []
