@@ -1,7 +1,6 @@
-"""`python -m bonsai_ops.demo`: a real ComfyUI, this plugin, one text-to-image workflow on the CPU, one picture.
+"""`python -m bonsai_ops.demo`: a real ComfyUI, this plugin, four prompts on the CPU, one picture of the four.
 
-Standard library only until the private environment exists. No trained weights ship with the project yet, so the demo
-writes a tiny pack with random weights: it shows that every part runs, its picture is noise.
+The model is the seedling that ships with the project. Standard library only: the private environment does the rest.
 """
 
 from __future__ import annotations
@@ -10,15 +9,22 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .environment import PLUGIN, clean_environment, ensure_or_exit, home, link_plugin, run_attached
+from .environment import PLUGIN, ensure_or_exit, home, link_plugin
 from .server import ComfyServer
 from .workflow import find_nodes, to_api
 
-WORKFLOW = PLUGIN / "workflows" / "bonsai_text_to_image_pack.json"
-PACK = "tiny-random"
-SIZE = 256
+WORKFLOW = PLUGIN / "workflows" / "bonsai_first_run.json"
+PROMPTS = (
+    "one orange bonsai in a black pot, mist, fallen leaves",
+    "two green bonsai trees in blue pots, summer, blue sky",
+    "at sunset, a red bonsai tree in a terracotta bowl, grass on the table",
+    "a starry night, three little trees with golden foliage in blue pots, snowy",
+)
+REPEATED = ("CLIPTextEncode", "BonsaiSampler", "VAEDecode")
+"""The nodes that each prompt has for itself."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,34 +32,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bonsai_ops.demo", description=__doc__)
     parser.add_argument("--serve", action="store_true", help="leave ComfyUI running and print its address")
     parser.add_argument("--comfyui", type=Path, help="use this ComfyUI folder and its Python; nothing is installed")
-    parser.add_argument("--prompt", default="a bonsai tree in a blue pot, morning light")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--prompt", action="append", help="draw this instead; may be given up to four times")
+    parser.add_argument("--seed", type=int, help="instead of the seed of the workflow")
     parser.add_argument("--port", type=int, default=0, help="port of the server, 0 for any free one")
-    parser.add_argument("--write-pack", type=Path, help=argparse.SUPPRESS)  # what the demo calls in its environment
     arguments = parser.parse_args(argv)
-    if arguments.write_pack:
-        from .synthetic import write_pipeline
-
-        write_pipeline(arguments.write_pack)
-        return 0
+    prompts = arguments.prompt or PROMPTS
+    if len(prompts) > len(PROMPTS):
+        parser.error(f"--prompt was given {len(prompts)} times, {len(PROMPTS)} are possible")
     environment = ensure_or_exit(comfyui=arguments.comfyui)
     base = home() / "demo"
     link_plugin(base)
-    pack = base / "models" / "bonsai" / PACK
-    if not (pack / "vae" / "config.json").is_file():
-        print(
-            "Writing a tiny pack with random weights (its picture is noise; a trained one is to come) ...", flush=True
-        )
-        command = [str(environment.python), "-m", "bonsai_ops.demo", "--write-pack", str(pack)]
-        code = run_attached(command, env=clean_environment(), cwd=PLUGIN)
-        if code:
-            return code
     print("Starting ComfyUI on the CPU ...", flush=True)
     server = ComfyServer(environment.python, environment.comfyui, base, port=arguments.port)
     try:
         with server:
-            picture, seconds = _draw(server, arguments.prompt, arguments.seed)
-            print(f"Picture ({SIZE}x{SIZE}, 4 steps, {seconds:.1f} s with loading): {picture}", flush=True)
+            workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+            graph = several(to_api(workflow, server.object_info()), prompts, arguments.seed)
+            started = time.perf_counter()
+            entry = server.wait(server.queue(graph), on_progress=_show)
+            seconds = time.perf_counter() - started
+            print(f"{len(prompts)} drawings of 4 steps in {seconds:.1f} s with loading.")
+            print(f"Picture: {server.images(entry)[0]}", flush=True)
             if arguments.serve:
                 print(f"ComfyUI is running at {server.url} - press Ctrl-C to stop it.", flush=True)
                 while True:
@@ -66,22 +65,47 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _draw(server: ComfyServer, prompt: str, seed: int) -> tuple[Path, float]:
-    """Queues the shipped workflow with the demo's pack; (path of the picture, seconds)."""
-    graph = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
-    changes = {
-        "LoadBonsaiPack": {"pack_name": PACK},
-        "CLIPTextEncode": {"text": prompt},
-        "EmptyFlux2LatentImage": {"width": SIZE, "height": SIZE},
-        "BonsaiSampler": {"seed": seed},
-        "SaveImage": {"filename_prefix": "bonsai-demo"},
-    }
-    for kind, inputs in changes.items():
-        for number in find_nodes(graph, kind):
-            graph[number]["inputs"].update(inputs)
-    started = time.perf_counter()
-    entry = server.wait(server.queue(graph), on_progress=_show)
-    return server.images(entry)[0], time.perf_counter() - started
+def several(graph: Mapping[str, dict], prompts: Sequence[str], seed: int | None = None) -> dict[str, dict]:
+    """The API graph of a text-to-image workflow for several prompts; saves one picture of all: a row, or two of two."""
+    (saving,) = find_nodes(graph, "SaveImage")
+    repeated = {number for kind in REPEATED for number in find_nodes(graph, kind)}
+    built = {number: dict(node) for number, node in graph.items() if number not in repeated}
+    pictures = []
+    for i, prompt in enumerate(prompts):
+        for number in repeated:
+            node = {**graph[number], "inputs": dict(graph[number]["inputs"])}
+            for name, value in node["inputs"].items():
+                if isinstance(value, list) and value[0] in repeated:
+                    node["inputs"][name] = [f"{value[0]}.{i}", value[1]]
+            if node["class_type"] == "CLIPTextEncode":
+                node["inputs"]["text"] = prompt
+            if node["class_type"] == "BonsaiSampler" and seed is not None:
+                node["inputs"]["seed"] = seed
+            built[f"{number}.{i}"] = node
+        source, output = graph[saving]["inputs"]["images"]
+        pictures.append([f"{source}.{i}", output])
+    across = len(pictures) if len(pictures) < 4 else 2
+    rows = [_joined(built, pictures[i : i + across], "right") for i in range(0, len(pictures), across)]
+    built[saving]["inputs"] = {**built[saving]["inputs"], "images": _joined(built, rows, "down")}
+    return built
+
+
+def _joined(graph: dict[str, dict], pictures: Sequence[list], direction: str) -> list:
+    """The output at which all pictures stand beside each other; the nodes that join them are added."""
+    joined, *others = pictures
+    for other in others:
+        number = f"join {len(graph)}"
+        inputs = {
+            "image1": joined,
+            "image2": other,
+            "direction": direction,
+            "match_image_size": True,
+            "spacing_width": 0,
+            "spacing_color": "white",
+        }
+        graph[number] = {"class_type": "ImageStitch", "inputs": inputs}
+        joined = [number, 0]
+    return joined
 
 
 def _show(seconds: float, state: str) -> None:

@@ -1,4 +1,7 @@
-"""Where packs lie: `models/bonsai` beside ComfyUI's own model folders, and the names that the nodes offer.
+"""Where packs lie, and the names that the nodes offer.
+
+Packs lie in `models/bonsai` beside ComfyUI's own model folders; what ships with the plugin lies in the same way in
+`models` of this package.
 
 Names always use forward slashes, so that a workflow made on Windows finds its files on Linux and back.
 """
@@ -14,6 +17,8 @@ from .formats import TRANSFORMER_FILES, hqq, mlx
 from .text_encoder import UNPACKED_FOLDER
 
 FOLDER = "bonsai"
+LORA_KIND = "loras"
+SHIPPED = Path(__file__).resolve().parent / "models"
 EXTENSIONS = {".safetensors", ".sft", ".pt"}
 MODEL_EXTENSIONS = EXTENSIONS | {".gguf"}
 TRANSFORMER_KIND, TEXT_ENCODER_KIND = "diffusion_models", "text_encoders"
@@ -22,10 +27,12 @@ NO_TRANSFORMER = ("text_encoder", "text_encoders", "tokenizer", "vae", "schedule
 
 
 def register() -> None:
-    """Makes `models/bonsai` known to ComfyUI and creates it. Safe to call again."""
+    """Makes `models/bonsai`, which is created, and the shipped files known to ComfyUI. Safe to call again."""
     path = Path(folder_paths.models_dir) / FOLDER
     path.mkdir(parents=True, exist_ok=True)
     folder_paths.add_model_folder_path(FOLDER, str(path), is_default=True)
+    for kind in (FOLDER, LORA_KIND):
+        folder_paths.add_model_folder_path(kind, str(SHIPPED / kind))
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | MODEL_EXTENSIONS)
 

@@ -1,4 +1,4 @@
-"""Tiny files with random weights for whatever the shipped workflows load; the pictures they draw are noise.
+"""Tiny files with random weights for whatever the workflows load that does not ship; the pictures they draw are noise.
 
 ComfyUI's own CLIPLoader and VAELoader accept only text encoders and VAEs of the published widths, so they are taken out
 of a workflow and their links start at a Load Bonsai Pack node instead. All other nodes, values and links stay as they
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from bonsai_ops.synthetic import TINY, write_dense, write_pipeline
 
+SHIPPED_PACK = "seedling"
 PACK, MODEL, PICTURE = "tiny-files", "tiny-files.safetensors", "tiny-files.png"
 DENSE = "tiny-files-dense.safetensors"
 LORA, LORA_RANK = "tiny-files-lora.safetensors", 4
@@ -59,7 +60,7 @@ def instead_of_published(graph: dict[str, Any]) -> dict[str, Any]:
     """A workflow as saved with the tiny files' names, and Load Bonsai Pack instead of ComfyUI's own loaders."""
     for node in graph["nodes"]:
         node["properties"].pop("models", None)
-        if node["type"] in REPLACED:
+        if node["type"] in REPLACED and node["widgets_values"][0] != SHIPPED_PACK:
             node["widgets_values"][0] = REPLACED[node["type"]]
     replaced = {node["id"]: STOCK_LOADERS[node["type"]] for node in graph["nodes"] if node["type"] in STOCK_LOADERS}
     if not replaced:
@@ -87,6 +88,15 @@ def instead_of_published(graph: dict[str, Any]) -> dict[str, Any]:
         }
     )
     return graph
+
+
+def pixels(graph: dict[str, Any]) -> int:
+    """About how many pixels the pictures of a workflow as saved have."""
+    for node in graph["nodes"]:
+        if node["type"] == "EmptyFlux2LatentImage":
+            width, height = node["widgets_values"][:2]
+            return width * height
+    return 512 * 512
 
 
 def _write_lora(path: Path) -> None:

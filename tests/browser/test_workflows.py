@@ -130,7 +130,7 @@ def test_workflow_runs(path: Path, page: Page) -> None:
     (file,) = saved_pictures(graph, answer, page.server)
     with Image.open(file) as picture:
         assert picture.width % 32 == 0 and picture.height % 32 == 0
-        assert 0.8 < picture.width * picture.height / 512**2 < 1.25
+        assert 0.8 < picture.width * picture.height / tiny_files.pixels(read(path)) < 1.25
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000, "the picture is flat"
 
 

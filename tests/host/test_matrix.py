@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from bonsai_ops import synthetic
 from bonsai_ops.formats import open_pack
 from bonsai_ops.server import ComfyServer, PromptInterruptedError
+from training.judge import judge
 
 pytestmark = pytest.mark.host
 
@@ -76,10 +79,23 @@ def test_text_to_image(server: ComfyServer) -> None:
     prompt = graph()
     prompt["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["pack", 2]}}
     prompt["image"] = {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "matrix"}}
-    from PIL import Image
-
     entry = server.wait(server.queue(prompt))
     assert Image.open(server.images(entry)[0]).size == (128, 96)
+
+
+def test_the_shipped_pack_draws_what_it_is_asked_for(every_comfy_server: ComfyServer) -> None:
+    """Nothing was put into models/bonsai: the seedling comes with the plugin."""
+    prompt = graph(seed=1, steps=4)
+    prompt["pack"]["inputs"]["pack_name"] = "seedling"
+    prompt["text"]["inputs"]["text"] = "two green bonsai trees in blue pots, summer, blue sky"
+    prompt["empty"]["inputs"] |= {"width": 128, "height": 128}
+    del prompt["latent"]
+    prompt["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["pack", 2]}}
+    prompt["image"] = {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "seedling"}}
+    entry = every_comfy_server.wait(every_comfy_server.queue(prompt))
+    with Image.open(every_comfy_server.images(entry)[0]) as picture:
+        seen = judge(np.asarray(picture.convert("RGB")))
+    assert seen == {"count": 2, "foliage": "green", "pot": "blue", "season": "summer", "background": "blue"}
 
 
 def test_saved_model_draws_the_same(server: ComfyServer) -> None:
