@@ -1,6 +1,7 @@
 """One way of the quantizer's benchmark, a process of its own (host.py): run_quantize {"file", "options", "device"}.
 
-Loads a dense file as ComfyUI's loader does, patches it and prints the figures. options: those of PatchOptions.
+Loads a dense file through ComfyUI in bf16, as a GPU holds it (on a CPU ComfyUI's own choice is fp32, twice as large),
+patches it and prints the figures. options: those of PatchOptions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
     from ..patch import PatchOptions, patch_model
 
     with torch.inference_mode():
-        model = comfy.sd.load_diffusion_model(options["file"])
+        model = comfy.sd.load_diffusion_model(options["file"], model_options={"dtype": torch.bfloat16})
         loaded = host.peak_bytes(options["device"])
         _, report = patch_model(model, PatchOptions(**options["options"]))
     weights = sum(layer.weights for layer in report.packed)
