@@ -75,6 +75,11 @@ def _load_tiny(file: SafetensorsFile) -> comfy.sd.VAE:
         if len(own) != len(room) or any(n > m for n, m in zip(own, room, strict=True)):
             raise PackError(file.path, f"is {list(own)}, expected at most {list(room)}", cure, name)
         filled[name][tuple(slice(n) for n in own)] = file.get(name)
+    whole = {name.partition(".conv.")[0] for name in file.tensors if ".conv." in name}
+    for name, tensor in filled.items():
+        block, inside, _ = name.partition(".conv.")
+        if tensor.ndim and name not in file.tensors and (not inside or block in whole):
+            raise PackError(file.path, "is missing: only whole blocks may be", cure, name)
     vae = comfy.sd.VAE(sd=filled)
     model = vae.first_stage_model
     model.taesd_encoder.append(torch.nn.PixelUnshuffle(PATCH))

@@ -575,6 +575,7 @@ def test_a_damaged_vae_config(tiny_vae: Path, comfyui_path: Path, content: str, 
         ({"taesd_encoder.0.weight": torch.zeros(96, 3, 3, 3)}, "taesd_encoder.0.weight: is [96, 3, 3, 3], expected at"),
         ({"taesd_encoder.0.bias": torch.zeros(8, 1)}, "taesd_encoder.0.bias: is [8, 1], expected at most [64]"),
         ({"taesd_encoder.99.weight": torch.zeros(8)}, "taesd_encoder.99.weight: is no tensor of a tiny VAE"),
+        ({}, "taesd_encoder.0.bias: is missing: only whole blocks may be"),
     ],
 )
 def test_a_damaged_tiny_vae(tmp_path: Path, comfyui_path: Path, change: dict[str, torch.Tensor], found: str) -> None:
