@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -112,12 +113,15 @@ def sample_recorded(model: object, sampling: Sampling, mode: str) -> tuple[Calib
     return recorder.result(model.model), out
 
 
-def sample_measured(original: object, patched: object, sampling: Sampling) -> tuple[Report, dict]:
+def sample_measured(
+    original: object, patched: object, sampling: Sampling, progress: Callable[[int, int], None] | None = None
+) -> tuple[Report, dict]:
     """(errors of the packed layers against those of the original, LATENT of the packed model).
 
-    Raises ValueError if nothing is packed, the models differ or no packed layer was called.
+    progress(weights done, weights in all) follows the comparison of the weights after the sampling. Raises ValueError
+    if nothing is packed, the models differ or no packed layer was called.
     """
     meter = Meter(original, patched)
     with meter.measuring():
         out = sampling.run(patched)
-    return meter.report(), out
+    return meter.report(progress), out

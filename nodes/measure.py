@@ -45,6 +45,6 @@ class MeasureBitLinear(io.ComfyNode):
         scheduler: str = "simple",
     ) -> io.NodeOutput:
         sampling = Sampling(positive, negative, latent, seed, steps, cfg, sampler_name, scheduler)
-        report, drawn = sample_measured(original, patched, sampling)
+        report, drawn = sample_measured(original, patched, sampling, inputs.progress())
         shown = inputs.report(report)
         return io.NodeOutput(*shown, drawn, ui={"text": [shown[0]]})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -68,15 +68,28 @@ class Meter:
                 handle.remove()
             self._seconds += time.perf_counter() - started
 
-    def report(self) -> Report:
-        """The errors of the weights and, for layers that were called, of the outputs. Raises ValueError if none was."""
+    def report(self, progress: Callable[[int, int], None] | None = None) -> Report:
+        """The errors of the weights and, for layers that were called, of the outputs. Raises ValueError if none was.
+
+        progress(weights done, weights in all) is called a packed layer; what it raises ends the work.
+        """
         if not self._sums:
             raise ValueError("nothing was measured: no packed layer was called while the model sampled")
+        total = sum(layer.shape[0] * layer.shape[1] for layer in self._packed)
+        done, rows = 0, []
+        for layer in self._layers:
+            if layer.name in self._dense:
+                if progress is not None:
+                    progress(done, total)
+                done += layer.shape[0] * layer.shape[1]
+            rows.append(self._row(layer))
+        if progress is not None:
+            progress(total, total)
         title = f"{type(self._patched.model).__name__}, measured"
         notes = [f"measured: {len(self._sums)} of {len(self._packed)} layers"]
         return Report(
             title,
-            [self._row(layer) for layer in self._layers],
+            rows,
             sum(t.nbytes for t in other_tensors(self._patched, self._layers).values()),
             convolutions(self._patched),
             self._seconds,

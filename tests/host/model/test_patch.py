@@ -520,6 +520,18 @@ def test_measuring_a_sampling(unload: Callable[[], None], lora_file: Callable[..
     assert finer.total("output") < report.total("output") / 30 and {x.form for x in finer.packed} == {"8bit"}
     itself, _ = sample_measured(patched, patched, sampling("flux"))
     assert itself.total("output") < 1e-6 and itself.total("relative") == 0
+    calls: list[tuple[int, int]] = []
+    sample_measured(source, patched, sampling("flux"), lambda *call: calls.append(call))
+    assert len(calls) == 11 and calls[0][0] == 0 and calls[-1][0] == calls[-1][1] == calls[0][1] > 0
+    assert calls == sorted(set(calls))
+
+    def cancel(done: int, total: int) -> None:
+        if done > 0:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sample_measured(source, patched, sampling("flux"), cancel)
+    assert not any(m._forward_pre_hooks for m in patched.model.diffusion_model.modules())
     with pytest.raises(ValueError, match="no layer of the patched model is packed"):
         sample_measured(source, source, sampling("flux"))
     with pytest.raises(ValueError, match=r"in the patched model and missing in the original"):
