@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..environment import PLUGIN, clean_environment
-from .report import peak_rss
+from .report import peak_rss, reset_peak_rss
 
 ERROR_CHARACTERS = 3000
 
@@ -52,6 +52,14 @@ def peak_bytes(device: str) -> int:
     if device == "cpu":
         return peak_rss()
     return torch.cuda.max_memory_allocated()
+
+
+def reset_peak(device: str) -> bool:
+    """Whether peak_bytes counts from what is in memory now on."""
+    if device == "cpu":
+        return reset_peak_rss()
+    torch.cuda.reset_peak_memory_stats()
+    return True
 
 
 def ternary_pack(work: Path) -> Path:

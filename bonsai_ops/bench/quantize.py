@@ -29,15 +29,16 @@ def measure(
 ) -> list[dict]:
     """Prints a row a way as it is done; returns [{"way", "seconds", "peak_bytes", "loaded_peak_bytes", ..}].
 
-    seconds: the quantization alone. peak_bytes: of the process, or of the GPU's memory; loaded_peak_bytes: the same
-    before the quantization. Raises SystemExit for a way that is not in `ways`.
+    seconds: the quantization alone. peak_bytes: the process's peak, or the GPU's memory's, while it quantizes, with the
+    dense model; loaded_peak_bytes: while ComfyUI loads it (only Linux tells them apart, elsewhere the first is that of
+    both). Raises SystemExit for a way that is not in `ways`.
     """
     unknown = [way for way in chosen or () if way not in ways]
     if unknown:
         raise SystemExit(f"--ways {unknown[0]} is unknown, expected some of {', '.join(ways)}")
     file = host.dense_file(folder)
     print(f"quantizing the linear layers of a dense model of {file.stat().st_size / 1e6:.1f} MB, {device}", flush=True)
-    head = ("way", "minutes", "peak MB", "peak MB loaded", "model MB", "bits a weight", "relative error")
+    head = ("way", "minutes", "peak MB", "loading MB", "model MB", "bits a weight", "relative error")
     rows: list[dict] = []
     for way in chosen or ways:
         figures = host.run(

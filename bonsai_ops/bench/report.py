@@ -139,3 +139,12 @@ def peak_rss() -> int:
         return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def reset_peak_rss() -> bool:
+    """Lets peak_rss count from the present resident set on; False where the system cannot (Linux alone can)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True

@@ -51,7 +51,7 @@ def test_quantizing(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixtur
     assert (plain["way"], mix["way"]) == ("ternary", "mix") and plain["layers"] == 4 * 2 + 2 * 2
     assert 1.6 < plain["bits"] < 1.8 < mix["bits"] and mix["bytes"] <= 7_500_000
     assert 0.4 < plain["relative_error"] < 0.5 and mix["relative_error"] < plain["relative_error"]
-    assert plain["seconds"] > 0 and plain["peak_bytes"] >= plain["loaded_peak_bytes"] > 1e8
+    assert plain["seconds"] > 0 and plain["peak_bytes"] > 1e8 and plain["loaded_peak_bytes"] > 1e8
     assert capsys.readouterr().out.count("minutes") == 1
     with pytest.raises(SystemExit, match="expected some of ternary, rank32, mix"):
         quantize.measure(comfyui_path, work, ["binary"])
