@@ -11,20 +11,22 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ..codec import encode, get_codec
 from ..packed_weight import PackedWeight
 from . import eager
+from . import triton_configs as configs
+from .triton_configs import GROUP, Config
 
 try:
     import triton
 
+    from . import triton_int8 as int8
     from . import triton_kernels as kernels
 except Exception as error:  # a half-installed Triton raises nearly anything: ImportError, OSError, RuntimeError
-    triton = kernels = None
+    triton = kernels = int8 = None
     _IMPORT_ERROR: Exception | None = error
 else:
     _IMPORT_ERROR = None
@@ -37,7 +39,6 @@ error 6.5e-3 for normal x, up to 2.4e-2 with outliers."""
 
 CODECS = {"binary": ("bit",), "ternary": ("trit5", "crumb")}
 
-GROUP = 128
 DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_PRODUCT_SUM = 2.0**15
 """What a fp16 sum may reach in fp16_accumulate mode; half of fp16's range."""
@@ -133,19 +134,19 @@ def declines(
     if mode == "fp16_accumulate":
         if dtype != torch.float16:
             return f"fp16 accumulation needs float16 input, not {str(dtype).removeprefix('torch.')}"
-        if device.type == "cuda" and (hip or capability is None or capability in kernels.DATA_CENTER):
+        if device.type == "cuda" and (hip or capability is None or capability in configs.DATA_CENTER):
             return "fp16 accumulation is not faster than exact on this GPU"
     if mode == "a8" and codec == "trit5":
         return "int8 activations need ternary weights as 2-bit planes; choose the layout fast in the loader"
     return None
 
 
-def config(target: int | str, codec: str, mode: str = "exact") -> Any:
+def config(target: int | str, codec: str, mode: str = "exact") -> Config:
     """The kernel configuration for a target: compute capability as 86, or an AMD architecture such as "gfx1100".
 
     Raises ValueError where no kernel has the mode.
     """
-    chosen = kernels.CONFIGS.get((kernels.family(target), codec, mode))
+    chosen = configs.CONFIGS.get((configs.family(target), codec, mode))
     if chosen is None:
         raise ValueError(f"no Triton kernel multiplies {codec} codes in mode {mode!r} on {target}")
     return chosen
@@ -190,7 +191,7 @@ def linear(
     return out.view(*x.shape[:-1], rows)
 
 
-def _verify(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, chosen: Any, mode: str) -> None:
+def _verify(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, chosen: Config, mode: str) -> None:
     """Runs the kernel that x, weight and bias need on a small product, once a process, and compares with eager.
 
     The probe has numbers that every mode represents exactly. Raises RuntimeError if they differ: a compiler or GPU
@@ -231,14 +232,14 @@ def _bounded(x: torch.Tensor, summed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def launch(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor, chosen: Any, mode: str
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor, chosen: Config, mode: str
 ) -> None:
     """Runs the kernels `chosen` names: out [M, N] = x [M, K] W^T + bias."""
     rows, columns = weight.shape
     interpret = interpreting()
     codes = weight.codes if weight.codes.is_contiguous() and weight.codes.data_ptr() % 16 == 0 else weight.codes.clone()
     n = get_codec(weight.codec).byte_rows(rows)
-    constants = kernels.constants(chosen, weight.codec, mode, bias is not None, interpret)
+    constants = configs.constants(chosen, weight.codec, mode, bias is not None, interpret)
     options = {} if interpret else {"num_warps": chosen.warps, "num_stages": chosen.stages}
     grid = (triton.cdiv(x.shape[0], chosen.block_m) * triton.cdiv(n, chosen.block_n) * chosen.parts,)
     scale = weight.scale.contiguous()
@@ -246,7 +247,7 @@ def launch(
     with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
         if mode == "a8":
             q, tokens = quantize(x, chosen)
-            kernels.a8_kernel[grid](
+            int8.a8_kernel[grid](
                 *(q, codes, scale, tokens, shift, out, x.shape[0], rows, columns, n // 8, out.stride(0)),
                 **constants,
                 **options,
@@ -268,14 +269,14 @@ def launch(
         out += bias.to(out.dtype)
 
 
-def quantize(x: torch.Tensor, chosen: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: torch.Tensor, chosen: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] -> (int8, fp32), as quantize_kernel lays them out for an a8 configuration."""
     columns = x.shape[1]
     x = _aligned(x)
     tiles, groups = triton.cdiv(x.shape[0], chosen.block_m), columns // GROUP
     q = torch.empty(tiles * chosen.block_m * columns, dtype=torch.int8, device=x.device)
     tokens = torch.empty(tiles * chosen.block_m * groups, dtype=torch.float32, device=x.device)
-    constants = {"BLOCK_M": chosen.block_m, "ROWS": kernels.QUANTIZED_ROWS}
-    grid = (tiles * chosen.block_m // kernels.QUANTIZED_ROWS * groups,)
-    kernels.quantize_kernel[grid](x, q, tokens, x.shape[0], columns, x.stride(0), **constants)
+    constants = {"BLOCK_M": chosen.block_m, "ROWS": configs.QUANTIZED_ROWS}
+    grid = (tiles * chosen.block_m // configs.QUANTIZED_ROWS * groups,)
+    int8.quantize_kernel[grid](x, q, tokens, x.shape[0], columns, x.stride(0), **constants)
     return q, tokens

@@ -1,14 +1,13 @@
-"""Triton kernels that multiply by packed weights without unpacking them to memory, and their fixed configurations.
+"""Triton kernels that multiply by packed weights without unpacking them to memory, with 16-bit activations.
 
-All read the codes as codec.py stores them ("N-planar"), so disk, CPU and GPU share one layout. A program of the first
-two owns BLOCK_M rows of x and BLOCK_N byte rows, which are PLANES * BLOCK_N outputs: it loads a byte tile and an x tile
+All read the codes as codec.py stores them ("N-planar"), so disk, CPU and GPU share one layout. A program
+owns BLOCK_M rows of x and BLOCK_N byte rows, which are PLANES * BLOCK_N outputs: it loads a byte tile and an x tile
 once, takes plane after plane off the bytes and multiplies each with the same x tile.
 
     weight_first_kernel   acc [BLOCK_N, BLOCK_M] += W x^T: every warp decodes rows of its own into its MMA registers.
                           Where MMA takes both operands from registers: sm_80 .. 89, sm_120.
     input_first_kernel    acc [BLOCK_M, BLOCK_N] += x W^T: the block decodes each weight once, into shared memory.
                           Where MMA reads the second operand from shared memory (sm_90, sm_100), and AMD.
-    a8_kernel             acc [TILE_M, BLOCK_N] += x W^T in int8, one plane a program; x comes from quantize_kernel.
 
 Decoding, in 16-bit lanes (two weights a register, three instructions a register of trit5, two of bit, three of crumb):
 
@@ -23,28 +22,15 @@ Decoding, in 16-bit lanes (two weights a register, three instructions a register
 In exact mode the scale multiplies the weight, which is lossless, and sums are fp32. In fp16_accumulate mode the
 weight is +-1 (+-2), BLOCK_K products (64 or 128) are summed in fp16, and that sum times its scale is added in fp32;
 the caller bounds |x| so that no sum overflows.
-
-In a8 mode the plane's bits go to the top of each byte (four weights a register): there a crumb XOR 0x40 is 64 t and a
-bit OR 0x40 is +-64 as int8, without a zero point; the 64 is taken out of the token's scale. A sum over a group is below
-2^20, so an int32 accumulator that starts at 0x4B400000 ends as the bits of the float 1.5 2^23 + sum. With the weight's
-scale s one fma gives s sum (1.5 2^23 s is exact for s of 16 bits, else off by 2^-25 of it), a second multiplies by the
-token's scale and adds: no conversion to float, and fp32 rounds twice a group. wgmma and tcgen05 cannot start from a
-constant for free, so sm_90 and sm_100 keep to mma.sync, for which tiles of TILE_M = 32 first are small enough.
 """
 
 # ruff: noqa: N803, N806 (Triton: constants of a kernel are upper case)
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from ..codec import get_codec
-
-GROUP = 128
-"""Columns a scale covers; the only group size these kernels know."""
+from .triton_configs import GROUP
 
 DIGIT_XOR = (0x4000, 0x8000, 0xC000, 0x0000)
 """What plane p (modulo 4) XORs into the top two bits; even planes then subtract the result, odd ones add it."""
@@ -68,15 +54,6 @@ ASM_NEXT_CRUMB = "shl.b32 $0, $1, 2;"
 ASM_SIGN = "lop3.b32 $0, $1, 0x80008000, $2, 0x6A;"
 ASM_SKIP = "{ .reg .b32 t; and.b32 t, $2, 31; shl.b32 $0, $1, t; }"
 ASM_SCALE_FP16 = "mul.rn.f16x2 $0, $1, $2;"
-ASM_INT8 = {
-    # (radix, programs that share a byte tile): bytes -> 64 times the weights of this program's plane
-    (radix, parts): "{ .reg .b32 s, t; mov.u32 s, %ctaid.x; "
-    f"and.b32 s, s, {parts - 1}; mul.lo.u32 s, s, {8 // parts}; shl.b32 t, $1, s; {pick} }}"
-    for radix, parts, pick in (
-        (4, 4, "lop3.b32 $0, t, 0xC0C0C0C0, 0x40404040, 0x6A;"),
-        (2, 8, "lop3.b32 $0, t, 0x80808080, 0x40404040, 0xEA;"),
-    )
-}
 ASM_SCALE_BF16 = "{ .reg .b32 t; mov.b32 t, 0x80008000; fma.rn.bf16x2 $0, $1, $2, t; }"
 
 _WORD_TERNARY_0 = tl.constexpr(ASM_WORD_TERNARY[0])
@@ -98,93 +75,6 @@ _SKIP = tl.constexpr(ASM_SKIP)
 _SCALE_FP16 = tl.constexpr(ASM_SCALE_FP16)
 _SCALE_BF16 = tl.constexpr(ASM_SCALE_BF16)
 _GROUP = tl.constexpr(GROUP)
-_MAGIC = tl.constexpr(1.5 * 2**23)
-_MAGIC_BITS = tl.constexpr(0x4B400000)
-
-
-@dataclass(frozen=True)
-class Config:
-    """One way to run a kernel. Block sizes in x rows, byte rows and columns; `parts`: programs that share the planes
-    of a byte tile; `weight_first`: which kernel; `asm`: PTX decoding, else plain Triton; `tile_m`: x rows of one
-    multiplication, in a8 mode."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    parts: int = 1
-    weight_first: bool = True
-    asm: bool = True
-    tile_m: int = 0
-
-
-CONFIGS = {
-    # (family, codec, mode): block_m, block_n, block_k, warps, stages, parts
-    ("registers", "trit5", "exact"): Config(64, 128, 32, 8, 3),
-    ("registers", "crumb", "exact"): Config(64, 128, 32, 8, 3),
-    ("registers", "bit", "exact"): Config(32, 128, 64, 8, 2),
-    ("registers", "trit5", "fp16_accumulate"): Config(32, 128, 64, 8, 2),
-    ("registers", "crumb", "fp16_accumulate"): Config(32, 128, 64, 8, 2),
-    ("registers", "bit", "fp16_accumulate"): Config(16, 128, 128, 8, 2),
-    ("sm_90", "trit5", "exact"): Config(128, 64, 128, 8, 2, weight_first=False),
-    ("sm_90", "crumb", "exact"): Config(128, 64, 128, 8, 2, weight_first=False),
-    ("sm_90", "bit", "exact"): Config(128, 64, 128, 8, 2, parts=2, weight_first=False),
-    ("sm_100", "trit5", "exact"): Config(64, 64, 64, 4, 3, weight_first=False),
-    ("sm_100", "crumb", "exact"): Config(64, 64, 64, 4, 3, weight_first=False),
-    ("sm_100", "bit", "exact"): Config(128, 64, 64, 8, 2, parts=2, weight_first=False),
-    ("amd", "trit5", "exact"): Config(64, 32, 32, 4, 2, weight_first=False, asm=False),
-    ("amd", "crumb", "exact"): Config(64, 32, 32, 4, 2, weight_first=False, asm=False),
-    ("amd", "bit", "exact"): Config(64, 32, 32, 4, 2, parts=2, weight_first=False, asm=False),
-    ("registers", "crumb", "a8"): Config(96, 256, 32, 8, 2, 4, tile_m=32),
-    ("registers", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, tile_m=32),
-    ("sm_90", "crumb", "a8"): Config(96, 256, 32, 8, 2, 4, weight_first=False, tile_m=32),
-    ("sm_90", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, weight_first=False, tile_m=32),
-    ("sm_100", "crumb", "a8"): Config(96, 256, 32, 8, 2, 4, weight_first=False, tile_m=32),
-    ("sm_100", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, weight_first=False, tile_m=32),
-    ("amd", "crumb", "a8"): Config(64, 32, 64, 4, 2, 4, weight_first=False, asm=False, tile_m=64),
-    ("amd", "bit", "a8"): Config(64, 32, 64, 4, 2, 8, weight_first=False, asm=False, tile_m=64),
-}
-"""Chosen from compiled instruction counts, registers and shared memory; never tuned on the user's machine."""
-
-
-QUANTIZED_ROWS = 16
-"""Rows of x that one program of quantize_kernel takes; divides every block_m of a8."""
-
-DATA_CENTER = ((8, 0), (9, 0), (10, 0), (10, 3))
-"""Compute capabilities that multiply no faster with fp16 sums."""
-
-
-def modes(target: int | str) -> tuple[str, ...]:
-    """The modes that kernels are compiled for on a target, as `family` takes it."""
-    if family(target) != "registers" or divmod(int(target), 10) in DATA_CENTER:
-        return ("exact", "a8")
-    return ("exact", "fp16_accumulate", "a8")
-
-
-def family(target: int | str) -> str:
-    """Which rows of CONFIGS a target uses: compute capability as 86, or an AMD architecture such as "gfx1100"."""
-    if isinstance(target, str):
-        return "amd"
-    return {9: "sm_90", 10: "sm_100"}.get(target // 10, "registers")
-
-
-def constants(config: Config, codec: str, mode: str, bias: bool, interpret: bool = False) -> dict[str, Any]:
-    """The constexpr arguments of a kernel, the same for a launch and for the static report. bias: a8 only."""
-    coder = get_codec(codec)
-    shared = {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "PARTS": config.parts,
-        "RADIX": coder.radix,
-    }
-    asm = config.asm and not interpret
-    if mode == "a8":
-        decode = ASM_INT8[coder.radix, config.parts] if asm else ""
-        return {**shared, "TILE_M": config.tile_m, "WEIGHT_FIRST": config.weight_first, "ASM": decode, "BIAS": bias}
-    planes = {"PLANES": coder.fields // config.parts, "HALF_SUMS": mode == "fp16_accumulate"}
-    return {**shared, **planes, "ASM": asm, "INTERPRET": interpret}
 
 
 @triton.jit
@@ -433,121 +323,3 @@ def input_first_kernel(
             out = out * 0.5
         y_ptrs = y_ptr + rows_m.to(tl.int64)[:, None] * stride_ym + column[None, :]  # [M, N]
         tl.store(y_ptrs, out.to(DTYPE), in_m[:, None] & in_n[None, :])
-
-
-@triton.jit
-def quantize_kernel(
-    x_ptr, q_ptr, tokens_ptr, M, K, stride_xm,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """x [M, K] -> int8 q and fp32 tokens for a8_kernel, each group of 128 columns by its own largest magnitude.
-
-    q [tiles, groups, BLOCK_M, 128] and tokens [tiles, groups, BLOCK_M] hold BLOCK_M rows of x a tile in the order in
-    which that kernel reads them, zero beyond M. tokens is scale / 64, NaN for a group with NaN or infinity.
-    Grid: BLOCK_M / ROWS programs for each tile and group.
-    """
-    groups = K // _GROUP
-    block = tl.program_id(0) // groups
-    group = tl.program_id(0) % groups
-    rows = block * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, _GROUP)
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + (group * _GROUP + columns)[None, :]  # [ROWS, 128]
-    x = tl.load(x_ptrs, (rows < M)[:, None], 0.0).to(tl.float32)
-    broken = tl.sum(x * 0.0, 1)  # 0, or NaN
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 1), 2.0**-100), tl.full((ROWS,), 127.0, tl.float32))
-    levels = x * tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)[:, None]
-    levels = (levels + _MAGIC) - _MAGIC  # to the nearest integer, ties to even
-    levels = tl.where(levels == levels, levels, 0.0)
-    first = (block * ROWS // BLOCK_M * groups + group).to(tl.int64) * BLOCK_M
-    inner = block * ROWS % BLOCK_M + tl.arange(0, ROWS)
-    tl.store(q_ptr + first * _GROUP + inner[:, None] * _GROUP + columns[None, :], levels.to(tl.int8))
-    tl.store(tokens_ptr + first + inner, scale * 0.015625 + broken)
-
-
-@triton.jit(do_not_specialize=["M", "n8"])
-def a8_kernel(
-    q_ptr, codes_ptr, scale_ptr, tokens_ptr, bias_ptr, y_ptr, M, N, K, n8, stride_ym,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILE_M: tl.constexpr, PARTS: tl.constexpr,
-    RADIX: tl.constexpr, WEIGHT_FIRST: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """y [M, N] = x [M, K] W^T in int8. q, tokens: see quantize_kernel. codes: uint8 [n, K], n = 8 n8, crumb or bit.
-
-    WEIGHT_FIRST: acc [BLOCK_N, TILE_M], else [TILE_M, BLOCK_N]. ASM: the PTX that decodes four bytes, "" for plain
-    Triton. The scales are used as they are stored.
-    """
-    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    TILES: tl.constexpr = BLOCK_M // TILE_M
-    STEPS: tl.constexpr = _GROUP // BLOCK_K
-    n = n8 * 8
-    pid = tl.program_id(0)
-    tile_m, tile_n = _tile(pid // PARTS, tl.cdiv(M, BLOCK_M), tl.cdiv(n, BLOCK_N))
-    plane = pid % PARTS
-    groups = K // _GROUP
-    rows_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = rows_n + plane * n
-    k = tl.arange(0, BLOCK_K)
-    q_base = q_ptr + (tile_m * BLOCK_M).to(tl.int64) * K
-    q_offsets = (tl.arange(0, TILE_M)[:, None] * _GROUP + k[None, :]).to(tl.uint32)  # [TILE_M, BLOCK_K]
-    tokens_base = tokens_ptr + (tile_m * BLOCK_M).to(tl.int64) * groups
-    tokens_offsets = tl.arange(0, TILE_M).to(tl.uint32)
-    c_base = codes_ptr + (tile_n * BLOCK_N).to(tl.int64) * K
-    inner = tl.minimum(rows_n, n - 1) - tile_n * BLOCK_N
-    c_offsets = (inner[:, None] * K + k[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_K]
-    s_base = scale_ptr
-    s_offsets = (tl.minimum(column, N - 1) * groups).to(tl.uint32)
-    acc = ()
-    for _t in tl.static_range(TILES):
-        acc += (tl.zeros((BLOCK_N, TILE_M) if WEIGHT_FIRST else (TILE_M, BLOCK_N), tl.float32),)
-    for _group in range(groups):
-        s = tl.load(s_base + s_offsets).to(tl.float32)
-        s = s[:, None] if WEIGHT_FIRST else s[None, :]
-        codes = ()
-        for h in tl.static_range(STEPS):
-            codes += (tl.load(c_base + h * BLOCK_K + c_offsets),)
-        xs = ()
-        tokens = ()
-        for t in tl.static_range(TILES):
-            for h in tl.static_range(STEPS):
-                x = tl.load(q_base + (t * TILE_M * _GROUP + h * BLOCK_K) + q_offsets)
-                xs += (tl.trans(x) if WEIGHT_FIRST else x,)
-            token = tl.load(tokens_base + t * TILE_M + tokens_offsets)
-            tokens += (token[None, :] if WEIGHT_FIRST else token[:, None],)
-        sums = ()
-        for t in tl.static_range(TILES):
-            part = tl.full((BLOCK_N, TILE_M) if WEIGHT_FIRST else (TILE_M, BLOCK_N), _MAGIC_BITS, tl.int32)
-            for h in tl.static_range(STEPS):
-                if ASM == "":
-                    if RADIX == 4:
-                        w = (((codes[h] << (2 * plane).to(tl.uint8)) & 0xC0) ^ 0x40).to(tl.int8, bitcast=True)
-                    else:
-                        w = (((codes[h] << plane.to(tl.uint8)) & 0x80) | 0x40).to(tl.int8, bitcast=True)
-                else:
-                    # Spaces: a text of its own for each tile keeps Triton from sharing w through shared memory.
-                    w = tl.inline_asm_elementwise(ASM + " " * t, "=r,r", [codes[h]], tl.int8, True, 4)
-                if WEIGHT_FIRST:
-                    part = tl.dot(w, xs[t * STEPS + h], part, out_dtype=tl.int32)
-                else:
-                    part = tl.dot(xs[t * STEPS + h], tl.trans(w), part, out_dtype=tl.int32)
-            found = part.to(tl.float32, bitcast=True)
-            sums += (_rescaled(found, s, tokens[t], acc[t]),)
-        acc = sums
-        q_base += BLOCK_M * _GROUP
-        tokens_base += BLOCK_M
-        c_base += _GROUP
-        s_base += 1
-    in_n = (rows_n < n) & (column < N)
-    for t in tl.static_range(TILES):
-        rows_m = tile_m * BLOCK_M + t * TILE_M + tl.arange(0, TILE_M)
-        out = tl.trans(acc[t]) if WEIGHT_FIRST else acc[t]
-        if BIAS:
-            out += tl.load(bias_ptr + column, in_n, 0.0).to(tl.float32)[None, :]
-        y_ptrs = y_ptr + rows_m.to(tl.int64)[:, None] * stride_ym + column[None, :]  # [TILE_M, BLOCK_N]
-        tl.store(y_ptrs, out.to(DTYPE), (rows_m < M)[:, None] & in_n[None, :])
-
-
-@triton.jit
-def _rescaled(found, s, token, acc):
-    """acc + (found - 1.5 2^23) s token; s [1, n] and token [m, 1], or both transposed."""
-    start = tl.broadcast_to(s * -_MAGIC, found.shape)
-    scaled = tl.fma(found, tl.broadcast_to(s, found.shape), start)
-    return tl.fma(scaled, tl.broadcast_to(token, found.shape), acc)

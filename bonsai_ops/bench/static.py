@@ -24,6 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..backends import triton_configs as configs
+
 TARGETS: tuple[int | str, ...] = (80, 86, 87, 89, 90, 100, 120, "gfx1100", "gfx1201", "gfx942")
 DTYPES = ("fp16", "bf16")
 SMEM_LIMIT = 99 << 10
@@ -95,11 +97,9 @@ def shipped(target: int | str) -> Iterator[tuple[str, str, str]]:
 
     In a8 mode the activations are int8 and only the last store knows the output's dtype: one stands for both.
     """
-    from ..backends import triton_kernels as kernels
-
     for codec in NAMES:
-        for mode in kernels.modes(target):
-            if (kernels.family(target), codec, mode) in kernels.CONFIGS:
+        for mode in configs.modes(target):
+            if (configs.family(target), codec, mode) in configs.CONFIGS:
                 for dtype in {"fp16_accumulate": ("fp16",), "a8": ("bf16",)}.get(mode, DTYPES):
                     yield codec, mode, dtype
 
@@ -107,10 +107,11 @@ def shipped(target: int | str) -> Iterator[tuple[str, str, str]]:
 @cache
 def measure(target: int | str, codec: str, mode: str, dtype: str) -> Row:
     """Compiles one shipped kernel and counts. Bias is compiled in; it is outside of the loop that is counted."""
+    from ..backends import triton_int8 as int8
     from ..backends import triton_kernels as kernels
 
-    config = kernels.CONFIGS[kernels.family(target), codec, mode]
-    constants = kernels.constants(config, codec, mode, bias=True)
+    config = configs.CONFIGS[configs.family(target), codec, mode]
+    constants = configs.constants(config, codec, mode, bias=True)
     words = config.weight_first and config.asm and mode != "a8"
     types = {
         "codes_ptr": "*i16" if words else "*u8",
@@ -119,7 +120,7 @@ def measure(target: int | str, codec: str, mode: str, dtype: str) -> Row:
         "y_ptr": f"*{dtype}",
     }
     if mode == "a8":
-        kernel, macs = kernels.a8_kernel, config.block_m * config.block_n * kernels.GROUP
+        kernel, macs = int8.a8_kernel, config.block_m * config.block_n * configs.GROUP
         types |= {"q_ptr": "*i8", "bias_ptr": "*bf16"}
     else:
         kernel = kernels.weight_first_kernel if config.weight_first else kernels.input_first_kernel

@@ -461,7 +461,7 @@ def test_ptx_decodes_bytes_to_int8(codec: str) -> None:
     coder = codecs.get_codec(codec)
     low, high = every_pair(codec)
     register = low | high << 8 | high << 16 | low << 24
-    text = backend.kernels.ASM_INT8[coder.radix, coder.fields]
+    text = backend.configs.ASM_INT8[coder.radix, coder.fields]
     codes = [list(codecs.planes(codec, byte.to(torch.uint8))) for byte in (low, high, high, low)]
     for program in (*range(coder.fields), 5 * coder.fields + 1):
         found = Ptx(text, {1: register}, torch.tensor(program)).registers["$0"]
