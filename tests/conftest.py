@@ -62,7 +62,7 @@ if COMFYUI is not None:
 
 
 WITH_SERVER = ("test_matrix", "test_product")
-SEPARATE = ("test_guards", "test_older_hosts", "test_triton")
+SEPARATE = ("test_guards", "test_older_hosts", "test_seedling_interpreted", "test_triton")
 """Files whose slow tests each start a process of their own and share nothing."""
 
 

@@ -1,0 +1,109 @@
+"""The shipped model through the Triton kernels, in Triton's interpreter: the pictures are those of the reference.
+
+The interpreter must be chosen before Triton is imported, so `test_in_the_interpreter` runs this file again in a child
+with TRITON_INTERPRET=1. There every packed layer's input is rounded to fp16 and goes through the kernels; everything
+else is computed in fp32. The interpreter takes half a minute for a picture of two steps, so there is one of each mode,
+and the prompt comes without its padding, which the model knows from its training: an eighth of the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bonsai_ops import dispatch
+from bonsai_ops.backends import triton as backend
+from bonsai_ops.environment import PLUGIN
+from training.judge import judge
+from training.measure import held_out
+
+pytestmark = pytest.mark.host
+
+PACK = PLUGIN / "bonsai_ops" / "models" / "bonsai" / "seedling"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+((_, PROMPT),) = held_out(1)
+TOKENS, SIDE, STEPS = 48, 128, 2
+PSNR = 40.0
+"""dB between the exact mode and the reference in fp32."""
+
+
+@pytest.mark.skipif(backend.kernels is None, reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETED, reason="the parent's")
+@pytest.mark.slow
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=PLUGIN, env=environment, capture_output=True, text=True, timeout=1800)
+    print(done.stdout[-2000:])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"\b4 passed", done.stdout), done.stdout[-2000:]
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    @pytest.fixture(scope="module")
+    def paint(comfy: Any) -> Callable[[str], np.ndarray]:
+        """(layout) -> the picture of PROMPT by whatever backend the dispatcher has."""
+        from bonsai_ops.loader import load_bonsai_model
+        from bonsai_ops.sampling import sample_official
+        from bonsai_ops.text_encoder import load_bonsai_text_encoder
+        from bonsai_ops.vae import load_vae
+
+        clip, vae = load_bonsai_text_encoder(PACK), load_vae(PACK)
+        ((states, rest),) = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
+        models = {x: load_bonsai_model(PACK, {"compute_dtype": "fp32", "layout": x}) for x in ("compact", "fast")}
+
+        def draw(layout: str = "compact") -> np.ndarray:
+            latent = {"samples": torch.zeros(1, 128, SIDE // 16, SIDE // 16)}
+            out = sample_official(models[layout], [[states[:, :TOKENS], rest]], latent, 0, STEPS, 1.0)
+            return (vae.decode(out["samples"])[0] * 255).round().byte().numpy()
+
+        return draw
+
+    @pytest.fixture(scope="module")
+    def truth(paint: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The picture by the reference."""
+        with dispatch.use_backend("eager"):
+            return paint("compact")
+
+    @pytest.fixture(autouse=True)
+    def without_overflow_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+        """They take a third of the interpreter's time; test_triton.py has them."""
+        builder = interpreter.interpreter_builder
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+
+    @pytest.mark.parametrize(
+        ("mode", "layout"),
+        [("exact", "compact"), ("exact", "fast"), ("fp16_accumulate", "compact"), ("a8", "fast")],
+        ids="-".join,
+    )
+    def test_mode(mode: str, layout: str, paint: Callable, truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Exact: the same picture. Approximate: a picture that shows the same."""
+        calls = 0
+
+        def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return backend.linear(x.half(), weight, bias, mode=mode).to(x.dtype)
+
+        kernels = dispatch.Backend("triton", lambda call: None, linear)
+        monkeypatch.setattr(dispatch, "BACKENDS", (kernels, *dispatch.BACKENDS[1:]))
+        picture = paint(layout)
+        decibels = 10 * np.log10(255**2 / max(1e-9, np.square(picture.astype(np.float64) - truth).mean()))
+        print(f"{mode}, {layout}: {decibels:.1f} dB")
+        assert calls == STEPS * (2 * 8 + 4 * 2)
+        assert backend.unavailable() is None
+        assert judge(picture) == judge(truth)
+        if mode == "exact":
+            assert decibels >= PSNR
