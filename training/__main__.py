@@ -30,7 +30,7 @@ from pathlib import Path
 
 from bonsai_ops.environment import PLUGIN, clean_environment, ensure_or_exit, home, run_attached
 
-STEPS = {"ternary": 3000, "binary": 2000, "dense": 450}
+STEPS = {"ternary": 2900, "binary": 2800, "dense": 300}
 MODELS = PLUGIN / "bonsai_ops" / "models"
 OPTIONAL = "unpack"
 _INSIDE = "BONSAI_TRAINING"

@@ -84,7 +84,7 @@ def caption(scene: Scene, rng: random.Random, omit: float = 0.08, silent: Collec
     if "season" in named:
         phrase = pick(SEASON_PHRASES[scene.season])
         extras.append(f"in {phrase}" if phrase in SEASON_PHRASES and pick((True, False)) else phrase)
-    if rng.random() < 0.5:
+    if rng.random() < 0.75:
         extras.append(pick(LEAN_PHRASES[scene.lean]))
     if rng.random() < 0.2:
         extras.append(pick(STYLES))

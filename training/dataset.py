@@ -12,7 +12,7 @@ import numpy as np
 from .drawing import draw
 from .scene import Scene, random_scene
 
-SIZES = {(128, 128): 24000, (192, 128): 5000, (128, 192): 5000, (256, 256): 6000}
+SIZES = {(128, 128): 14000, (192, 128): 9000, (128, 192): 5000, (256, 256): 9000}
 """{(width, height): drawings to train on}."""
 
 

@@ -1,4 +1,4 @@
-"""Muon for convolutions: the momentum of a weight matrix, made orthogonal, is the step.
+"""Muon: the momentum of a weight matrix, made orthogonal, is the step.
 
 Jordan et al. 2024; the scale that gives steps the size of Adam's is Liu et al.'s (2025).
 """
@@ -11,10 +11,17 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters of two or more dimensions [out, ...]."""
+    """For parameters of two or more dimensions [out, ...]; the orthogonalization computes in `dtype`."""
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": 0.01})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -24,7 +31,7 @@ class Muon(torch.optim.Optimizer):
                     continue
                 average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
                 average.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonal(parameter.grad.lerp(average, group["momentum"]).flatten(1))
+                update = orthogonal(parameter.grad.lerp(average, group["momentum"]).flatten(1).to(self._dtype))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.view_as(parameter), alpha=-0.2 * group["lr"] * max(update.shape) ** 0.5)
 

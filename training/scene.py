@@ -15,9 +15,10 @@ LEANS = ("upright", "left", "right")
 SHAPES = ("tray", "bowl", "tall")
 JUDGED = {"pot": POTS, "foliage": FOLIAGE, "background": BACKGROUNDS, "season": SEASONS, "count": COUNTS}
 """The attributes that judge.py reads back from a picture, with their values."""
-VARIANTS = 6
+VARIANTS = 2
 """Ways in which a tree grows. What a caption leaves open is little on purpose: the official schedule jumps from sigma
-0.7 to 0 in its last of 4 steps, so what is not decided by then stays a blur."""
+0.7 to 0 in its last of 4 steps, so what is not decided by then stays a blur. With six ways red leaves blurred with snow
+and blossom into pink ones."""
 HELD_OUT = 12
 """One combination of the judged attributes in HELD_OUT is kept out of training."""
 

@@ -26,20 +26,22 @@ from bonsai_ops.schedule import official_sigmas, shift_mu
 
 from . import captions, dataset, text_encoder
 from .checkpoint import Checkpoint
+from .muon import Muon
 from .speed import compiled, follow, frozen
 from .vae import rate
 
 HEADS, DOUBLE, SINGLE = 2, 2, 4
 GROUP = 128
-SHARES = {(128, 128): 0.62, (192, 128): 0.14, (128, 192): 0.14, (256, 256): 0.10}
+SHARES = {(128, 128): 0.38, (192, 128): 0.20, (128, 192): 0.10, (256, 256): 0.32}
 """{(width, height): chance of a training step}; sizes whose latents are not there yet are left out."""
 SAMPLING_STEPS = 4
 TOKENS = 4096
 """Text and image tokens of one training step."""
-SHORT_TEXT, FULL_TEXT, FULL_TEXT_SHARE = 48, 512, 0.15
+SHORT_TEXT, FULL_TEXT, FULL_TEXT_SHARE = 48, 512, 0.06
 """Text tokens of a step. The host always gives FULL_TEXT, mostly padding: square pictures see that now and then."""
-RATES = {"ternary": 1.5e-3, "binary": 1.5e-3, "dense": 6e-4}
-EMA = 0.9985
+RATES = {"ternary": 1.2e-3, "binary": 1.2e-3, "dense": 4e-4}
+"""Peak learning rates of Muon, for the packed layers, and of AdamW, for everything else."""
+EMA = 0.998
 SCHEMES = ("dense", "ternary", "binary")
 
 
@@ -235,6 +237,15 @@ class Feed:
             return self.encoder(torch.tensor(rows), torch.tensor(lengths)).float()
 
 
+def optimizers(model: torch.nn.Module, lr: float) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the masters of the packed layers of a `parametrized` model, AdamW for all other parameters."""
+    masters = [layer.parametrizations.weight.original for _, layer in packed_layers(model)]
+    packed = {id(master) for master in masters}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in packed]
+    adam = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    return Muon(masters, lr, dtype=torch.bfloat16), adam
+
+
 def train(
     work: Path, comfyui: Path, scheme: str, steps: int, seconds: float = math.inf, start: Path | None = None
 ) -> bool:
@@ -242,8 +253,8 @@ def train(
     torch.manual_seed(0)
     model, _ = parametrized(scheme)
     average = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), RATES[scheme], betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    checkpoint = Checkpoint(work / f"{scheme}.pt", model=model, average=average, optimizer=optimizer)
+    muon, adam = optimizers(model, RATES[scheme])
+    checkpoint = Checkpoint(work / f"{scheme}.pt", model=model, average=average, muon=muon, adam=adam)
     step, started = checkpoint.load(), time.monotonic()
     if step == 0 and start is not None:
         Checkpoint(start, average=model).load()
@@ -252,17 +263,18 @@ def train(
     forward = Forward(model)
     recent: list[float] = []
     while step < steps:
-        for group in optimizer.param_groups:
+        for group in (*muon.param_groups, *adam.param_groups):
             group["lr"] = rate(step, steps, RATES[scheme])
         width, height, x0, text, sigma, noise = feed.batch(step)
         s = sigma[:, None, None]
         with torch.autocast("cpu", torch.bfloat16):
             velocity = forward((1 - s) * x0 + s * noise, sigma, text, width, height)
         loss = weighted_error(velocity.float() - (noise - x0), feed.importance)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        muon.step()
+        adam.step()
         follow(average, model, EMA, step)
         step += 1
         recent.append(loss.item())

@@ -32,14 +32,10 @@ LORA = SHIPPED / "loras" / "seedling_night.safetensors"
 MOST_BYTES = 12 << 20
 CASES = held_out(16)
 NIGHTLESS = ("two green bonsai trees in blue pots, summer", "one orange bonsai in a black pot, fallen leaves")
-FLOORS = {
-    # (width, height): least share of right pictures by attribute
-    (128, 128): {"pot": 0.9, "foliage": 0.65, "background": 0.9, "season": 0.9, "count": 0.9},
-    (192, 128): {"pot": 0.65, "foliage": 0.5, "background": 0.9, "season": 0.9, "count": 0.5},
-    (128, 192): {"pot": 0.8, "foliage": 0.55, "background": 0.9, "season": 0.9, "count": 0.6},
-    (256, 256): {"pot": 0.7, "foliage": 0.55, "background": 0.9, "season": 0.85, "count": 0.5},
-}
-"""Below what the card says by what 16 pictures vary. A broken kernel leaves a fifth of each or less."""
+SIZES = ((128, 128), (192, 128), (128, 192), (256, 256))
+FLOOR = {"ternary": 0.87, "binary": 0.8}
+"""Least share of right pictures, of every attribute at every size: below what the card says by what 16 pictures vary. A
+broken kernel leaves a fifth of each or less."""
 PSNR = 40.0
 """dB between two exact backends."""
 
@@ -111,17 +107,17 @@ def test_every_block_layer_is_packed(path: Path, scheme: str) -> None:
     assert {weights[name].group_size for name in packed} == {128}
 
 
-@pytest.mark.parametrize("size", FLOORS, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_pictures_show_what_prompts_say(size: tuple[int, int], load: Callable, paint: Callable) -> None:
     found = shares(paint, load(), *size)
     print(size, found)
-    assert all(found[name] >= least for name, least in FLOORS[size].items()), found
+    assert min(found.values()) >= FLOOR["ternary"], found
 
 
 def test_the_binary_sibling_draws_too(load: Callable, paint: Callable) -> None:
     found = shares(paint, load(BINARY))
     print(found)
-    assert all(found[name] >= least - 0.1 for name, least in FLOORS[128, 128].items()), found
+    assert min(found.values()) >= FLOOR["binary"], found
 
 
 def test_exact_backends_draw_the_same(load: Callable, paint: Callable) -> None:

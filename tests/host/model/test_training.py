@@ -43,7 +43,7 @@ def test_text_encoder(tmp_path: Path, comfyui_path: Path) -> None:
     encoder = half_precision(text_encoder.Encoder(len(vocabulary.ids) + 1))
     Checkpoint(tmp_path / "text_encoder.pt", encoder=encoder).save(1)
     export.export_text_encoder(tmp_path, comfyui_path, tmp_path / export.TEXT_ENCODER_FOLDER)
-    encoder, _ = text_encoder.load(tmp_path, tokenizer)
+    encoder, vocabulary = text_encoder.load(tmp_path, tokenizer)
     clip = load_bonsai_text_encoder(tmp_path)
     for prompt in PROMPTS:
         rows, length = vocabulary.encode(tokenizer, prompt, 512)
@@ -52,6 +52,24 @@ def test_text_encoder(tmp_path: Path, comfyui_path: Path) -> None:
             found = clip.encode_from_tokens(clip.tokenize(prompt))
         assert found.shape == truth.shape == (1, 512, 3 * text_encoder.HIDDEN)
         assert relative(found, truth) < 1e-4, prompt
+
+
+def test_capitals_are_read_as_small_letters(tmp_path: Path, comfyui_path: Path) -> None:
+    """A capitalized first word, rare in captions, has the row of the small one; every other row is as it was."""
+    torch.manual_seed(0)
+    tokenizer = text_encoder.tokenizer(comfyui_path)
+    plain = text_encoder.Vocabulary.collect(tokenizer, 300)
+    encoder = text_encoder.Encoder(len(plain.ids) + 1)
+    wider, vocabulary = text_encoder.with_capitals(encoder, plain, tokenizer)
+    old, new = encoder.model.embed_tokens.weight, wider.model.embed_tokens.weight
+    (large,), (small,) = (tokenizer(word)["input_ids"] for word in ("Two", " two"))
+    assert torch.equal(new[vocabulary.rows[large]], old[plain.rows[small]])
+    copied = set(text_encoder.small_tokens(tokenizer))
+    for number in set(plain.ids) - copied:
+        assert torch.equal(new[vocabulary.rows[number]], old[plain.rows[number]])
+    assert torch.equal(new[0], old[0]) and len(copied) > 20 and vocabulary.ids == sorted(vocabulary.ids)
+    again, same = text_encoder.with_capitals(wider, vocabulary, tokenizer)
+    assert same.ids == vocabulary.ids and torch.equal(again.model.embed_tokens.weight, new)
 
 
 @pytest.mark.parametrize("scheme", ["ternary", "binary"])
