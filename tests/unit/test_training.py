@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFilter
 
 from bonsai_ops.codec import decode, spread_fields
 from bonsai_ops.packed_weight import pack_signs
@@ -27,6 +28,16 @@ def test_the_judge_reads_every_attribute_of_drawings(size: tuple[int, int]) -> N
     for _ in range(24):
         scene = random_scene(rng, None)
         assert judge(np.asarray(draw(scene, *size))) == scene.judged(), scene
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_the_judge_reads_soft_drawings(size: tuple[int, int]) -> None:
+    """A blur of a hundredth of the shorter side changes no answer: blossoms do not turn red leaves pink."""
+    rng = random.Random(str(size))
+    for _ in range(60):
+        scene = random_scene(rng, None)
+        soft = draw(scene, *size).filter(ImageFilter.GaussianBlur(min(size) / 128))
+        assert judge(np.asarray(soft)) == scene.judged(), scene
 
 
 def test_the_judge_can_say_no() -> None:
