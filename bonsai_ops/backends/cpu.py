@@ -5,7 +5,8 @@ byte (trit5: b 3^plane modulo 256), 0x7FFF minus the code in the two top bits an
 14, is 1 - code. Then, by mode and dtype of x:
 
     exact, bf16   the bits of s, made odd, times t & 0x8001 are s, 0 or -s but for the lowest bit, which a mask
-                  restores: several times as fast as a product in bf16, and right for every s
+                  restores: several times as fast as a product in bf16, and right for every s. Of one bit, which is
+                  the sign, s needs no more than that
     exact, fp32   t s
     a8            t m in int8, m = round(s / r), r = max |s| of the row / 127; x = q h, h = max |x| of the token / 127;
                   y = h r (q . t m), the product in int32
@@ -13,7 +14,7 @@ byte (trit5: b 3^plane modulo 256), 0x7FFF minus the code in the two top bits an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -85,19 +86,43 @@ def _exact(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
     rows, columns = weight.shape
     chunks = _chunks(rows, VALUE_BYTES // (x.dtype.itemsize * columns))
     values = torch.empty(chunks[0][1], columns, dtype=x.dtype)
-    scale = weight.scale.to(x.dtype).unsqueeze(-1)
-    in_place = None
-    if x.dtype == torch.bfloat16:
-        in_place, bits = values.view(torch.int16), scale.view(torch.int16)
-        odd, keep = bits | 1, bits | -2
+    write = _write_bf16(weight) if x.dtype == torch.bfloat16 else _write_fp32(weight)
     for first, last in chunks:
-        for lo, hi, signs in _signs(weight, first, last, PIECE, in_place):
-            grouped = signs.view(hi - lo, -1, weight.group_size)
-            if in_place is not None:
-                grouped.bitwise_and_(-0x7FFF).mul_(odd[lo:hi]).bitwise_and_(keep[lo:hi])
-            else:
-                values[lo - first : hi - first].view(grouped.shape).copy_(grouped).mul_(scale[lo:hi])
+        for lo, hi, plane, packed in _runs(weight, first, last, PIECE):
+            write(lo, hi, plane, packed, values[lo - first : hi - first])
         torch.mm(x, values[: last - first].t(), out=out[:, first:last])
+
+
+_Write = Callable[[int, int, int, torch.Tensor, torch.Tensor], None]
+"""(first row, last row + 1, plane, their bytes uint8 [R, K], values [R, K]): sets the values."""
+
+
+def _write_bf16(weight: PackedWeight) -> _Write:
+    scale = weight.scale.to(torch.bfloat16).view(torch.int16).unsqueeze(-1)
+    odd, keep = scale | 1, scale | -2
+
+    def write(lo: int, hi: int, plane: int, packed: torch.Tensor, values: torch.Tensor) -> None:
+        bits = values.view(torch.int16)
+        grouped = bits.view(hi - lo, -1, weight.group_size)
+        if weight.codec == "bit":
+            bits.copy_(packed).bitwise_left_shift_(8 + plane).bitwise_and_(-0x8000)
+            grouped.bitwise_xor_(scale[lo:hi])
+        else:
+            _signs(weight.codec, packed, plane, bits)
+            grouped.bitwise_and_(-0x7FFF).mul_(odd[lo:hi]).bitwise_and_(keep[lo:hi])
+
+    return write
+
+
+def _write_fp32(weight: PackedWeight) -> _Write:
+    scale = weight.scale.float().unsqueeze(-1)
+
+    def write(lo: int, hi: int, plane: int, packed: torch.Tensor, values: torch.Tensor) -> None:
+        signs = _signs(weight.codec, packed, plane, torch.empty(packed.shape, dtype=torch.int16))
+        grouped = (hi - lo, -1, weight.group_size)
+        values.view(grouped).copy_(signs.view(grouped)).mul_(scale[lo:hi])
+
+    return write
 
 
 def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
@@ -116,7 +141,8 @@ def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
         part = out[start : start + step]
         rounded, token_scale = _rounded(x[start : start + step])
         for first, last in chunks:
-            for lo, hi, signs in _signs(weight, first, last, A8_PIECE):
+            for lo, hi, plane, packed in _runs(weight, first, last, A8_PIECE):
+                signs = _signs(weight.codec, packed, plane, torch.empty(packed.shape, dtype=torch.int16))
                 signs.view(hi - lo, -1, weight.group_size).mul_(levels[lo:hi])
                 codes[lo - first : hi - first].copy_(signs)
             found = sums[: len(part) * (last - first)].view(len(part), last - first)
@@ -148,32 +174,25 @@ def _chunks(rows: int, most: int) -> list[tuple[int, int]]:
     return [(lo, min(lo + step, rows)) for lo in range(0, rows, step)]
 
 
-def _signs(
-    weight: PackedWeight, first: int, last: int, count: int, target: torch.Tensor | None = None
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yields (lo, hi, int16 [hi - lo, K] of t) for pieces of about `count` values of the rows first .. last-1.
-
-    Each piece lies in its rows of `target` [last - first, K], or is valid until the next is asked for.
-    """
-    columns = weight.shape[1]
+def _runs(weight: PackedWeight, first: int, last: int, count: int) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+    """Yields (lo, hi, plane, bytes uint8 [hi - lo, K]) for runs of about `count` values of the rows first .. last-1."""
     n = codecs.get_codec(weight.codec).byte_rows(weight.shape[0])
-    most = max(1, count // columns)
-    spare = torch.empty(min(most, last - first), columns, dtype=torch.uint8)
-    piece = torch.empty(spare.shape, dtype=torch.int16) if target is None else None
-    highest = torch.tensor(0x7FFF, dtype=torch.int16)
+    most = max(1, count // weight.shape[1])
     lo = first
     while lo < last:
         plane, byte_row = divmod(lo, n)
         hi = min(lo + most, last, (plane + 1) * n)
-        packed = weight.codes[byte_row : byte_row + hi - lo]
-        signs = piece[: hi - lo] if target is None else target[lo - first : hi - first]
-        if weight.codec == "trit5":
-            if plane:
-                packed = torch.mul(packed, 3**plane % 256, out=spare[: hi - lo])
-            torch.add(highest, signs.copy_(packed), alpha=-3 << 6, out=signs).bitwise_right_shift_(14)
-        elif weight.codec == "crumb":
-            torch.add(highest, signs.copy_(packed), alpha=-1 << (8 + 2 * plane), out=signs).bitwise_right_shift_(14)
-        else:
-            signs.copy_(packed).bitwise_left_shift_(8 + plane).bitwise_right_shift_(15).bitwise_or_(1)
-        yield lo, hi, signs
+        yield lo, hi, plane, weight.codes[byte_row : byte_row + hi - lo]
         lo = hi
+
+
+def _signs(codec: str, packed: torch.Tensor, plane: int, out: torch.Tensor) -> torch.Tensor:
+    """out, int16 [R, K] = t of one plane of the bytes, uint8 [R, K]."""
+    highest = torch.tensor(0x7FFF, dtype=torch.int16)
+    if codec == "trit5":
+        if plane:
+            packed = torch.mul(packed, 3**plane % 256)
+        return torch.add(highest, out.copy_(packed), alpha=-3 << 6, out=out).bitwise_right_shift_(14)
+    if codec == "crumb":
+        return torch.add(highest, out.copy_(packed), alpha=-1 << (8 + 2 * plane), out=out).bitwise_right_shift_(14)
+    return out.copy_(packed).bitwise_left_shift_(8 + plane).bitwise_right_shift_(15).bitwise_or_(1)
