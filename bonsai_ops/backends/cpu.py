@@ -14,7 +14,7 @@ byte (trit5: b 3^plane modulo 256), 0x7FFF minus the code in the two top bits an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -23,10 +23,10 @@ from ..packed_weight import PackedWeight
 
 SCRATCH_BYTES = 32_000_000
 """Bound on what a call allocates beside its result."""
-VALUE_BYTES = 24 << 20
+VALUE_BYTES = 28_400_000
 """Of that, the buffer of values: few large products are faster than many small ones."""
-PIECE = 2 << 20
-"""Values that one integer operation works on: less would stay in the fastest cache, but have more operations."""
+PIECE_BYTES = 2 << 20
+"""Bound on what unpacking takes beside it. Smaller pieces would stay in the fastest cache, but have more operations."""
 ROW_STEP = 64
 """Granularity of the rows in one product: the columns of its result start on a cache line."""
 SCHEMES = ("binary", "ternary")
@@ -86,43 +86,34 @@ def _exact(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
     rows, columns = weight.shape
     chunks = _chunks(rows, VALUE_BYTES // (x.dtype.itemsize * columns))
     values = torch.empty(chunks[0][1], columns, dtype=x.dtype)
-    write = _write_bf16(weight) if x.dtype == torch.bfloat16 else _write_fp32(weight)
+    write, piece = (_write_bf16, PIECE_BYTES) if x.dtype == torch.bfloat16 else (_write_fp32, PIECE_BYTES // 4)
     for first, last in chunks:
-        for lo, hi, plane, packed in _runs(weight, first, last, PIECE):
-            write(lo, hi, plane, packed, values[lo - first : hi - first])
+        write(weight, first, last, values, piece)
         torch.mm(x, values[: last - first].t(), out=out[:, first:last])
 
 
-_Write = Callable[[int, int, int, torch.Tensor, torch.Tensor], None]
-"""(first row, last row + 1, plane, their bytes uint8 [R, K], values [R, K]): sets the values."""
-
-
-def _write_bf16(weight: PackedWeight) -> _Write:
-    scale = weight.scale.to(torch.bfloat16).view(torch.int16).unsqueeze(-1)
+def _write_bf16(weight: PackedWeight, first: int, last: int, values: torch.Tensor, piece: int) -> None:
+    """The first rows of values, bf16 [.., K] = rows first .. last-1 of W, about `piece` at a time."""
+    scale = weight.scale[first:last].to(torch.bfloat16).view(torch.int16).unsqueeze(-1)
     odd, keep = scale | 1, scale | -2
-
-    def write(lo: int, hi: int, plane: int, packed: torch.Tensor, values: torch.Tensor) -> None:
-        bits = values.view(torch.int16)
-        grouped = bits.view(hi - lo, -1, weight.group_size)
+    for rows, plane, packed in _runs(weight, first, last, piece):
+        bits = values[rows].view(torch.int16)
+        grouped = bits.view(len(bits), -1, weight.group_size)
         if weight.codec == "bit":
             bits.copy_(packed).bitwise_left_shift_(8 + plane).bitwise_and_(-0x8000)
-            grouped.bitwise_xor_(scale[lo:hi])
+            grouped.bitwise_xor_(scale[rows])
         else:
             _signs(weight.codec, packed, plane, bits)
-            grouped.bitwise_and_(-0x7FFF).mul_(odd[lo:hi]).bitwise_and_(keep[lo:hi])
-
-    return write
+            grouped.bitwise_and_(-0x7FFF).mul_(odd[rows]).bitwise_and_(keep[rows])
 
 
-def _write_fp32(weight: PackedWeight) -> _Write:
-    scale = weight.scale.float().unsqueeze(-1)
-
-    def write(lo: int, hi: int, plane: int, packed: torch.Tensor, values: torch.Tensor) -> None:
+def _write_fp32(weight: PackedWeight, first: int, last: int, values: torch.Tensor, piece: int) -> None:
+    """The first rows of values, fp32 [.., K] = rows first .. last-1 of W, about `piece` at a time."""
+    scale = weight.scale[first:last].float().unsqueeze(-1)
+    for rows, plane, packed in _runs(weight, first, last, piece):
         signs = _signs(weight.codec, packed, plane, torch.empty(packed.shape, dtype=torch.int16))
-        grouped = (hi - lo, -1, weight.group_size)
-        values.view(grouped).copy_(signs.view(grouped)).mul_(scale[lo:hi])
-
-    return write
+        grouped = (len(packed), -1, weight.group_size)
+        values[rows].view(grouped).copy_(signs.view(grouped)).mul_(scale[rows])
 
 
 def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
@@ -141,10 +132,10 @@ def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
         part = out[start : start + step]
         rounded, token_scale = _rounded(x[start : start + step])
         for first, last in chunks:
-            for lo, hi, plane, packed in _runs(weight, first, last, A8_PIECE):
+            for rows, plane, packed in _runs(weight, first, last, A8_PIECE):
                 signs = _signs(weight.codec, packed, plane, torch.empty(packed.shape, dtype=torch.int16))
-                signs.view(hi - lo, -1, weight.group_size).mul_(levels[lo:hi])
-                codes[lo - first : hi - first].copy_(signs)
+                signs.view(len(packed), -1, weight.group_size).mul_(levels[first:last][rows])
+                codes[rows].copy_(signs)
             found = sums[: len(part) * (last - first)].view(len(part), last - first)
             torch._int_mm(rounded, codes[: last - first].t(), out=found)
             block = max(1, A8_BLOCK // (last - first))
@@ -174,15 +165,15 @@ def _chunks(rows: int, most: int) -> list[tuple[int, int]]:
     return [(lo, min(lo + step, rows)) for lo in range(0, rows, step)]
 
 
-def _runs(weight: PackedWeight, first: int, last: int, count: int) -> Iterator[tuple[int, int, int, torch.Tensor]]:
-    """Yields (lo, hi, plane, bytes uint8 [hi - lo, K]) for runs of about `count` values of the rows first .. last-1."""
+def _runs(weight: PackedWeight, first: int, last: int, count: int) -> Iterator[tuple[slice, int, torch.Tensor]]:
+    """Yields runs of about `count` values of the rows first .. last-1: (rows, counted from `first`; plane; bytes)."""
     n = codecs.get_codec(weight.codec).byte_rows(weight.shape[0])
     most = max(1, count // weight.shape[1])
     lo = first
     while lo < last:
         plane, byte_row = divmod(lo, n)
         hi = min(lo + most, last, (plane + 1) * n)
-        yield lo, hi, plane, weight.codes[byte_row : byte_row + hi - lo]
+        yield slice(lo - first, hi - first), plane, weight.codes[byte_row : byte_row + hi - lo]
         lo = hi
 
 
