@@ -1,14 +1,19 @@
 """A real ComfyUI for a benchmark: every measured thing is a process of its own, so that memory belongs to it.
 
 The parent calls `run(module, ..)`; the child is `python -m bonsai_ops.bench.<module> OPTIONS`, OPTIONS being JSON with
-at least {"comfyui", "threads"}. It calls `start` first and prints its figures as one line of JSON at the end.
+at least {"comfyui", "threads"}. It calls `start` first and prints its figures as one line of JSON at the end. What is
+measured in turns with others is a `Session` instead: for each line that the child reads it prints one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,12 +26,57 @@ ERROR_CHARACTERS = 3000
 
 def run(module: str, what: str, **options: object) -> dict:
     """The figures that bonsai_ops.bench.<module> prints for `options`. Raises SystemExit if it fails; names `what`."""
-    given = {"threads": torch.get_num_threads(), **options}
-    command = [sys.executable, "-m", f"{__package__}.{module}", json.dumps(given, default=str)]
-    done = subprocess.run(command, cwd=PLUGIN, env=clean_environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{what} failed:\n{done.stderr[-ERROR_CHARACTERS:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    with Session(module, what, **options) as session:
+        return session.finish()
+
+
+class Session:
+    """A child that waits between measurements, so that others can have the machine. Raises SystemExit if it fails."""
+
+    def __init__(self, module: str, what: str, **options: object) -> None:
+        given = {"threads": torch.get_num_threads(), **options}
+        command = [sys.executable, "-m", f"{__package__}.{module}", json.dumps(given, default=str)]
+        self._what = what
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, __exit__ closes it
+        self._child = subprocess.Popen(
+            command,
+            cwd=PLUGIN,
+            env=clean_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            encoding="utf-8",
+        )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.kill()
+        self._child.communicate()
+        self._errors.close()
+
+    def ask(self) -> dict:
+        """Lets the child measure once more and returns what it prints."""
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write("again\n")
+            self._child.stdin.flush()
+        for line in self._child.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise self._failure()
+
+    def finish(self) -> dict:
+        """Tells the child that this was all and returns the last line that it prints."""
+        printed, _ = self._child.communicate()
+        if self._child.returncode:
+            raise self._failure()
+        return json.loads(printed.strip().splitlines()[-1])
+
+    def _failure(self) -> SystemExit:
+        self._child.wait()
+        self._errors.seek(0)
+        return SystemExit(f"{self._what} failed:\n{self._errors.read()[-ERROR_CHARACTERS:]}")
 
 
 def start(argv: list[str]) -> dict:
@@ -39,6 +89,12 @@ def start(argv: list[str]) -> dict:
 
     comfy.options.enable_args_parsing()
     return options
+
+
+def in_worker(function: Callable[[dict], int], options: dict) -> int:
+    """function(options) in a thread of its own, as ComfyUI's server runs a prompt: there malloc keeps less memory."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, options).result()
 
 
 def synchronise(device: str) -> None:

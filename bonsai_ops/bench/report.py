@@ -31,7 +31,14 @@ def machine(threads: int | None = None, device: str = "cpu") -> dict[str, str | 
         "torch": torch.__version__,
         "bonsai_image": __version__,
     }
-    return facts | (_gpu() if device == "cuda" else {})
+    return facts | _allocator() | (_gpu() if device == "cuda" else {})
+
+
+def _allocator() -> dict[str, str]:
+    """The memory allocator that was loaded in place of the system's, if one was (Linux)."""
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text(encoding="utf-8", errors="replace") if maps.is_file() else ""
+    return next(({"allocator": name} for name in ("tcmalloc", "jemalloc", "mimalloc") if f"lib{name}" in loaded), {})
 
 
 def _gpu() -> dict[str, str | int]:

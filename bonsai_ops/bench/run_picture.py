@@ -18,7 +18,10 @@ from .picture import STEPS
 
 def main(argv: list[str]) -> int:
     """Prints the row that picture.py describes."""
-    options = host.start(argv)
+    return host.in_worker(_measure, host.start(argv))
+
+
+def _measure(options: dict) -> int:
     size, device = options["size"], options["device"]
     import torch
 

@@ -1,7 +1,8 @@
 """One way of the step and LoRA benchmarks, a process of its own (host.py): run_step {"way", "file", "size", "rank"}.
 
-Samples without and, if rank is above 0, with a LoRA of that rank on every linear layer of the blocks. Prints median
-seconds and joules of the steps after a first one, seconds with the LoRA, bytes of the weights and peak memory.
+rank 0: samples for every line that it reads, and prints seconds and joules of each step after a first one; at the end
+bytes of the weights and peak memory. Otherwise samples without and with a LoRA of that rank on every linear layer of
+the blocks, and prints median seconds of both.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ from typing import Any
 from . import host
 from .energy import Energy, find_energy
 
-STEPS = 3
+STEPS = 2
 ROUNDS = 2
 
 
 def main(argv: list[str]) -> int:
     """Loads the model, samples and prints the figures."""
-    options = host.start(argv)
+    return host.in_worker(_measure, host.start(argv))
+
+
+def _measure(options: dict) -> int:
     size, rank, device = options["size"], options["rank"], options["device"]
     import torch
 
     energy = find_energy(device)
     with torch.inference_mode():
         model = load(options["way"], options["file"], options["options"])
-        weights = sum(tensor.nbytes for tensor in model.model.diffusion_model.state_dict().values())
-        joules: list[float] = []
+        figures = {"bytes": sum(tensor.nbytes for tensor in model.model.diffusion_model.state_dict().values())}
         if rank:
             patched = _with_lora(model, rank)
             rounds = [
@@ -38,17 +41,13 @@ def main(argv: list[str]) -> int:
                 for _ in range(ROUNDS)
             ]
             plain, lora = (statistics.median(itertools.chain(*runs)) for runs in zip(*rounds, strict=True))
+            figures |= {"seconds": plain, "lora_seconds": lora}
         else:
-            done = steps(model, size, device, energy)
-            plain, lora = statistics.median(s for s, _ in done), None
-            joules = [j for _, j in done if j is not None]
+            for _ in sys.stdin:
+                print(json.dumps({"steps": steps(model, size, device, energy)}), flush=True)
     report = model.get_attachment("bonsai")
-    figures = {
-        "seconds": plain,
-        "lora_seconds": lora,
-        "joules": statistics.median(joules) if joules else None,
+    figures |= {
         "no_joules": energy.why_not,
-        "bytes": weights,
         "peak_rss": host.peak_bytes(device),
         "mode": getattr(report, "mode", "exact"),
         "declined": dict(report.declined) if report else {},
