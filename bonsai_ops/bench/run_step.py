@@ -119,15 +119,15 @@ def _with_lora(model: object, rank: int) -> object:
     import torch
 
     from .. import klein
-    from ..synthetic import KLEIN_4B
 
     generator = torch.Generator().manual_seed(1)
     lora = {}
-    for name, shape in klein.expected_shapes(KLEIN_4B).items():
-        if klein.is_block_linear(name):
-            layer = f"diffusion_model.{name.removesuffix('.weight')}"
-            lora[f"{layer}.lora_A.weight"] = 0.01 * torch.randn(rank, shape[1], generator=generator).bfloat16()
-            lora[f"{layer}.lora_B.weight"] = 0.01 * torch.randn(shape[0], rank, generator=generator).bfloat16()
+    for name, module in model.model.diffusion_model.named_modules():
+        if klein.is_block_linear(f"{name}.weight"):
+            rows, columns = module.weight.shape
+            layer = f"diffusion_model.{name}"
+            lora[f"{layer}.lora_A.weight"] = 0.01 * torch.randn(rank, columns, generator=generator).bfloat16()
+            lora[f"{layer}.lora_B.weight"] = 0.01 * torch.randn(rows, rank, generator=generator).bfloat16()
     return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
 

@@ -35,7 +35,7 @@ def measure(
 ) -> dict:
     """Prints the table and returns {"size", "ours_s", "dense_bf16_s", "stock_s", "<way>_bytes", "<way>_peak_rss", ..}.
 
-    Modes other than exact are further ways, such as ours_a8. <way>_s: median of <way>_seconds, the seconds of each step.
+    Modes other than exact are further ways, such as ours_a8. <way>_s: median of <way>_seconds, those of each step.
     <way>_joules: energy of a step, None where the machine does not tell.
     """
     extra = {f"ours_{mode}": f"{WAYS['ours']}, mode {mode}" for mode in modes if mode != "exact"}

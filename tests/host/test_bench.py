@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bonsai_ops import synthetic
-from bonsai_ops.bench import host, picture, profile, quantize
+from bonsai_ops.bench import host, picture, profile, quantize, step
+from bonsai_ops.bench.run_step import STEPS
 
 pytestmark = pytest.mark.host
 
@@ -34,6 +35,23 @@ def test_a_picture_part_by_part(comfyui_path: Path, work: Path, capsys: pytest.C
     assert "VAE decode" in capsys.readouterr().out
 
 
+def test_a_step_in_turns(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = step.measure(comfyui_path, work, 64)
+    for way in step.WAYS:
+        assert len(figures[f"{way}_seconds"]) == STEPS * (1 if way == "stock" else step.TURNS)
+        assert min(figures[f"{way}_seconds"]) <= figures[f"{way}_s"] <= max(figures[f"{way}_seconds"])
+        assert figures[f"{way}_peak_rss"] > 1e8
+    assert figures["ours_bytes"] < 0.5 * figures["dense_bf16_bytes"]
+    assert step.WAYS["ours"] in capsys.readouterr().out
+
+
+def test_what_a_lora_costs(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = step.measure_lora(comfyui_path, work, 64, 4)
+    for way in ("ours", "dense_bf16"):
+        assert figures[f"{way}_cost"] == pytest.approx(figures[f"{way}_lora_s"] / figures[f"{way}_s"])
+    assert "rank 4 LoRA" in capsys.readouterr().out
+
+
 def test_a_step_taken_apart(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = profile.measure(comfyui_path, work, 64)
     by_kind = {row["kind"]: row for row in figures["rows"]}
@@ -58,5 +76,10 @@ def test_quantizing(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
+    with (
+        host.Session("run_step", "one step", comfyui=tmp_path) as session,
+        pytest.raises(SystemExit, match=r"(?s)one step failed:.*No module named 'comfy'"),
+    ):
+        session.ask()
     with pytest.raises(SystemExit, match=r"(?s)loading nothing failed:.*No module named 'comfy'"):
         host.run("load", "loading nothing", comfyui=tmp_path, kind="idle", file="")
