@@ -5,8 +5,8 @@ byte (trit5: b 3^plane modulo 256), 0x7FFF minus the code in the two top bits an
 14, is 1 - code. Then, by mode and dtype of x:
 
     exact, bf16   the bits of s, made odd, times t & 0x8001 are s, 0 or -s but for the lowest bit, which a mask
-                  restores: several times as fast as a product in bf16, and right for every s. Of one bit, which is
-                  the sign, s needs no more than that
+                  restores: several times as fast as a product in bf16, and right for every s. A codec of one bit
+                  needs less: the bit is the sign of s
     exact, fp32   t s
     a8            t m in int8, m = round(s / r), r = max |s| of the row / 127; x = q h, h = max |x| of the token / 127;
                   y = h r (q . t m), the product in int32
@@ -95,7 +95,8 @@ def _exact(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
 def _write_bf16(weight: PackedWeight, first: int, last: int, values: torch.Tensor, piece: int) -> None:
     """The first rows of values, bf16 [.., K] = rows first .. last-1 of W, about `piece` at a time."""
     scale = weight.scale[first:last].to(torch.bfloat16).view(torch.int16).unsqueeze(-1)
-    odd, keep = scale | 1, scale | -2
+    if weight.codec != "bit":
+        odd, keep = scale | 1, scale | -2
     for rows, plane, packed in _runs(weight, first, last, piece):
         bits = values[rows].view(torch.int16)
         grouped = bits.view(len(bits), -1, weight.group_size)

@@ -37,7 +37,7 @@ class Session:
         given = {"threads": torch.get_num_threads(), **options}
         command = [sys.executable, "-m", f"{__package__}.{module}", json.dumps(given, default=str)]
         self._what = what
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, __exit__ closes it
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by __exit__)
         self._child = subprocess.Popen(
             command,
             cwd=PLUGIN,
@@ -92,7 +92,7 @@ def start(argv: list[str]) -> dict:
 
 
 def in_worker(function: Callable[[dict], int], options: dict) -> int:
-    """function(options) in a thread of its own, as ComfyUI's server runs a prompt: there malloc keeps less memory."""
+    """function(options) in a thread of its own, as ComfyUI's server runs a prompt: glibc serves it from other heaps."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, options).result()
 

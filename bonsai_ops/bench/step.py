@@ -20,8 +20,6 @@ WAYS = {
     "dense_bf16": "dense model computing in bf16",
     "stock": "stock ComfyUI, dense file",
 }
-
-
 TURNS = 2
 
 
