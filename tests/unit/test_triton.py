@@ -299,8 +299,8 @@ def gemlite_product(x: torch.Tensor, leaves: dict[str, torch.Tensor], monkeypatc
     return out
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="gemlite is installed on Linux only")
 @interpreter
+@pytest.mark.skipif(sys.platform != "linux", reason="gemlite is installed on Linux only")
 @pytest.mark.parametrize("tables", [torch.float16, torch.float32])
 @pytest.mark.parametrize("variant", ["ternary", "binary"])
 def test_agrees_with_gemlite(
