@@ -2,7 +2,8 @@
 
 The parent calls `run(module, ..)`; the child is `python -m bonsai_ops.bench.<module> OPTIONS`, OPTIONS being JSON with
 at least {"comfyui", "threads"}. It calls `start` first and prints its figures as one line of JSON at the end. What is
-measured in turns with others is a `Session` instead: for each line that the child reads it prints one.
+measured in turns with others is a `Session` instead: the child prints a line when it has loaded, and one for each line
+that it reads.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class Session:
         with contextlib.suppress(BrokenPipeError):
             self._child.stdin.write("again\n")
             self._child.stdin.flush()
+        return self.read()
+
+    def read(self) -> dict:
+        """Waits for the child's next line."""
         for line in self._child.stdout:
             if line.startswith("{"):
                 return json.loads(line)

@@ -1,8 +1,8 @@
 """One way of the step and LoRA benchmarks, a process of its own (host.py): run_step {"way", "file", "size", "rank"}.
 
-rank 0: samples for every line that it reads, and prints seconds and joules of each step after a first one; at the end
-bytes of the weights and peak memory. Otherwise samples without and with a LoRA of that rank on every linear layer of
-the blocks, and prints median seconds of both.
+rank 0: says when it has loaded, samples for every line that it reads, and prints seconds and joules of each step after
+a first one; at the end bytes of the weights and peak memory. Otherwise samples without and with a LoRA of that rank on
+every linear layer of the blocks, and prints median seconds of both.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def _measure(options: dict) -> int:
             plain, lora = (statistics.median(itertools.chain(*runs)) for runs in zip(*rounds, strict=True))
             figures |= {"seconds": plain, "lora_seconds": lora}
         else:
+            print(json.dumps({"loaded": options["file"]}), flush=True)
             for _ in sys.stdin:
                 print(json.dumps({"steps": steps(model, size, device, energy)}), flush=True)
     report = model.get_attachment("bonsai")

@@ -21,6 +21,7 @@ WAYS = {
     "stock": "stock ComfyUI, dense file",
 }
 TURNS = 2
+"""How often each way is asked; run_step times STEPS steps a turn."""
 
 
 def measure(
@@ -96,7 +97,10 @@ def _in_turns(
 ) -> dict[str, dict]:
     """{way: its last figures, and "steps": (seconds, joules) of each step}."""
     with contextlib.ExitStack() as stack:
-        sessions = {way: stack.enter_context(_open(comfyui, folder, way, size, 0, layout, device)) for way in ways}
+        sessions = {}
+        for way in ways:  # one after another: nothing is measured while another loads
+            sessions[way] = stack.enter_context(_open(comfyui, folder, way, size, 0, layout, device))
+            sessions[way].read()
         done = [{way: session.ask()["steps"] for way, session in sessions.items()} for _ in range(turns)]
         return {
             way: {**session.finish(), "steps": [step for turn in done for step in turn[way]]}
