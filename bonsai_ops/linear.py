@@ -122,13 +122,16 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     def _apply(self, fn: object, recurse: bool = True) -> torch.nn.Module:
         """Module._apply sets `param.data`, which a QuantizedTensor does not support: put a new Parameter instead.
 
-        What the patches hold for the old place goes with it.
+        What the patches hold for the old place goes with it. A tensor from outside of inference mode is moved outside
+        of it: inside, torch makes no Parameter of what it becomes.
         """
         for branch in (self.resident_patch, self.hook_patch):
             if branch is not None:
                 branch.forget()
         for name, param in self._parameters.items():
-            if param is not None:
+            if param is None:
+                continue
+            with torch.inference_mode(torch.is_inference_mode_enabled() and param.is_inference()):
                 moved = fn(param)
                 if moved.is_inference() and not torch.is_inference_mode_enabled():
                     moved = moved.clone()

@@ -163,7 +163,7 @@ def test_trap_06_the_layout_multiplies_packed(monkeypatch: pytest.MonkeyPatch, m
 
 
 def test_trap_07_a_layer_can_be_moved() -> None:
-    """Moving or casting a layer raised or changed nothing, also after it was made in inference mode."""
+    """Moving or casting a layer raised or changed nothing, also if made or moved in inference mode."""
     layer = linear_layer()
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
     before = layer(x)
@@ -176,6 +176,10 @@ def test_trap_07_a_layer_can_be_moved() -> None:
         made.to(move)
         assert not made.weight.is_inference() and not made.weight._qdata.is_inference()
     assert torch.equal(made(x), before)
+    with torch.inference_mode():
+        layer.to(torch.float64).to(torch.float32).to("cpu")
+        assert torch.equal(layer(x), before)
+    assert not layer.weight.is_inference() and not layer.weight._qdata.is_inference()
     watched = weakref.ref(layer.weight)  # as torch.compile holds one: torch would refuse to swap the tensor
     layer.to("meta")
     assert watched() is not layer.weight
