@@ -26,6 +26,7 @@ import comfy.utils
 import comfy.weight_adapter
 import torch
 
+from .backends.cpu import reuse
 from .layout import is_packed
 
 logger = logging.getLogger(__name__)
@@ -224,6 +225,15 @@ class PackedPatcher:
                     del module.comfy_patched_weights
                 else:
                     module.comfy_patched_weights = resident
+
+    def pre_run(self):
+        super().pre_run()
+        if not torch.is_grad_enabled():  # training keeps results for its backward pass
+            reuse.open()
+
+    def cleanup(self):
+        super().cleanup()
+        reuse.close()
 
     def patch_hooks(self, hooks):
         self.cached_hook_patches.clear()  # ComfyUI's cache holds merged weights; a packed layer has none to cache

@@ -20,6 +20,7 @@ import torch
 
 from .. import codec as codecs
 from ..packed_weight import PackedWeight
+from .reuse import Reuse
 
 SCRATCH_BYTES = 32_000_000
 """Bound on what a call allocates beside its result."""
@@ -40,6 +41,11 @@ A8_TOKENS, A8_ROWS, A8_VALUE_BYTES = 2048, 1536, 8 << 19
 """a8: bounds on one product, whose int32 sums take 12 MB at most."""
 A8_PIECE, A8_BLOCK = 1 << 20, 1 << 18
 """a8: values of the weight that one operation works on; values that are rounded, or sums that are scaled, at a time."""
+
+HIGHEST = torch.tensor(0x7FFF, dtype=torch.int16, device="cpu")
+
+reuse = Reuse()
+"""Memory of results and buffers, open while ComfyUI samples one of our models."""
 
 
 def declines(
@@ -71,7 +77,8 @@ def linear(
     """
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
-    out = torch.empty(flat.shape[0], rows, dtype=x.dtype)
+    reuse.next_turn()
+    out = reuse.empty(flat.shape[0], rows, x.dtype)
     if mode == "a8":
         _a8(flat, weight, out)
     else:
@@ -85,7 +92,7 @@ def _exact(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
     """out [M, N] = x [M, K] W^T."""
     rows, columns = weight.shape
     chunks = _chunks(rows, VALUE_BYTES // (x.dtype.itemsize * columns))
-    values = torch.empty(chunks[0][1], columns, dtype=x.dtype)
+    values = reuse.empty(chunks[0][1], columns, x.dtype)
     write, piece = (_write_bf16, PIECE_BYTES) if x.dtype == torch.bfloat16 else (_write_fp32, PIECE_BYTES // 4)
     for first, last in chunks:
         write(weight, first, last, values, piece)
@@ -127,8 +134,8 @@ def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
     chunks = _chunks(rows, min(A8_ROWS, A8_VALUE_BYTES // columns))
     turns = -(-tokens // max(1, min(A8_TOKENS, INPUT_BYTES // columns)))
     step = -(-tokens // max(turns, 1))
-    codes = torch.empty(chunks[0][1], columns, dtype=torch.int8)
-    sums = torch.empty(step * chunks[0][1], dtype=torch.int32)
+    codes = reuse.empty(chunks[0][1], columns, torch.int8)
+    sums = reuse.empty(step, chunks[0][1], torch.int32).view(-1)
     for start in range(0, tokens, max(step, 1)):
         part = out[start : start + step]
         rounded, token_scale = _rounded(x[start : start + step])
@@ -147,7 +154,7 @@ def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
 
 def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] as (int8 [M, K], fp32 [M, 1]), whose product is x but for the rounding."""
-    rounded = torch.empty(x.shape, dtype=torch.int8)
+    rounded = reuse.empty(*x.shape, torch.int8)
     scale = torch.empty(x.shape[0], 1)
     block = max(1, A8_BLOCK // x.shape[1])
     for lo in range(0, x.shape[0], block):
@@ -180,11 +187,10 @@ def _runs(weight: PackedWeight, first: int, last: int, count: int) -> Iterator[t
 
 def _signs(codec: str, packed: torch.Tensor, plane: int, out: torch.Tensor) -> torch.Tensor:
     """out, int16 [R, K] = t of one plane of the bytes, uint8 [R, K]."""
-    highest = torch.tensor(0x7FFF, dtype=torch.int16)
     if codec == "trit5":
         if plane:
             packed = torch.mul(packed, 3**plane % 256)
-        return torch.add(highest, out.copy_(packed), alpha=-3 << 6, out=out).bitwise_right_shift_(14)
+        return torch.add(HIGHEST, out.copy_(packed), alpha=-3 << 6, out=out).bitwise_right_shift_(14)
     if codec == "crumb":
-        return torch.add(highest, out.copy_(packed), alpha=-1 << (8 + 2 * plane), out=out).bitwise_right_shift_(14)
+        return torch.add(HIGHEST, out.copy_(packed), alpha=-1 << (8 + 2 * plane), out=out).bitwise_right_shift_(14)
     return out.copy_(packed).bitwise_left_shift_(8 + plane).bitwise_right_shift_(15).bitwise_or_(1)

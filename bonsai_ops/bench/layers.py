@@ -1,6 +1,7 @@
 """Every linear layer shape of the 4B model: packed against dense, in one run, in turns.
 
 bf16             dense weight, torch's own product: what every ratio refers to
+bf16_kept        the same into memory that is kept from call to call
 trit5            ours, exact, ternary compact (1.6 bits a weight)
 planes           ours, exact, ternary in 2-bit planes
 bit              ours, exact, 1-bit
@@ -9,6 +10,9 @@ fp16_accumulate  ours, sums of up to 128 products in fp16 (GPU)
 unpack           the whole layer unpacked at each call, as loaders of GGUF files do
 fp32             dense weight in fp32, what stock ComfyUI computes with on a CPU
 gemlite          gemlite's own kernel on 2-bit weights (GPU)
+
+On a CPU ours works as while ComfyUI samples a model: on memory that is used again (backends/reuse.py). The dense
+products get theirs from torch, as in ComfyUI; bf16_kept tells what that costs them.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import codec, dispatch
+from ..backends.cpu import reuse
 from ..packed_weight import SCHEMES, PackedWeight, recode
 from .report import show_table
 from .timer import Timer, make_timer, run_with_scratch, speed_ratio, spread, time_in_turns
@@ -30,7 +35,7 @@ CHECKED_ROWS = 64
 QUIET = 0.15
 """Largest spread of the dense product on a machine that is doing nothing else."""
 OURS = ("trit5", "planes", "bit", "a8", "fp16_accumulate")
-RIVALS = ("unpack", "fp32", "gemlite")
+RIVALS = ("bf16_kept", "unpack", "fp32", "gemlite")
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,13 @@ def dense(x: torch.Tensor, weight: torch.Tensor, timer: Timer) -> list[Callable]
     return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
 
 
+def _into_kept_memory(x: torch.Tensor, weight: torch.Tensor, timer: Timer) -> list[Callable]:
+    """As `dense`, all calls into one result."""
+    weights = [weight, *(weight.clone() for _ in range(timer.copies(weight.nbytes) - 1))]
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    return [lambda w=w: torch.mm(x, w.t(), out=out) for w in weights]
+
+
 def offers(x: torch.Tensor, weight: PackedWeight, mode: str) -> str | None:
     """Why `mode` is not computed for this weight here, None if it is."""
     choice = dispatch.resolve(dispatch.call_of(x.device, x.dtype, weight, mode))
@@ -109,6 +121,7 @@ def _ways(shape: Shape, tokens: int, device: str, timer: Timer) -> Iterator[tupl
     exact, exact_of_bit = (few @ w.dequantize(torch.float32).double().t() for w in (ternary, binary))
     values = ternary.dequantize(torch.bfloat16)
     yield "bf16", Way(dense(x, values, timer), values.nbytes, exact)
+    yield "bf16_kept", Way(_into_kept_memory(x, values, timer), values.nbytes, exact)
     yield "trit5", Way(ours(x, ternary, timer), ternary.nbytes, exact)
     yield "planes", Way(ours(x, planes, timer), planes.nbytes, exact)
     yield "bit", Way(ours(x, binary, timer), binary.nbytes, exact_of_bit)
@@ -198,7 +211,8 @@ def _row(shape: Shape, tokens: int, device: str, timer: Timer, rounds: int) -> t
     """(the row of one shape, {way: why it is not measured here})."""
     found = dict(_ways(shape, tokens, device, timer))
     ways = {name: way for name, way in found.items() if isinstance(way, Way)}
-    seconds = time_in_turns({name: way.calls for name, way in ways.items()}, timer, rounds)
+    with reuse.opened():
+        seconds = time_in_turns({name: way.calls for name, way in ways.items()}, timer, rounds)
     row: dict = {"m": tokens, "k": shape.k, "n": shape.n, "scratch_bytes": 0, "bf16_spread": spread(seconds["bf16"])}
     for name in ("bf16", *OURS, *RIVALS):
         way = ways.get(name)
@@ -210,6 +224,7 @@ def _row(shape: Shape, tokens: int, device: str, timer: Timer, rounds: int) -> t
         if way is None:
             continue
         y, scratch = run_with_scratch(way.calls[0], device)
+        scratch = max(scratch, 0)  # a result that is kept was not allocated now
         row[f"{name}_scratch_bytes"], row[f"{name}_error"] = scratch, relative_error(y, way)
         if name in OURS:
             row["scratch_bytes"] = max(row["scratch_bytes"], scratch)

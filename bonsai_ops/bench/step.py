@@ -20,7 +20,7 @@ WAYS = {
     "dense_bf16": "dense model computing in bf16",
     "stock": "stock ComfyUI, dense file",
 }
-TURNS = 2
+TURNS = 3
 """How often each way is asked; run_step times STEPS steps a turn."""
 
 
