@@ -4,7 +4,8 @@
 
 `PackedPatcher` is mixed into ComfyUI's ModelPatcher: it leaves the patch list of a packed layer on the layer instead of
 merging it into the weight. The layer finds its patches wherever ComfyUI put them: there (resident), in a LowVramPatch
-among its weight functions (offloaded) or in `weight_lowvram_function` (dynamic VRAM).
+among its weight functions (offloaded) or in `weight_lowvram_function` (dynamic VRAM). While the model is sampled the
+patcher also lets the CPU backend keep memory (backends/reuse.py).
 
 What is not plain low rank (DoRA, LoHa, LoKr, full differences, functions) is applied exactly too: the layer is unpacked
 at each call, ComfyUI's own calculate_weight changes it, and the dense product is taken. Merges of whole models (a

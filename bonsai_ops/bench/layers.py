@@ -85,21 +85,18 @@ def activations(tokens: int, columns: int, device: str) -> torch.Tensor:
 
 def ours(x: torch.Tensor, weight: PackedWeight, timer: Timer, mode: str = dispatch.EXACT) -> list[Callable]:
     """Calls of our product, one a copy of the weight."""
-    weights = [weight, *(_copy(weight) for _ in range(timer.copies(weight.nbytes) - 1))]
-    return [lambda w=w: dispatch.linear(x, w, mode=mode) for w in weights]
+    return [lambda w=w: dispatch.linear(x, w, mode=mode) for w in _copies(weight, timer)]
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, timer: Timer) -> list[Callable]:
     """Calls of torch's product, one a copy of the dense weight."""
-    weights = [weight, *(weight.clone() for _ in range(timer.copies(weight.nbytes) - 1))]
-    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in _copies(weight, timer)]
 
 
 def _into_kept_memory(x: torch.Tensor, weight: torch.Tensor, timer: Timer) -> list[Callable]:
     """As `dense`, all calls into one result."""
-    weights = [weight, *(weight.clone() for _ in range(timer.copies(weight.nbytes) - 1))]
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    return [lambda w=w: torch.mm(x, w.t(), out=out) for w in weights]
+    return [lambda w=w: torch.mm(x, w.t(), out=out) for w in _copies(weight, timer)]
 
 
 def offers(x: torch.Tensor, weight: PackedWeight, mode: str) -> str | None:
@@ -108,8 +105,15 @@ def offers(x: torch.Tensor, weight: PackedWeight, mode: str) -> str | None:
     return None if choice.mode == mode else choice.declined[mode]
 
 
-def _copy(weight: PackedWeight) -> PackedWeight:
-    return replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+def _copies(weight: PackedWeight | torch.Tensor, timer: Timer) -> list:
+    """The weight and as many copies of it as the timer wants."""
+
+    def copy() -> PackedWeight | torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            return weight.clone()
+        return replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+
+    return [weight, *(copy() for _ in range(timer.copies(weight.nbytes) - 1))]
 
 
 def _ways(shape: Shape, tokens: int, device: str, timer: Timer) -> Iterator[tuple[str, Way | str]]:
@@ -128,8 +132,7 @@ def _ways(shape: Shape, tokens: int, device: str, timer: Timer) -> Iterator[tupl
     yield "a8", _in_mode("a8", x, (planes, ternary), exact, timer)
     if device != "cpu":
         yield "fp16_accumulate", _in_mode("fp16_accumulate", x.half(), (ternary, planes), exact, timer)
-    copies = [ternary, *(_copy(ternary) for _ in range(timer.copies(ternary.nbytes) - 1))]
-    unpack = [lambda w=w: torch.nn.functional.linear(x, w.dequantize(torch.bfloat16)) for w in copies]
+    unpack = [lambda w=w: torch.nn.functional.linear(x, w.dequantize(torch.bfloat16)) for w in _copies(ternary, timer)]
     yield "unpack", Way(unpack, ternary.nbytes, exact)
     wide = values.float()
     yield "fp32", Way(dense(x.float(), wide, timer), wide.nbytes, exact)
