@@ -5,7 +5,8 @@
            int8 activations, beside dense bf16, dense fp32, unpacking the whole layer at each call and, on a GPU,
            gemlite: speed, bytes, measured scratch memory, error against float64
 --sweep    cost of the layers against the number of tokens, 256 to 4608
---step     one sampling step of the 4B model in the real host: ours, a dense model in bf16, stock ComfyUI
+--step     one sampling step of the 4B model in the real host: ours, a dense model in bf16, without and with our way to
+           attend on a CPU, and stock ComfyUI
 --lora     what a LoRA on every linear layer costs a step in the real host: ours, a dense model in bf16
 --profile  where one step in the real host goes, operation by operation, and whose code asks for it
 --picture  a whole picture part by part: text encoder, 4 steps, VAE decode; --sdcpp adds stable-diffusion.cpp

@@ -57,10 +57,10 @@ class Session:
         self._child.communicate()
         self._errors.close()
 
-    def ask(self) -> dict:
-        """Lets the child measure once more and returns what it prints."""
+    def ask(self, what: str = "again") -> dict:
+        """Lets the child, which reads the line `what`, measure once more and returns what it prints."""
         with contextlib.suppress(BrokenPipeError):
-            self._child.stdin.write("again\n")
+            self._child.stdin.write(f"{what}\n")
             self._child.stdin.flush()
         return self.read()
 

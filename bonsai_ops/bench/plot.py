@@ -25,6 +25,7 @@ COLOURS = {
     "bf16": RIVAL,
     "ours": OURS,
     "dense_bf16": RIVAL,
+    "dense_bf16_parts": RIVAL,
     "stock": RIVAL_2,
     "sdcpp": RIVAL,
 }
@@ -41,6 +42,7 @@ NAMES = {
     "bf16": "dense bf16",
     "ours": "Bonsai Image",
     "dense_bf16": "dense, bf16",
+    "dense_bf16_parts": "attention in parts",
     "stock": "stock ComfyUI",
     "sdcpp": "stable-diffusion.cpp",
 }

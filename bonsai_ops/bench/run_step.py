@@ -1,7 +1,8 @@
 """One way of the step and LoRA benchmarks, a process of its own (host.py): run_step {"way", "file", "size", "rank"}.
 
 rank 0: says when it has loaded, samples for every line that it reads, and prints seconds and joules of each step after
-a first one; at the end bytes of the weights and peak memory. Otherwise samples without and with a LoRA of that rank on
+a first one; at the end bytes of the weights and peak memory. The line IN_PARTS asks for attention in parts, which ours
+has on a CPU whatever it reads. Otherwise samples without and with a LoRA of that rank on
 every linear layer of the blocks, and prints median seconds of both.
 """
 
@@ -19,6 +20,7 @@ from .energy import Energy, find_energy
 
 STEPS = 2
 ROUNDS = 2
+IN_PARTS = "in parts"
 
 
 def main(argv: list[str]) -> int:
@@ -43,9 +45,11 @@ def _measure(options: dict) -> int:
             plain, lora = (statistics.median(itertools.chain(*runs)) for runs in zip(*rounds, strict=True))
             figures |= {"seconds": plain, "lora_seconds": lora}
         else:
+            in_parts = _attending_in_parts(model)
             print(json.dumps({"loaded": options["file"]}), flush=True)
-            for _ in sys.stdin:
-                print(json.dumps({"steps": steps(model, size, device, energy)}), flush=True)
+            for line in sys.stdin:
+                asked = in_parts if line.strip() == IN_PARTS else model
+                print(json.dumps({"steps": steps(asked, size, device, energy)}), flush=True)
     report = model.get_attachment("bonsai")
     figures |= {
         "no_joules": energy.why_not,
@@ -112,6 +116,15 @@ def steps(
         spent = energy.between(before, after) if energy else None
         done.append((end - start, spent))
     return done
+
+
+def _attending_in_parts(model: object) -> object:
+    """A clone that does on a CPU."""
+    from ..attention import attend_in_parts
+
+    clone = model.clone()
+    attend_in_parts(clone)
+    return clone
 
 
 def _with_lora(model: object, rank: int) -> object:

@@ -1,7 +1,10 @@
-"""One sampling step of the 4B model in the real host, each way in a process of its own.
+"""One sampling step of the 4B model in the real host, each file in a process of its own.
 
 Ours and the dense model in bf16 take turns, because a machine's speed changes by more than what lies between them.
 Stock ComfyUI, which needs the memory of both, comes after them.
+
+On a CPU our models attend in parts (attention.py), which has nothing to do with packing: the dense model is measured
+without and with it.
 """
 
 from __future__ import annotations
@@ -14,12 +17,16 @@ from pathlib import Path
 from . import host
 from .host import Session
 from .report import show_table
+from .run_step import IN_PARTS
 
 WAYS = {
     "ours": "ternary pack, packed in memory",
     "dense_bf16": "dense model computing in bf16",
+    "dense_bf16_parts": "the same, attention in parts",
     "stock": "stock ComfyUI, dense file",
 }
+SAME_MODEL = {"dense_bf16_parts": "dense_bf16"}
+"""{way: the way whose process it shares}."""
 TURNS = 3
 """How often each way is asked; run_step times STEPS steps a turn."""
 
@@ -35,10 +42,13 @@ def measure(
     """Prints the table and returns {"size", "ours_s", "dense_bf16_s", "stock_s", "<way>_bytes", "<way>_peak_rss", ..}.
 
     Modes other than exact are further ways, such as ours_a8. <way>_s: median of <way>_seconds, those of each step.
-    <way>_joules: energy of a step, None where the machine does not tell.
+    <way>_joules: energy of a step, None where the machine does not tell. <way>_peak_rss: of the process, None for
+    dense_bf16_parts, which shares that of dense_bf16.
     """
     extra = {f"ours_{mode}": f"{WAYS['ours']}, mode {mode}" for mode in modes if mode != "exact"}
-    ways = {"ours": WAYS["ours"], **extra, "dense_bf16": WAYS["dense_bf16"], "stock": WAYS["stock"]}
+    ways = {"ours": WAYS["ours"], **extra, **WAYS}
+    if device != "cpu":
+        del ways["dense_bf16_parts"]
     figures: dict = {"size": size, "device": device, "layout": layout}
     rows = _in_turns(comfyui, folder, [way for way in ways if way != "stock"], TURNS, size, layout, device)
     rows |= _in_turns(comfyui, folder, ["stock"], 1, size, layout, device)
@@ -51,7 +61,7 @@ def measure(
             f"{way}_s": statistics.median(s for s, _ in row["steps"]),
             f"{way}_seconds": [s for s, _ in row["steps"]],
             f"{way}_bytes": row["bytes"],
-            f"{way}_peak_rss": row["peak_rss"],
+            f"{way}_peak_rss": None if way in SAME_MODEL else row["peak_rss"],
             f"{way}_joules": statistics.median(joules) if joules else None,
         }
     why_not = rows["stock"]["no_joules"]
@@ -65,7 +75,7 @@ def measure(
                 figures[f"{way}_s"] / figures["stock_s"],
                 figures[f"{way}_s"] / figures["dense_bf16_s"],
                 figures[f"{way}_bytes"] / 1e6,
-                figures[f"{way}_peak_rss"] / 1e6,
+                None if way in SAME_MODEL else figures[f"{way}_peak_rss"] / 1e6,
                 figures[f"{way}_joules"],
             )
             for way, text in ways.items()
@@ -97,15 +107,18 @@ def _in_turns(
 ) -> dict[str, dict]:
     """{way: its last figures, and "steps": (seconds, joules) of each step}."""
     with contextlib.ExitStack() as stack:
-        sessions = {}
+        sessions: dict[str, Session] = {}
         for way in ways:  # one after another: nothing is measured while another loads
-            sessions[way] = stack.enter_context(_open(comfyui, folder, way, size, 0, layout, device))
-            sessions[way].read()
-        done = [{way: session.ask()["steps"] for way, session in sessions.items()} for _ in range(turns)]
-        return {
-            way: {**session.finish(), "steps": [step for turn in done for step in turn[way]]}
-            for way, session in sessions.items()
-        }
+            if way not in SAME_MODEL:
+                sessions[way] = stack.enter_context(_open(comfyui, folder, way, size, 0, layout, device))
+                sessions[way].read()
+        done: dict[str, list] = {way: [] for way in ways}
+        for _ in range(turns):
+            for way in ways:
+                session = sessions[SAME_MODEL.get(way, way)]
+                done[way] += (session.ask(IN_PARTS) if way in SAME_MODEL else session.ask())["steps"]
+        last = {way: session.finish() for way, session in sessions.items()}
+        return {way: {**last[SAME_MODEL.get(way, way)], "steps": done[way]} for way in ways}
 
 
 def _open(comfyui: Path, folder: Path, way: str, size: int, rank: int, layout: str, device: str) -> Session:

@@ -40,7 +40,10 @@ def test_a_step_in_turns(comfyui_path: Path, work: Path, capsys: pytest.CaptureF
     for way in step.WAYS:
         assert len(figures[f"{way}_seconds"]) == STEPS * (1 if way == "stock" else step.TURNS)
         assert min(figures[f"{way}_seconds"]) <= figures[f"{way}_s"] <= max(figures[f"{way}_seconds"])
-        assert figures[f"{way}_peak_rss"] > 1e8
+        if way in step.SAME_MODEL:
+            assert figures[f"{way}_peak_rss"] is None
+        else:
+            assert figures[f"{way}_peak_rss"] > 1e8
     assert figures["ours_bytes"] < 0.5 * figures["dense_bf16_bytes"]
     assert step.WAYS["ours"] in capsys.readouterr().out
 

@@ -1,0 +1,159 @@
+"""On a CPU our models attend in parts: the same to the bit, and only where ComfyUI's sub-quadratic attention runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import draw, load_stock, read_dense
+
+pytestmark = pytest.mark.host
+
+PLACE = ("transformer_options", "optimized_attention_override")
+
+
+@pytest.fixture
+def model(comfy: Any, packs: Mapping[str, Path]) -> Any:
+    from bonsai_ops.loader import load_bonsai_model
+
+    return load_bonsai_model(packs["ternary"], {"compute_dtype": "fp32"})
+
+
+@pytest.fixture
+def calls(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(batch x heads, queries) of whatever ComfyUI's sub-quadratic attention computes."""
+    from comfy.ldm.modules import attention as comfys
+
+    shapes: list[tuple[int, int]] = []
+    compute = comfys.efficient_dot_product_attention
+
+    def noting(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        shapes.append((query.shape[0], query.shape[1]))
+        return compute(query, *args, **kwargs)
+
+    monkeypatch.setattr(comfys, "efficient_dot_product_attention", noting)
+    return shapes
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, comfy: Any) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def inputs(batch: int, heads: int, tokens: int, keys: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Query, key and value [batch, heads, tokens or keys, width]."""
+    generator = torch.Generator().manual_seed(tokens)
+    return [torch.randn(batch, heads, n, width, generator=generator).to(dtype) for n in (tokens, keys, keys)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "score_bytes", "largest"),
+    [
+        # batch, heads, queries, keys, width; largest: heads x queries of the largest part
+        ((1, 24, 1536, 1536, 128), 8_000_000, (1, 1536)),
+        ((1, 2, 4608, 4608, 128), 8_000_000, (1, 768)),
+        ((1, 5, 96, 96, 64), 20_000, (1, 96)),
+        ((1, 5, 96, 96, 64), 40_000, (2, 96)),
+        ((2, 3, 333, 333, 128), 200_000, (1, 111)),
+        ((1, 4, 130, 150, 32), 1, (1, 65)),
+        ((1, 4, 33, 700, 32), 1, (1, 33)),
+        ((1, 24, 513, 1031, 128), 500_000, (1, 171)),
+    ],
+)
+def test_the_same_to_the_bit(
+    shape: tuple[int, ...],
+    score_bytes: int,
+    largest: tuple[int, int],
+    dtype: torch.dtype,
+    threads: int,
+    calls: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against ComfyUI's function called once, in both of its layouts. score_bytes: for two bytes a score."""
+    from bonsai_ops import attention
+
+    batch, heads, tokens, _, _ = shape
+    monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes * dtype.itemsize // 2)
+    tensors = inputs(*shape, dtype)
+    truth = attention.SUB_QUADRATIC(*tensors, heads, skip_reshape=True)
+    assert calls == [(batch * heads, tokens)]
+    calls.clear()
+    assert torch.equal(attention.in_parts(attention.SUB_QUADRATIC, *tensors, heads, skip_reshape=True), truth)
+    assert max(calls) == (batch * largest[0], largest[1]) and sum(h * n for h, n in calls) == batch * heads * tokens
+    flat = [t.transpose(1, 2).flatten(2) for t in tensors]
+    assert torch.equal(attention.in_parts(attention.SUB_QUADRATIC, *flat, heads=heads), truth)
+
+
+def test_what_is_not_taken_apart(calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy.ldm.modules import attention as comfys
+
+    from bonsai_ops import attention
+
+    monkeypatch.setattr(attention, "SCORE_BYTES", 1)
+    q, k, v = inputs(1, 4, 200, 200, 16, torch.float32)
+    mask = torch.zeros(200, 200).masked_fill_(torch.ones(200, 200).triu(1).bool(), -torch.inf)
+    for settings in ({"mask": mask}, {"skip_output_reshape": True}):
+        truth = attention.SUB_QUADRATIC(q, k, v, 4, skip_reshape=True, **settings)
+        found = attention.in_parts(attention.SUB_QUADRATIC, q, k, v, 4, skip_reshape=True, **settings)
+        assert torch.equal(found, truth)
+    trained = q.clone().requires_grad_()
+    attention.in_parts(attention.SUB_QUADRATIC, trained, k, v, 4, skip_reshape=True).sum().backward()
+    assert trained.grad is not None
+    assert calls == [(4, 200)] * 5
+    for name in ("attention_pytorch", "attention_split"):
+        function = inspect.unwrap(getattr(comfys, name))
+        truth = function(q, k, v, 4, None, None, True)
+        assert torch.equal(attention.in_parts(function, q, k, v, 4, None, None, True), truth)
+    assert len(calls) == 5
+
+
+def test_a_picture_drawn_in_parts(model: Any, calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt and two at once; with a clone, as every loader of LoRAs makes one."""
+    from bonsai_ops import attention
+
+    start = {"samples": torch.zeros(1, 128, 16, 16)}
+    whole = [draw(model, start=start, cfg=cfg) for cfg in (1.0, 3.0)]
+    assert set(calls) == {(1, 768), (2, 768)}  # ComfyUI fills the text up to 512 tokens
+    calls.clear()
+    monkeypatch.setattr(attention, "SCORE_BYTES", 1000)
+    found = [draw(model.clone(), start=start, cfg=cfg) for cfg in (1.0, 3.0)]
+    assert set(calls) == {(1, 64), (2, 64)}
+    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+
+
+def test_another_override_stays(model: Any) -> None:
+    """The one of another node is called, also on clones made after it was set."""
+
+    def others(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(function.__name__)
+        return function(*args, **kwargs)
+
+    seen: list[str] = []
+    clone = model.clone()
+    options, name = PLACE
+    clone.model_options[options][name] = others
+    draw(clone.clone(), steps=1)
+    assert seen
+
+
+def test_only_packed_models_on_a_cpu(model: Any, packs: Mapping[str, Path]) -> None:
+    from bonsai_ops import attention
+    from bonsai_ops.lora import adopt
+
+    options, name = PLACE
+    assert model.model_options[options][name] is attention.in_parts
+    assert model.clone().model_options[options][name] is attention.in_parts
+    stock = load_stock(read_dense(packs["ternary"]))
+    assert name not in stock.model_options[options]
+    stock.load_device = torch.device("cuda")
+    adopt(stock)
+    assert name not in stock.model_options[options]
