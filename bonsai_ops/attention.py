@@ -25,11 +25,11 @@ SCORE_BYTES = 8_000_000
 """Bound on the scores of one part. From 6 to 24 MB the speed is the same; above 32 MB the C library gives the memory
 back."""
 LEAST_QUERIES = 64
-"""Queries of a part, whatever SCORE_BYTES says. With fewer, a matrix library may round elsewhere."""
+"""Queries of a part at least, whatever SCORE_BYTES says. With fewer, a matrix library may round elsewhere."""
 
 
 def attend_in_parts(patcher: object) -> None:
-    """Lets a ModelPatcher whose model computes on a CPU attend in parts, and every clone of it."""
+    """Lets a ModelPatcher whose model computes on a CPU attend in parts; clones inherit it with its options."""
     if comfy.model_management.is_device_cpu(patcher.load_device):
         patcher.model_options.setdefault("transformer_options", {}).setdefault(OVERRIDE, in_parts)
 
@@ -71,15 +71,14 @@ def _in_parts(
         return whole()
     head_step = max(1, most // tokens)
     turns = max(1, min(-(-tokens // most), tokens // LEAST_QUERIES))
-    query_step = -(-tokens // turns)
     width = v.shape[3]
     out = q.new_empty(batch, tokens, heads * width)
     for head in range(0, heads, head_step):
         some = slice(head, min(head + head_step, heads))
         count = some.stop - some.start
         columns = slice(some.start * width, some.stop * width)
-        for first in range(0, tokens, query_step):
-            rows = slice(first, first + query_step)
+        for turn in range(turns):
+            rows = slice(tokens * turn // turns, tokens * (turn + 1) // turns)
             out[:, rows, columns] = SUB_QUADRATIC(
                 q[:, some, rows], k[:, some], v[:, some], count, None, attn_precision, True, **options
             )

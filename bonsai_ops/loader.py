@@ -14,6 +14,7 @@ import torch
 from comfy.cli_args import args
 
 from . import build, dispatch
+from .attention import attend_in_parts
 from .errors import PackError
 from .formats import Pack
 from .layout import wrap
@@ -115,6 +116,7 @@ def load_bonsai_model(
     # ComfyUI falls back to fp32 for a dtype it thinks slow on the device (bf16 on every CPU); the loader has decided.
     model.model.manual_cast_dtype = None
     adopt(model)
+    attend_in_parts(model)
     model.cached_patcher_init = (load_bonsai_model, (str(path), asdict(settings)))
     model.set_attachments(ATTACHMENT, report)
     logger.info(

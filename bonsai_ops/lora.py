@@ -5,7 +5,7 @@
 `PackedPatcher` is mixed into ComfyUI's ModelPatcher: it leaves the patch list of a packed layer on the layer instead of
 merging it into the weight. The layer finds its patches wherever ComfyUI put them: there (resident), in a LowVramPatch
 among its weight functions (offloaded) or in `weight_lowvram_function` (dynamic VRAM). While the model is sampled the
-patcher also lets the CPU backend keep memory (backends/reuse.py), and on a CPU it attends in parts (attention.py).
+patcher also lets the CPU backend keep memory (backends/reuse.py).
 
 What is not plain low rank (DoRA, LoHa, LoKr, full differences, functions) is applied exactly too: the layer is unpacked
 at each call, ComfyUI's own calculate_weight changes it, and the dense product is taken. Merges of whole models (a
@@ -27,7 +27,6 @@ import comfy.utils
 import comfy.weight_adapter
 import torch
 
-from .attention import attend_in_parts
 from .backends.cpu import reuse
 from .layout import is_packed
 
@@ -290,8 +289,7 @@ def _patcher_class(base: type) -> type:
 
 
 def adopt(patcher: object) -> None:
-    """Makes a ModelPatcher, and every clone of it, leave packed weights packed and attend in parts on a CPU."""
-    attend_in_parts(patcher)
+    """Makes a ModelPatcher, and every clone of it, leave packed weights packed."""
     if not isinstance(patcher, PackedPatcher):
         patcher.__class__ = _patcher_class(type(patcher))
     on_clone = comfy.patcher_extension.CallbacksMP.ON_CLONE

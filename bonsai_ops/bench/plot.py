@@ -42,7 +42,7 @@ NAMES = {
     "bf16": "dense bf16",
     "ours": "Bonsai Image",
     "dense_bf16": "dense, bf16",
-    "dense_bf16_parts": "attention in parts",
+    "dense_bf16_parts": "dense, in parts",
     "stock": "stock ComfyUI",
     "sdcpp": "stable-diffusion.cpp",
 }

@@ -2,8 +2,8 @@
 
 rank 0: says when it has loaded, samples for every line that it reads, and prints seconds and joules of each step after
 a first one; at the end bytes of the weights and peak memory. The line IN_PARTS asks for attention in parts, which ours
-has on a CPU whatever it reads. Otherwise samples without and with a LoRA of that rank on
-every linear layer of the blocks, and prints median seconds of both.
+has on a CPU whatever it reads. Otherwise samples without and with a LoRA of that rank on every linear layer of the
+blocks, and prints median seconds of both.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import build, dispatch
+from ..attention import attend_in_parts
 from ..layout import is_packed, unwrap, wrap
 from ..loader import ATTACHMENT, LoadReport
 from ..lora import adopt
@@ -60,6 +61,7 @@ def _around(source: object, twin: torch.nn.Module, tensors: Mapping[str, object]
     patcher.cached_hook_patches, patcher.hook_backup, patcher.current_hooks = {}, {}, None
     patcher.is_injected = False
     adopt(patcher)
+    attend_in_parts(patcher)
     return patcher
 
 

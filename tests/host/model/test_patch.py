@@ -384,6 +384,7 @@ def test_a_merge_is_carried_out(unload: Callable[[], None]) -> None:
 
 def test_clone_factory_offload_and_messages(unload: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The factory gives the same model while one is alive; clones are of our class; offloaded equals resident."""
+    from bonsai_ops import attention
     from bonsai_ops.lora import PackedPatcher
     from bonsai_ops.patch import assemble as module
 
@@ -395,6 +396,8 @@ def test_clone_factory_offload_and_messages(unload: Callable[[], None], monkeypa
     assert again.model is not patched.model and isinstance(again, PackedPatcher)
     assert torch.equal(sample("qwen", again), drawn)
     assert isinstance(patched.clone(), PackedPatcher)
+    for model in (patched, again):
+        assert model.model_options["transformer_options"][attention.OVERRIDE] is attention.in_parts
     assert patched.model_size() < 0.6 * stock("qwen").model_size()
     unload()
     loaded(patched, 1)
