@@ -2,8 +2,9 @@
 
 A backend is a name, a function that says why it cannot take a call (or None), and the product. Order: fused kernels,
 the CPU's own path, then the eager reference, which takes everything. `use_backend("eager")` forces one within a block,
-the environment variable BONSAI_BACKEND for a whole process. A backend that raises at its first launch on a device is
-out for that device from then on: one line in the log with the cure, and the next one takes over.
+the environment variable BONSAI_BACKEND for a whole process. A backend that raises is out for that device and mode from
+then on: one line in the log with the cure, and the next one takes over. Where memory ran out or the device's context is
+lost, the error is the caller's, and nothing is out.
 
 A mode other than exact is a wish: where no backend offers it for a call, the call is exact, and the reason is kept
 under the mode's name beside those of the backends.
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .backends import cpu, eager
+from .backends.failure import BackendError, is_the_devices
 from .packed_weight import PackedWeight
 from .precision import cpu_has_fast_bf16, cpu_has_fast_int8
 
@@ -118,13 +120,25 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("bonsai_bac
 
 
 @dataclass
-class _Broken:
-    """Backends that failed at run time, by device and mode: {(name, device, mode): reason}."""
+class _Failures:
+    """Backends that failed at run time. reasons: {(name, device, mode): reason}. said: (name, cure) of the log."""
 
     reasons: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    said: set[tuple[str, str]] = field(default_factory=set)
+
+    def record(self, choice: Choice, device: torch.device, error: Exception) -> None:
+        """Retires the backend for a device and mode; said in the log unless a failure with the same cure was."""
+        name = choice.backend.name
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = f"failed on {device} in mode {choice.mode}: {first_line}"
+        self.reasons[(name, str(device), choice.mode)] = reason
+        said = (name, error.cure if isinstance(error, BackendError) else first_line)
+        if said not in self.said:
+            self.said.add(said)
+            logger.warning("Bonsai: backend %s %s. Going on without it, slower", name, reason)
 
 
-_broken = _Broken()
+_failures = _Failures()
 
 
 def backend_names() -> list[str]:
@@ -144,6 +158,12 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forget_failures() -> None:
+    """Takes every backend that failed in this process back into the choice."""
+    _failures.reasons.clear()
+    _failures.said.clear()
 
 
 def resolve(call: Call) -> Choice:
@@ -167,7 +187,7 @@ def _first(call: Call) -> tuple[Backend | None, dict[str, str]]:
     wanted = _forced.get() or _override()
     declined: dict[str, str] = {}
     for backend in BACKENDS:
-        reason = _broken.reasons.get((backend.name, str(call.device), call.mode))
+        reason = _failures.reasons.get((backend.name, str(call.device), call.mode))
         if reason is None and wanted not in (None, backend.name) and backend.name != "eager":
             reason = f"{wanted} is asked for"
         if reason is None:
@@ -190,20 +210,20 @@ def why_not(call: Call) -> dict[str, str]:
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT) -> torch.Tensor:
-    """y = x W^T + bias by the best backend; x [.., K] -> [.., N]. A backend that breaks is replaced, not raised."""
+    """y = x W^T + bias by the best backend; x [.., K] -> [.., N].
+
+    A backend that breaks is replaced, not raised. Raises what says that memory ran out or that the device is lost, and
+    what the reference raises.
+    """
     call = call_of(x.device, x.dtype, weight, mode)
     while True:
         choice = resolve(call)
-        name = choice.backend.name
         try:
             return choice.backend.linear(x, weight, bias, mode=choice.mode)
         except Exception as error:  # a compiler that breaks at its first launch may raise anything
-            if name == "eager" or isinstance(error, torch.OutOfMemoryError):
+            if choice.backend.name == "eager" or is_the_devices(error):
                 raise
-            first_line = (str(error).strip() or repr(error)).splitlines()[0]
-            reason = f"failed on {call.device}: {first_line}"
-            _broken.reasons[(name, str(call.device), choice.mode)] = reason
-            logger.warning("Bonsai: backend %s %s; going on without it, slower", name, reason)
+            _failures.record(choice, call.device, error)
 
 
 def call_of(device: torch.device, dtype: torch.dtype, weight: PackedWeight, mode: str = EXACT) -> Call:

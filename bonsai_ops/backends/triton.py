@@ -1,16 +1,13 @@
 """The Triton backend: y = x W^T straight from the packed bytes, on CUDA (sm_80 and newer) and ROCm.
 
-Importing this module never fails: without a usable Triton, `unavailable` says why. When Triton breaks at its first
-launch (no C compiler, no ptxas, no Python.h), the call is answered by the eager backend, one log line names the cure,
-and `unavailable` gives the reason from then on.
+Importing this module never fails: without a usable Triton, `unavailable` says why. What breaks at a launch (no C
+compiler, no ptxas, no Python.h, wrong values) is raised with its cure; dispatch.py then goes on without the backend.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-from dataclasses import dataclass, field
 
 import torch
 
@@ -18,6 +15,7 @@ from ..codec import encode, get_codec
 from ..packed_weight import PackedWeight
 from . import eager
 from . import triton_configs as configs
+from .failure import BackendError, is_the_devices
 from .triton_configs import GROUP, Config
 
 try:
@@ -51,36 +49,25 @@ CURES = (
     ("ptxas", f"reinstall Triton ({INSTALL} --force-reinstall --no-deps) or point TRITON_PTXAS_PATH to a newer ptxas"),
     ("no such file", f"reinstall Triton: {INSTALL} --force-reinstall --no-deps"),
     ("permission", "make ~/.triton writable or set TRITON_CACHE_DIR to a folder that is"),
-    ("wrong values", "update this plugin and report the GPU's name"),
     ("out of resource", "update this plugin and report the GPU's name"),
 )
 """Words in an error of Triton -> what a user can do. The first that fits is shown."""
 
-_log = logging.getLogger(__name__)
+verified: set[tuple] = set()
+"""Kernels that gave the reference's answer in this process."""
 
 
-@dataclass
-class _Health:
-    """What is known about Triton in this process. `verified`: kernels that gave the reference's answer."""
-
-    failure: str | None = None
-    verified: set[tuple] = field(default_factory=set)
-
-    def record(self, error: BaseException) -> None:
-        chain = []
-        link: BaseException | None = error
-        while link is not None and len(chain) < 4:
-            output = getattr(link, "stderr", None) or ""
-            chain.append(f"{type(link).__name__}: {link} {output if isinstance(output, str) else output.decode()}")
-            link = link.__cause__ or link.__context__
-        text = " ".join(chain)
-        cure = next((c for words, c in CURES if words in text.lower()), f"reinstall Triton: {INSTALL}")
-        summary = " ".join(chain[0].split())[:300]
-        self.failure = f"Triton could not compile or start a kernel ({summary}); to use it, {cure}"
-        _log.warning("%s. Until then packed layers run without it, more slowly.", self.failure)
-
-
-_health = _Health()
+def _explained(error: Exception) -> BackendError:
+    """What Triton raised, in one line with the cure."""
+    chain = []
+    link: BaseException | None = error
+    while link is not None and len(chain) < 4:
+        output = getattr(link, "stderr", None) or ""
+        chain.append(f"{type(link).__name__}: {link} {output if isinstance(output, str) else output.decode()}")
+        link = link.__cause__ or link.__context__
+    text = " ".join(chain).lower()
+    cure = next((c for words, c in CURES if words in text), f"reinstall Triton: {INSTALL}")
+    return BackendError(f"Triton could not compile or start a kernel ({' '.join(chain[0].split())[:300]})", cure)
 
 
 def interpreting() -> bool:
@@ -90,14 +77,19 @@ def interpreting() -> bool:
 
 def unavailable() -> str | None:
     """Why no kernel can run in this process, with the cure; None if they can."""
+    error = _unusable()
+    return None if error is None else str(error)
+
+
+def _unusable() -> BackendError | None:
+    if isinstance(_IMPORT_ERROR, ModuleNotFoundError) and _IMPORT_ERROR.name == "triton":
+        return BackendError("Triton is not installed", INSTALL)
     if _IMPORT_ERROR is not None:
-        if isinstance(_IMPORT_ERROR, ModuleNotFoundError) and _IMPORT_ERROR.name == "triton":
-            return f"Triton is not installed; to use it, {INSTALL}"
-        return f"Triton cannot be imported ({_IMPORT_ERROR}); to use it, reinstall it: {INSTALL}"
+        return BackendError(f"Triton cannot be imported ({_IMPORT_ERROR})", f"reinstall it: {INSTALL}")
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < (3, 3):
-        return f"Triton {triton.__version__} is too old; to use it, update PyTorch to 2.7 or newer (Triton 3.3)"
-    return _health.failure
+        return BackendError(f"Triton {triton.__version__} is too old", "update PyTorch to 2.7 or newer (Triton 3.3)")
+    return None
 
 
 def declines(
@@ -166,12 +158,14 @@ def linear(
 ) -> torch.Tensor:
     """y = x W^T + bias: x [.., K] fp16 or bf16 -> [.., N] in x's dtype. Ask `declines` first.
 
-    Answers with the eager backend when Triton fails. Raises ValueError for a mode that MODES does not list.
+    Raises BackendError, which names the cure, when Triton is unavailable and when a kernel cannot be built or started
+    or computes wrong values; ValueError for a mode that MODES does not list. Errors of the device (memory, a lost
+    context) are raised as they are.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-    if unavailable() is not None:
-        return eager.linear(x, weight, bias)
+    if (unusable := _unusable()) is not None:
+        raise unusable
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
@@ -179,22 +173,21 @@ def linear(
         chosen = config(_target(x.device), weight.codec, mode)
         try:
             key = (x.device, x.dtype, weight.codec, weight.scale.dtype, mode, None if bias is None else bias.dtype)
-            if key not in _health.verified:
+            if key not in verified:
                 _verify(x, weight, bias, chosen, mode)
-                _health.verified.add(key)
+                verified.add(key)
             launch(flat, weight, bias, out, chosen, mode)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # what a broken Triton raises at first launch has no common class
-            _health.record(error)
-            return eager.linear(x, weight, bias)
+            if isinstance(error, BackendError) or is_the_devices(error):
+                raise
+            raise _explained(error) from error
     return out.view(*x.shape[:-1], rows)
 
 
 def _verify(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, chosen: Config, mode: str) -> None:
     """Runs the kernel that x, weight and bias need on a small product, once a process, and compares with eager.
 
-    The probe has numbers that every mode represents exactly. Raises RuntimeError if they differ: a compiler or GPU
+    The probe has numbers that every mode represents exactly. Raises BackendError if they differ: a compiler or GPU
     nobody has tried must not change pictures silently.
     """
     rows, columns, tokens = 160, 256, 17
@@ -210,7 +203,11 @@ def _verify(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ch
     launch(inputs, probe, shift, out, chosen, mode)
     expected = eager.linear(inputs, probe, shift).float()
     if not (out.float() - expected).norm() <= 0.01 * expected.norm():
-        raise RuntimeError(f"a {weight.scheme} kernel computed wrong values on {x.device}")
+        name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else x.device.type
+        raise BackendError(
+            f"Triton's {weight.scheme} kernel of mode {mode} computed wrong values on {x.device}",
+            f"update this plugin and report mode {mode} on {name}",
+        )
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,14 @@ import dataclasses
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from bonsai_ops import codec, dispatch
 from bonsai_ops.backends import cpu, eager
+from bonsai_ops.backends.failure import BackendError, is_the_devices
 from bonsai_ops.bench.timer import run_with_scratch
 from bonsai_ops.packed_weight import PackedWeight
 from bonsai_ops.precision import cpu_has_fast_bf16
@@ -30,8 +32,10 @@ def random_weight(name: str, rows: int, columns: int, group_size: int = 128) -> 
 
 
 @pytest.fixture
-def forget_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_broken", dispatch._Broken())
+def no_failures() -> Iterator[None]:
+    dispatch.forget_failures()
+    yield
+    dispatch.forget_failures()
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -235,24 +239,116 @@ def test_environment_override() -> None:
     assert "backend 'quick' is unknown" in wrong.stderr
 
 
+class Breaking:
+    """A backend `fused` that takes every call and raises in the given modes; elsewhere it answers as the reference."""
+
+    def __init__(self, errors: dict[str, Exception]) -> None:
+        self.errors = errors
+        self.launches: list[str] = []
+
+    def linear(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
+    ) -> torch.Tensor:
+        self.launches.append(mode)
+        if mode in self.errors:
+            raise self.errors[mode]
+        return eager.linear(x, weight, bias)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fused = dispatch.Backend("fused", lambda call: None, self.linear)
+        monkeypatch.setattr(dispatch, "BACKENDS", (fused, dispatch.BACKENDS[-1]))
+
+
 def test_broken_backend_costs_speed_not_the_picture(
-    forget_broken: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    no_failures: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that raises at its first launch is left out from then on, said once, and the result is the reference's."""
-    launches = []
-
-    def breaks(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
-        launches.append(x)
-        raise FileNotFoundError("no compiler here")
-
-    broken = dispatch.Backend("fused", lambda call: None, breaks)
-    monkeypatch.setattr(dispatch, "BACKENDS", (broken, *dispatch.BACKENDS))
+    fused = Breaking({"exact": FileNotFoundError("no compiler here")})
+    fused.install(monkeypatch)
     weight, x = random_weight("trit5", 128, 256), torch.randn(4, 256)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert torch.equal(dispatch.linear(x, weight), eager.linear(x, weight))
-    assert len(launches) == 1
+    assert fused.launches == ["exact"]
     assert [r.getMessage() for r in caplog.records if "fused" in r.getMessage()] == [
-        "Bonsai: backend fused failed on cpu: no compiler here; going on without it, slower"
+        "Bonsai: backend fused failed on cpu in mode exact: no compiler here. Going on without it, slower"
     ]
-    assert "no compiler here" in dispatch.why_not(dispatch.call_of(x.device, x.dtype, weight))["fused"]
+    call = dispatch.call_of(x.device, x.dtype, weight)
+    assert "no compiler here" in dispatch.resolve(call).declined["fused"]
+    dispatch.forget_failures()
+    assert dispatch.resolve(call).backend.name == "fused"
+
+
+def test_a_failure_is_one_of_a_mode(no_failures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend goes on in the others, and the reason stands under the mode."""
+    fused = Breaking({"a8": BackendError("it computed wrong values", "report it")})
+    fused.install(monkeypatch)
+    weight, x = random_weight("crumb", 128, 256), torch.randn(4, 256)
+    for mode in ("a8", "exact", "a8"):
+        assert torch.equal(dispatch.linear(x, weight, mode=mode), eager.linear(x, weight))
+    assert fused.launches == ["a8", "exact", "exact", "exact"]
+    choice = dispatch.resolve(dispatch.call_of(x.device, x.dtype, weight, "a8"))
+    assert (choice.backend.name, choice.mode) == ("fused", "exact")
+    assert choice.declined["a8"] == "fused: failed on cpu in mode a8: it computed wrong values; to use it, report it"
+
+
+def test_one_cure_is_said_once(
+    no_failures: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A missing compiler fails in every mode, with another file name each time."""
+    modes = ("fp16_accumulate", "exact")
+    fused = Breaking({mode: BackendError(f"gcc: /tmp/{mode}", "install a C compiler") for mode in modes})
+    fused.install(monkeypatch)
+    dispatch.linear(torch.randn(4, 256), random_weight("crumb", 128, 256), mode="fp16_accumulate")
+    assert fused.launches == list(modes)
+    assert len(caplog.records) == 1 and "install a C compiler" in caplog.text
+
+
+DEVICE_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    MemoryError(),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: unspecified launch failure"),
+    RuntimeError("Triton Error [CUDA]: misaligned address"),
+    RuntimeError("Triton Error [HIP]:  Code: 700, Messsage: an illegal memory access was encountered"),
+    RuntimeError("cudaErrorLaunchFailure"),
+    RuntimeError("CUDA_ERROR_LAUNCH_FAILED"),
+]
+if hasattr(torch, "AcceleratorError"):
+    DEVICE_ERRORS.append(torch.AcceleratorError("CUDA error: an illegal instruction was encountered"))
+
+
+@pytest.mark.parametrize("error", DEVICE_ERRORS, ids=repr)
+def test_errors_of_the_device_are_the_callers(
+    error: Exception, no_failures: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Raised as they are, and the backend is asked again at the next call."""
+    fused = Breaking({"exact": error})
+    fused.install(monkeypatch)
+    weight, x = random_weight("trit5", 128, 256), torch.randn(4, 256)
+    for _ in range(2):
+        with pytest.raises(type(error)) as found:
+            dispatch.linear(x, weight)
+        assert found.value is error
+    assert fused.launches == ["exact", "exact"] and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),
+        RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
+        RuntimeError("CUDA error: too many resources requested for launch"),
+        RuntimeError("Failed to find C compiler"),
+        subprocess.CalledProcessError(1, "ptxas"),
+        BackendError("a kernel computed wrong values", "report it"),
+    ],
+    ids=repr,
+)
+def test_errors_of_a_kernel_are_not_the_devices(error: Exception) -> None:
+    assert not is_the_devices(error)

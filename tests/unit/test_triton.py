@@ -9,7 +9,6 @@ checks every PTX string over all bytes.
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import re
 import subprocess
@@ -21,8 +20,10 @@ import pytest
 import torch
 
 from bonsai_ops import codec as codecs
+from bonsai_ops import dispatch
 from bonsai_ops.backends import eager
 from bonsai_ops.backends import triton as backend
+from bonsai_ops.backends.failure import BackendError
 from bonsai_ops.formats import gemlite
 from bonsai_ops.packed_weight import PackedWeight
 
@@ -61,8 +62,8 @@ def once(test: Callable) -> Callable | None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_health(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_health", backend._Health())
+def nothing_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "verified", set())
 
 
 def make_weight(
@@ -234,7 +235,7 @@ def test_linear_takes_any_shape_stride_and_bias(mode: str, codec: str) -> None:
     whole = torch.randn(2, 5, 400, dtype=torch.float16)
     for x in (whole[:, :, :256], whole[:, :, 3:259], whole[0, 0, 16:272], whole[:, :0, :256]):
         y = backend.linear(x, weight, bias, mode=mode)
-        assert y.shape == (*x.shape[:-1], 41) and backend.unavailable() is None
+        assert y.shape == (*x.shape[:-1], 41)
         assert error(y, exact(x, weight) + bias.double()) < (0.02 if mode == "a8" else 2e-3)
 
 
@@ -553,34 +554,88 @@ def test_declines_with_a_reason(change: dict, reason: str) -> None:
         (ValueError("something new"), "reinstall Triton"),
     ],
 )
-def test_a_broken_triton_costs_speed_and_one_line(
-    failure: Exception, cure: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_broken_triton_is_raised_with_the_cure(
+    failure: Exception, cure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_arguments: object) -> None:
-        raise failure
-
-    monkeypatch.setattr(backend, "launch", broken)
+    """Each time; what kernels raise says nothing about whether Triton is there."""
+    monkeypatch.setattr(backend, "launch", raising(failure))
     weight, x = make_weight(41, 128, "trit5"), torch.randn(3, 128, dtype=torch.bfloat16)
-    bias = torch.randn(41)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert torch.equal(backend.linear(x, weight, bias), eager.linear(x, weight, bias))
-    assert len(caplog.records) == 1 and cure in caplog.text
-    assert cure in backend.unavailable()
+    for _ in range(2):
+        with pytest.raises(BackendError, match=f"could not compile or start a kernel .*; to use it, .*{cure}") as found:
+            backend.linear(x, weight, torch.randn(41))
+        assert found.value.__cause__ is failure and backend.unavailable() is None
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+)
+def test_errors_of_the_device_are_raised_as_they_are(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "launch", raising(failure))
+    with pytest.raises(type(failure)) as found:
+        backend.linear(torch.randn(3, 128, dtype=torch.bfloat16), make_weight(41, 128, "trit5"))
+    assert found.value is failure
+
+
+def raising(error: Exception) -> Callable:
+    """A launch that fails."""
+
+    def launch(*_arguments: object) -> None:
+        raise error
+
+    return launch
 
 
 @needs_triton
 @pytest.mark.parametrize(("codec", "mode"), [("trit5", "exact"), ("bit", "exact"), ("crumb", "a8")])
 def test_a_kernel_that_computes_wrong_values_is_not_used(
-    codec: str, mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    codec: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(x: torch.Tensor, weight: PackedWeight, bias: None, out: torch.Tensor, *_rest: object) -> None:
         out.copy_(eager.linear(x, weight)).mul_(1.1)
 
     monkeypatch.setattr(backend, "launch", wrong)
     weight, x = make_weight(41, 128, codec), torch.randn(3, 128, dtype=torch.bfloat16)
-    assert torch.equal(backend.linear(x, weight, mode=mode), eager.linear(x, weight))
-    assert "wrong values" in backend.unavailable() and "report" in caplog.text
+    message = (
+        f"kernel of mode {mode} computed wrong values on cpu; to use it, update this plugin and report mode {mode}"
+    )
+    for _ in range(2):
+        with pytest.raises(BackendError, match=message):
+            backend.linear(x, weight, mode=mode)
+
+
+@needs_triton
+def test_a_wrong_kernel_of_one_mode_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through dispatch: a8 is out with its reason, exact goes on with its kernels."""
+    launched = []
+
+    def wrong_in_int8(
+        x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor, _chosen: object, mode: str
+    ) -> None:
+        launched.append(mode)
+        out.copy_(eager.linear(x, weight, bias)).mul_(1.1 if mode == "a8" else 1)
+
+    monkeypatch.setattr(backend, "launch", wrong_in_int8)
+    kernels = dispatch.Backend("triton", lambda call: None, backend.linear)
+    monkeypatch.setattr(dispatch, "BACKENDS", (kernels, *dispatch.BACKENDS[1:]))
+    dispatch.forget_failures()
+    weight, x = make_weight(41, 128, "crumb"), torch.randn(3, 128, dtype=torch.float16)
+    try:
+        for mode in ("a8", "exact", "a8"):
+            assert torch.equal(dispatch.linear(x, weight, mode=mode), eager.linear(x, weight))
+        choice = dispatch.resolve(dispatch.call_of(x.device, x.dtype, weight, "a8"))
+    finally:
+        dispatch.forget_failures()
+    assert launched == ["a8", "exact", "exact", "exact", "exact"]  # two of them probes
+    assert (choice.backend.name, choice.mode) == ("triton", "exact") and "wrong values" in choice.declined["a8"]
+    assert len(caplog.records) == 1 and "report mode a8 on cpu" in caplog.text
 
 
 @needs_triton
@@ -600,7 +655,7 @@ def test_each_kernel_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for bias in (None, torch.randn(41, dtype=torch.float16)):
             for _ in range(2):
                 assert torch.equal(backend.linear(x, weight, bias, mode), eager.linear(x, weight, bias))
-            assert calls == [(mode, (160, 256)), (mode, (41, 128)), (mode, (41, 128))] and backend.unavailable() is None
+            assert calls == [(mode, (160, 256)), (mode, (41, 128)), (mode, (41, 128))]
             calls.clear()
 
 
@@ -624,9 +679,11 @@ def test_imports_without_a_usable_triton(block: str, reason: str) -> None:
         "from bonsai_ops.backends import triton as backend\n"
         "from bonsai_ops.packed_weight import PackedWeight\n"
         "w = PackedWeight(torch.zeros(8, 128, dtype=torch.uint8), torch.ones(8, 1), (8, 128), 'binary', 'bit', 128)\n"
-        "print(backend.linear(torch.ones(1, 128), w)[0, 0].item(), backend.unavailable())\n"
+        "try:\n    backend.linear(torch.ones(1, 128), w)\n"
+        "except backend.BackendError as error:\n    print(error, str(error) == backend.unavailable())\n"
         "print(backend.declines(torch.device('cpu'), None, torch.float16, 8, 128, 'binary', 'bit', 128, 'exact'))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("128.0 Triton") and reason in done.stdout
+    first, _, rest = done.stdout.partition("\n")
+    assert first.startswith("Triton ") and reason in first and first.endswith(" True") and not rest.startswith("None")
