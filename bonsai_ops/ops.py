@@ -42,10 +42,7 @@ def linear(
         weight.group_size,
         mode,
     )
-    if weight.up is None:
-        return y
-    inner = torch.nn.functional.linear(x, weight.down.to(x.dtype))
-    return y + torch.nn.functional.linear(inner, weight.up.to(x.dtype))
+    return dispatch.add_branch(y, x, weight)
 
 
 def _linear(

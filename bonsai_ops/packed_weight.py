@@ -104,6 +104,10 @@ class PackedWeight:
         """Stored bits a weight, scales and branch included."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
+    def without_branch(self) -> PackedWeight:
+        """The codes and tables alone; the weight itself where it has no branch."""
+        return self if self.up is None else replace(self, up=None, down=None)
+
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on `device`."""
         moved = {
@@ -144,7 +148,7 @@ class PackedWeight:
     def _values(self, codes: torch.Tensor, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Codes [R, K] of the given rows -> values [R, K], those of the branch included."""
         if self.up is not None:
-            values = replace(self, up=None, down=None)._values(codes, rows, torch.float32)
+            values = self.without_branch()._values(codes, rows, torch.float32)
             return values.addmm_(self.up[rows].float(), self.down.float()).to(dtype)
         grouped = (codes.shape[0], -1, self.group_size)
         scale = self.scale[rows].unsqueeze(-1)

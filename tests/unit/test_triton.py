@@ -8,6 +8,7 @@ checks every PTX string over all bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
@@ -237,6 +238,20 @@ def test_linear_takes_any_shape_stride_and_bias(mode: str, codec: str) -> None:
         y = backend.linear(x, weight, bias, mode=mode)
         assert y.shape == (*x.shape[:-1], 41)
         assert error(y, exact(x, weight) + bias.double()) < (0.02 if mode == "a8" else 2e-3)
+
+
+@interpreter
+@pytest.mark.parametrize("mode", backend.MODES)
+def test_a_low_rank_branch_is_added_by_dispatch(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend alone refuses it."""
+    monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.Backend("triton", lambda call: None, backend.linear),))
+    up, down = torch.randn(41, 3, dtype=torch.float16), torch.randn(3, 128, dtype=torch.float16)
+    weight = dataclasses.replace(make_weight(41, 128, "crumb"), up=up, down=down)
+    x = torch.randn(4, 128, dtype=torch.float16)
+    truth = x.double() @ weight.dequantize(torch.float64).t()
+    assert error(dispatch.linear(x, weight, mode=mode), truth) < (0.02 if mode == "a8" else 2e-3)
+    with pytest.raises(ValueError, match=r"low-rank branch \(rank 3\), which dispatch.linear adds"):
+        backend.linear(x, weight, mode=mode)
 
 
 @interpreter
