@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import triton_configs as configs
+from .gemlite_import import import_gemlite
 
 TARGETS: tuple[int | str, ...] = (80, 86, 87, 89, 90, 100, 120, "gfx1100", "gfx1201", "gfx942")
 DTYPES = ("fp16", "bf16")
@@ -226,13 +227,7 @@ def _gemlite_kernel() -> Any:
     """gemlite's GEMM kernel without its autotuner, or None where gemlite is not installed."""
     if importlib.util.find_spec("gemlite") is None:
         return None
-    helper = Path(__file__).parents[2] / "tests" / "peers" / "gemlite_import.py"
-    if not helper.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location("bonsai_gemlite_import", helper)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.import_gemlite()
+    import_gemlite()
     from gemlite.triton_kernels.gemm_kernels import gemm_INT_kernel as kernel
 
     while hasattr(kernel, "fn") and not hasattr(kernel, "arg_names_for_ir") and "JIT" not in type(kernel).__name__:

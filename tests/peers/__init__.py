@@ -1,1 +1,1 @@
-"""Independent references for the parity tests: other projects' packers and samplers, nothing of bonsai_ops."""
+"""Independent references for the parity tests: other projects' packers and samplers, none of our mathematics."""

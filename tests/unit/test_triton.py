@@ -323,7 +323,7 @@ def test_agrees_with_gemlite(
     variant: str, tables: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pack that gemlite's packer wrote, multiplied by its kernel and, as our reader takes it, by each of ours."""
-    from peers.gemlite_import import import_gemlite
+    from bonsai_ops.bench.gemlite_import import import_gemlite
 
     import_gemlite()
     from peers.gemlite_pack import pack_linear
