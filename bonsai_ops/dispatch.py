@@ -198,17 +198,6 @@ def _first(call: Call) -> tuple[Backend | None, dict[str, str]]:
     return None, declined
 
 
-def choose(call: Call) -> tuple[Backend, dict[str, str]]:
-    """(the backend for a call, {name of each one before it: why it declined})."""
-    choice = resolve(call)
-    return choice.backend, choice.declined
-
-
-def why_not(call: Call) -> dict[str, str]:
-    """{backend or mode: why it is not used for this call} for those that come before the chosen one."""
-    return resolve(call).declined
-
-
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT) -> torch.Tensor:
     """y = x W^T + bias by the best backend; x [.., K] -> [.., N]. The weight's low-rank branch is added in x's dtype.
 

@@ -27,7 +27,7 @@ import torch
 
 from .errors import PackError
 from .formats.dense import require_float
-from .formats.entries import CodedTensor, DenseTensor, Entry, PackedTensor, describe_shape, fuse_rows
+from .formats.entries import DenseTensor, Entry, describe_shape, fuse_rows
 from .recognise import foreign_model
 
 HEAD_DIM = 128
@@ -203,12 +203,6 @@ def to_bfl(path: Path, entries: Mapping[str, Entry]) -> tuple[Geometry, dict[str
             entry = _swap_halves(entry)
         renamed[name] = entry
     return geometry, renamed
-
-
-def count_layers(entries: Mapping[str, Entry]) -> tuple[int, int]:
-    """(packed or coded layers, dense tensors)."""
-    packed = sum(isinstance(e, CodedTensor | PackedTensor) for e in entries.values())
-    return packed, len(entries) - packed
 
 
 def _strip_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:

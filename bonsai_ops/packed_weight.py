@@ -99,11 +99,6 @@ class PackedWeight:
         """r of the low-rank branch, 0 without one."""
         return 0 if self.up is None else self.up.shape[-1]
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales and branch included."""
-        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
-
     def without_branch(self) -> PackedWeight:
         """The codes and tables alone; the weight itself where it has no branch."""
         return self if self.up is None else replace(self, up=None, down=None)

@@ -100,7 +100,7 @@ def report(found: Report) -> tuple[str, str, torch.Tensor]:
     return found.to_text(), found.to_csv(), torch.from_numpy(found.draw()).unsqueeze(0)
 
 
-def progress(node_id: str | None = None) -> Callable[[int, int], None]:
+def progress() -> Callable[[int, int], None]:
     """A callback (done, total) that moves ComfyUI's progress bar and raises when the user cancels."""
     bar: comfy.utils.ProgressBar | None = None
 
@@ -108,7 +108,7 @@ def progress(node_id: str | None = None) -> Callable[[int, int], None]:
         nonlocal bar
         comfy.model_management.throw_exception_if_processing_interrupted()
         if bar is None:
-            bar = comfy.utils.ProgressBar(1000, node_id=node_id)
+            bar = comfy.utils.ProgressBar(1000)
         bar.update_absolute(done * 1000 // max(total, 1), 1000)
 
     return move

@@ -100,14 +100,6 @@ def best_scale(
     return scale.gather(-1, gain.argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def absmean_scale(groups: torch.Tensor) -> torch.Tensor:
-    """Scales float64 [..] of BitNet b1.58's rule, mean |w| (arXiv 2402.17764), applied a group: the rival in reports.
-
-    Its codes are round(w / s) clamped to -1 .. 1, which is what `to_codes` gives.
-    """
-    return groups.abs().double().mean(-1).to(SCALE_DTYPE).double()
-
-
 def to_codes(groups: torch.Tensor, scale: torch.Tensor, scheme: str) -> torch.Tensor:
     """The best codes uint8 [.., g] for given scales [..]: binary 0 (plus), 1 (minus); ternary 0, 1 (zero), 2."""
     if scheme == "binary":

@@ -158,18 +158,18 @@ def test_choice_and_reasons() -> None:
     """fp16 goes to the reference with the reason; bf16 and fp32 to the CPU's own path where the CPU can."""
     weight = random_weight("trit5", 128, 256)
     device = torch.device("cpu")
-    assert dispatch.choose(dispatch.call_of(device, torch.float32, weight))[0].name == "cpu"
-    backend, declined = dispatch.choose(dispatch.call_of(device, torch.float16, weight))
-    assert backend.name == "eager"
-    assert "float16" in declined["cpu"]
-    backend, declined = dispatch.choose(dispatch.call_of(device, torch.bfloat16, weight))
+    assert dispatch.resolve(dispatch.call_of(device, torch.float32, weight)).backend.name == "cpu"
+    choice = dispatch.resolve(dispatch.call_of(device, torch.float16, weight))
+    assert choice.backend.name == "eager"
+    assert "float16" in choice.declined["cpu"]
+    choice = dispatch.resolve(dispatch.call_of(device, torch.bfloat16, weight))
     if cpu_has_fast_bf16():
-        assert backend.name == "cpu"
+        assert choice.backend.name == "cpu"
     else:
-        assert "AVX-512 BF16" in declined["cpu"]
+        assert "AVX-512 BF16" in choice.declined["cpu"]
     for name in ("crumb", "nibble", "byte"):
         affine = dispatch.Call(device, torch.bfloat16, 128, 256, "affine", name, 128)
-        assert "second table" in dispatch.why_not(affine)["cpu"]
+        assert "second table" in dispatch.resolve(affine).declined["cpu"]
 
 
 @pytest.mark.parametrize(
@@ -187,10 +187,10 @@ def test_why_not_triton(changes: dict, reason: str) -> None:
     """The reference takes what the fused kernels decline, and the reason is said."""
     pytest.importorskip("triton", reason="Triton is not installed")
     call = dispatch.Call(torch.device("cuda", 0), torch.bfloat16, 128, 256, "ternary", "trit5", 128, (8, 6))
-    assert dispatch.choose(call)[0].name == "triton"
-    backend, declined = dispatch.choose(dataclasses.replace(call, **changes))
-    assert backend.name == "eager"
-    assert reason in declined["triton"]
+    assert dispatch.resolve(call).backend.name == "triton"
+    choice = dispatch.resolve(dataclasses.replace(call, **changes))
+    assert choice.backend.name == "eager"
+    assert reason in choice.declined["triton"]
 
 
 def test_why_not_triton_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,17 +199,17 @@ def test_why_not_triton_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(triton, "_IMPORT_ERROR", ModuleNotFoundError("No module named 'triton'", name="triton"))
     call = dispatch.Call(torch.device("cuda", 0), torch.bfloat16, 128, 256, "ternary", "trit5", 128, (8, 6))
-    assert dispatch.why_not(call)["triton"] == f"Triton is not installed; to use it, {triton.INSTALL}"
+    assert dispatch.resolve(call).declined["triton"] == f"Triton is not installed; to use it, {triton.INSTALL}"
 
 
 def test_why_not_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without it computes in fp32 and says so; bf16 by force goes to the reference, with the cure."""
     monkeypatch.setattr(dispatch, "cpu_has_fast_bf16", lambda: False)
     call = dispatch.Call(torch.device("cpu"), torch.float32, 128, 256, "ternary", "trit5", 128)
-    backend, declined = dispatch.choose(call)
-    assert backend.name == "cpu" and declined["bf16"] == "this CPU has no AVX-512 BF16 or AMX"
-    backend, declined = dispatch.choose(dataclasses.replace(call, dtype=torch.bfloat16))
-    assert backend.name == "eager" and "compute_dtype fp32 is faster" in declined["cpu"]
+    choice = dispatch.resolve(call)
+    assert choice.backend.name == "cpu" and choice.declined["bf16"] == "this CPU has no AVX-512 BF16 or AMX"
+    choice = dispatch.resolve(dataclasses.replace(call, dtype=torch.bfloat16))
+    assert choice.backend.name == "eager" and "compute_dtype fp32 is faster" in choice.declined["cpu"]
 
 
 def test_a_mode_that_nothing_offers_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_a_mode_that_nothing_offers_is_exact(monkeypatch: pytest.MonkeyPatch) ->
         assert "triton: the weight is on cpu; cpu: " in choice.declined[mode] and reason in choice.declined[mode]
     weight, x = random_weight("trit5", 128, 256), torch.randn(3, 256)
     assert torch.equal(dispatch.linear(x, weight, mode="a8"), dispatch.linear(x, weight))
-    assert dispatch.resolve(call).mode == "exact" and "a8" not in dispatch.why_not(call)
+    assert dispatch.resolve(call).mode == "exact" and "a8" not in dispatch.resolve(call).declined
     with pytest.raises(ValueError, match="mode 'fast' is unknown, expected one of exact, fp16_accumulate, a8"):
         dispatch.resolve(dataclasses.replace(call, mode="fast"))
 
@@ -242,9 +242,9 @@ def test_forcing_a_backend() -> None:
     weight = random_weight("bit", 128, 256)
     call = dispatch.call_of(torch.device("cpu"), torch.bfloat16, weight)
     with dispatch.use_backend("eager"):
-        backend, declined = dispatch.choose(call)
-        assert backend.name == "eager"
-        assert declined["cpu"] == "eager is asked for"
+        choice = dispatch.resolve(call)
+        assert choice.backend.name == "eager"
+        assert choice.declined["cpu"] == "eager is asked for"
     with pytest.raises(ValueError, match="backend 'fast' is unknown, expected one of"), dispatch.use_backend("fast"):
         pass
 
@@ -254,7 +254,7 @@ def test_environment_override() -> None:
     program = (
         "import torch; from bonsai_ops import dispatch; "
         "call = dispatch.Call(torch.device('cpu'), torch.bfloat16, 128, 128, 'binary', 'bit', 128); "
-        "print(dispatch.choose(call)[0].name)"
+        "print(dispatch.resolve(call).backend.name)"
     )
 
     def run(value: str) -> subprocess.CompletedProcess[str]:

@@ -296,9 +296,3 @@ def test_only_block_layers_may_be_packed() -> None:
     entries["final_layer.linear.weight"] = PackedTensor(FILE, "final_layer.linear.weight", (64, 128), lambda: None)
     with pytest.raises(PackError, match=r"final_layer\.linear\.weight: is packed\. Expected a dense tensor"):
         klein.to_bfl(FILE, entries)
-
-
-def test_layers_are_counted() -> None:
-    entries = tensors(bfl_list(SMALL))
-    entries["single_blocks.0.linear2.weight"] = PackedTensor(FILE, "x", (128, 512), lambda: None)
-    assert klein.count_layers(entries) == (1, len(entries) - 1)
