@@ -9,6 +9,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import torch
 
+from .backends.failure import is_the_devices
 from .linear import make_bonsai_ops
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,6 +41,8 @@ def build(config: object, model_type: object, names: Mapping[str, object]) -> to
     try:
         model = config.get_model(dict(names), "")
     except (AttributeError, TypeError, KeyError, RuntimeError) as error:
+        if is_the_devices(error):
+            raise
         raise ValueError(
             f"ComfyUI's class for {type(config).__name__} cannot be built with packed layers: {error}"
         ) from error

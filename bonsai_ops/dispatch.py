@@ -201,10 +201,23 @@ def _first(call: Call) -> tuple[Backend | None, dict[str, str]]:
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT) -> torch.Tensor:
     """y = x W^T + bias by the best backend; x [.., K] -> [.., N]. The weight's low-rank branch is added in x's dtype.
 
-    A backend that breaks is replaced, not raised. Raises what says that memory ran out or that the device is lost, and
-    what the reference raises.
+    A backend that breaks is replaced, not raised. Raises ValueError for arguments that do not fit together, what says
+    that memory ran out or that the device is lost, and what the reference raises.
     """
+    check_arguments(x, weight, bias)
     return add_branch(_without_branch(x, weight.without_branch(), bias, mode), x, weight)
+
+
+def check_arguments(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
+    """Raises ValueError unless x is [.., K] and the bias [N], both on the weight's device."""
+    rows, columns = weight.shape
+    if x.shape[-1] != columns:
+        raise ValueError(f"input has {x.shape[-1]} columns, the packed weight {columns}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, the packed weight {rows} rows")
+    for name, tensor in (("input", x), ("bias", bias)):
+        if tensor is not None and tensor.device != weight.codes.device:
+            raise ValueError(f"{name} is on {tensor.device}, the packed weight on {weight.codes.device}")
 
 
 def add_branch(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

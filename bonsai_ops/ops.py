@@ -24,12 +24,9 @@ def linear(
 
     A low-rank branch of the weight is added in x's dtype, whatever the mode.
 
-    Raises ValueError if x does not have K columns or lies on another device than the weight.
+    Raises ValueError if x has not K columns, the bias not N values, or one lies on another device than the weight.
     """
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"input has {x.shape[-1]} columns, the packed weight {weight.shape[1]}")
-    if x.device != weight.codes.device:
-        raise ValueError(f"input is on {x.device}, the packed weight on {weight.codes.device}")
+    dispatch.check_arguments(x, weight, bias)
     y = torch.ops.bonsai.linear(
         x,
         weight.codes,

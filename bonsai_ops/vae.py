@@ -15,6 +15,7 @@ import comfy.sd
 import comfy.taesd.taesd
 import torch
 
+from .backends.failure import is_the_devices
 from .errors import PackError
 from .formats.json_file import is_count, read_json
 from .formats.safetensors_file import SafetensorsFile
@@ -46,6 +47,8 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     try:
         vae = comfy.sd.VAE(sd={name: file.get(name) for name in file.tensors}, config=config)
     except RuntimeError as error:  # torch: a tensor does not fit the module that was built for it
+        if is_the_devices(error):
+            raise
         sizes = "the published sizes" if config is None else f"the sizes in {CONFIG}"
         raise PackError(
             path, f"has tensors that do not fit {sizes}", f"Download the folder {path.parent} again."

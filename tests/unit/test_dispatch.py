@@ -370,6 +370,19 @@ def test_errors_of_the_device_are_the_callers(
     assert fused.launches == ["exact", "exact"] and not caplog.records
 
 
+def test_arguments_that_do_not_fit_retire_nothing(no_failures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = Breaking({})
+    fused.install(monkeypatch)
+    weight, x = random_weight("trit5", 128, 256), torch.ones(4, 256)
+    with pytest.raises(ValueError, match="input has 255 columns, the packed weight 256"):
+        dispatch.linear(x[:, :255], weight)
+    with pytest.raises(ValueError, match=r"bias has shape \(127,\), the packed weight 128 rows"):
+        dispatch.linear(x, weight, torch.ones(127))
+    with pytest.raises(ValueError, match="bias is on meta, the packed weight on cpu"):
+        dispatch.linear(x, weight, torch.ones(128, device="meta"))
+    assert dispatch.linear(x, weight).shape == (4, 128) and fused.launches == ["exact"]
+
+
 @pytest.mark.parametrize(
     "error",
     [
