@@ -19,7 +19,7 @@ the hidden size and has no bias: the whole family shares that.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -162,7 +162,7 @@ def to_bfl(path: Path, entries: Mapping[str, Entry]) -> tuple[Geometry, dict[str
             require_float(entry)
     sources = diffusers_sources(geometry) if diffusers else {name: (name,) for name in expected_shapes(geometry)}
     needed = {old for parts in sources.values() for old in parts}
-    missing, extra = sorted(needed - entries.keys()), sorted(entries.keys() - needed)
+    missing = sorted(needed - entries.keys())
     if missing:
         raise PackError(
             path,
@@ -170,15 +170,7 @@ def to_bfl(path: Path, entries: Mapping[str, Entry]) -> tuple[Geometry, dict[str
             f"The file is incomplete: {AS_PUBLISHED[0].lower()}{AS_PUBLISHED[1:]}",
             missing[0],
         )
-    if extra:
-        raise PackError(
-            path,
-            f"does not belong to a FLUX.2 transformer of {geometry.double_blocks} + "
-            f"{geometry.single_blocks} blocks and hidden size {geometry.hidden} ({len(extra)} such "
-            "tensors)",
-            AS_PUBLISHED,
-            extra[0],
-        )
+    _refuse_extra(path, geometry, sorted(entries.keys() - needed))
     renamed: dict[str, Entry] = {}
     for name, shape in expected_shapes(geometry).items():
         parts = [entries[old] for old in sources[name]]
@@ -210,6 +202,17 @@ def _strip_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
         if entries and all(name.startswith(prefix) for name in entries):
             return {name[len(prefix) :]: entry for name, entry in entries.items()}
     return dict(entries)
+
+
+def _refuse_extra(path: Path, geometry: Geometry, extra: Sequence[str]) -> None:
+    if extra:
+        raise PackError(
+            path,
+            f"does not belong to a FLUX.2 transformer of {geometry.double_blocks} + {geometry.single_blocks} blocks "
+            f"and hidden size {geometry.hidden} ({len(extra)} such tensors)",
+            AS_PUBLISHED,
+            extra[0],
+        )
 
 
 def _measure(path: Path, entries: Mapping[str, Entry], diffusers: bool) -> Geometry:

@@ -132,9 +132,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             if param is None:
                 continue
             with torch.inference_mode(torch.is_inference_mode_enabled() and param.is_inference()):
-                moved = fn(param)
-                if moved.is_inference() and not torch.is_inference_mode_enabled():
-                    moved = moved.clone()
+                moved = _leave_inference(fn(param))
                 self.register_parameter(name, torch.nn.Parameter(moved, requires_grad=False))
         return self
 
@@ -238,6 +236,11 @@ class PackedEmbedding(_PackedModule):
             rows = torch.nn.functional.embedding(index, weight, self.padding_idx).to(dtype)
         comfy.ops.uncast_bias_weight(self, weight, None, stream)
         return rows
+
+
+def _leave_inference(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or outside of inference mode a copy of one that was made inside."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def make_bonsai_ops() -> type:

@@ -203,12 +203,7 @@ class PackedPatcher:
         """
         ours = {n: m for n, m in self.model.named_modules() if hasattr(m, "resident_patch") and m.weight is not None}
         patched = {name: patches for name in ours if (patches := self.patches.get(f"{name}.weight"))}
-        loras = [n for n, patches in patched.items() if is_packed(ours[n].weight) and not merges_models(patches)]
-        if loras:
-            raise ValueError(
-                f"{len(loras)} packed layers ({loras[0]}, ..) carry a LoRA, which cannot be merged into their codes "
-                "nor be kept apart in this file. Save the model without it: Save Bonsai Model leaves LoRAs out."
-            )
+        _refuse_loras([n for n, p in patched.items() if is_packed(ours[n].weight) and not merges_models(p)])
         before = [(m, m.weight, getattr(m, "comfy_patched_weights", None)) for m in ours.values()]
         try:
             for name, patches in patched.items():
@@ -252,11 +247,18 @@ class PackedPatcher:
         for module in self.model.modules():
             if getattr(module, "hook_patch", None) is not None:
                 module.hook_patch = None
-        for key in list(self.hook_backup):  # ComfyUI copies values back, which would leave them in the merged dtype
-            if not whitelist_keys_set or key in whitelist_keys_set:
+        self._give_back(whitelist_keys_set)
+        super().unpatch_hooks(whitelist_keys_set)
+
+    def _give_back(self, keys: set[str] | None) -> None:
+        """Puts back the weights that hooks replaced, of all keys if none are given.
+
+        ComfyUI copies the values back instead, which would leave them in the merged dtype.
+        """
+        for key in list(self.hook_backup):
+            if not keys or key in keys:
                 weight, device = self.hook_backup.pop(key)
                 comfy.utils.set_attr_param(self.model, key, weight.to(device))
-        super().unpatch_hooks(whitelist_keys_set)
 
     def _report_slow_patches(self) -> None:
         slow = [
@@ -272,6 +274,15 @@ class PackedPatcher:
                 len(slow),
                 slow[0],
             )
+
+
+def _refuse_loras(layers: Sequence[str]) -> None:
+    """Raises ValueError if there are packed layers with a LoRA; `layers`: their names."""
+    if layers:
+        raise ValueError(
+            f"{len(layers)} packed layers ({layers[0]}, ..) carry a LoRA, which cannot be merged into their codes "
+            "nor be kept apart in this file. Save the model without it: Save Bonsai Model leaves LoRAs out."
+        )
 
 
 @dataclass
