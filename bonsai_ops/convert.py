@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .environment import relaunch_if_needed
-from .errors import PackError
+from .tools.environment import relaunch_if_needed
+from .weights.errors import PackError
 
 BAR_WIDTH = 40
 
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _convert(source: Path, target: Path, overwrite: bool) -> Path:
     """Packs `source` and writes `target`; returns the file written. Raises PackError or OSError."""
-    from .formats import native  # torch is there only after the relaunch
-    from .transformer import open_transformer, read_weights, source_record
+    from .weights.formats import native  # torch is there only after the relaunch
+    from .weights.read import open_transformer, read_weights, source_record
 
     pack, entries = open_transformer(source)
     if target.is_dir():

@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .environment import PLUGIN, ensure_or_exit, home, link_plugin
-from .server import ComfyServer
-from .workflow import find_nodes, to_api
+from .tools.environment import PLUGIN, ensure_or_exit, home, link_plugin
+from .tools.server import ComfyServer
+from .tools.workflow import find_nodes, to_api
 
 WORKFLOW = PLUGIN / "workflows" / "bonsai_first_run.json"
 PROMPTS = (

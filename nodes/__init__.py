@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..bonsai_ops import folders
+from ..bonsai_ops.host import folders
 from .calibrate import CalibrateBitLinear
 from .load_model import LoadBonsaiModel
 from .load_pack import LoadBonsaiPack

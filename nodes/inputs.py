@@ -10,11 +10,11 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..bonsai_ops.dispatch import EXACT, MODES
-from ..bonsai_ops.loader import MEMORY_MODES
-from ..bonsai_ops.packed_weight import LAYOUTS
-from ..bonsai_ops.precision import DTYPES
-from ..bonsai_ops.quantize.report import Report
+from ..bonsai_ops.host.loader import MEMORY_MODES
+from ..bonsai_ops.host.patch.report import Report
+from ..bonsai_ops.host.precision import DTYPES
+from ..bonsai_ops.kernels.dispatch import EXACT, MODES
+from ..bonsai_ops.weights.packed_weight import LAYOUTS
 
 CATEGORY = "Bonsai"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..bonsai_ops import folders
-from ..bonsai_ops.loader import load_bonsai_model
+from ..bonsai_ops.host import folders
+from ..bonsai_ops.host.loader import load_bonsai_model
 from . import inputs
 
 

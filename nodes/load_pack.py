@@ -5,10 +5,10 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..bonsai_ops import folders
-from ..bonsai_ops.loader import load_bonsai_model
-from ..bonsai_ops.text_encoder import find_text_encoder, load_bonsai_text_encoder
-from ..bonsai_ops.vae import load_vae
+from ..bonsai_ops.host import folders
+from ..bonsai_ops.host.loader import load_bonsai_model
+from ..bonsai_ops.host.text_encoder import find_text_encoder, load_bonsai_text_encoder
+from ..bonsai_ops.host.vae import load_vae
 from . import inputs
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..bonsai_ops import folders
-from ..bonsai_ops.text_encoder import load_bonsai_text_encoder
+from ..bonsai_ops.host import folders
+from ..bonsai_ops.host.text_encoder import load_bonsai_text_encoder
 from . import inputs
 
 

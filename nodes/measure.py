@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..bonsai_ops.sampling import Sampling, sample_measured
+from ..bonsai_ops.host.sampling import Sampling, sample_measured
 from . import inputs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..bonsai_ops import model_info
+from ..bonsai_ops.host import info as model_info
 from . import inputs
 
 

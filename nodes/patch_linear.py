@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..bonsai_ops.patch import EXCLUDED, PatchOptions, patch_model, patterns
+from ..bonsai_ops.host.patch import EXCLUDED, PatchOptions, patch_model, patterns
 from ..bonsai_ops.quantize import SCHEMES
 from . import inputs
 from .calibrate import Calibration

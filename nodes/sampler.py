@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..bonsai_ops.sampling import sample_official
+from ..bonsai_ops.host.sampling import sample_official
 from . import inputs
 
 

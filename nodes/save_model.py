@@ -9,7 +9,7 @@ import comfy.cli_args
 import folder_paths
 from comfy_api.latest import io
 
-from ..bonsai_ops.save import save_bonsai_model
+from ..bonsai_ops.host.save import save_bonsai_model
 from . import inputs
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bonsai_ops.environment import COMFYUI_VERSIONS, PLUGIN, clean_environment, ensure_or_exit, home, run_attached
+from bonsai_ops.tools.environment import COMFYUI_VERSIONS, PLUGIN, clean_environment, ensure_or_exit, home, run_attached
 
 MOST_WORKERS = 4
 """Each may hold a few GB: ComfyUI servers and packs."""

@@ -20,9 +20,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bonsai_ops.environment import COMFYUI_VERSIONS, NEWEST, comfyui_version, link_plugin
-from bonsai_ops.environment import comfyui_path as path_of_version
-from bonsai_ops.server import ComfyServer
+from bonsai_ops.tools.environment import COMFYUI_VERSIONS, NEWEST, comfyui_version, link_plugin
+from bonsai_ops.tools.environment import comfyui_path as path_of_version
+from bonsai_ops.tools.server import ComfyServer
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent

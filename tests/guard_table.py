@@ -231,9 +231,14 @@ def _unprepared(storable: Callable) -> Callable:
     return lambda patcher: contextlib.nullcontext()
 
 
-LINEAR, LAYOUT, LORA = "bonsai_ops/linear.py", "bonsai_ops/layout.py", "bonsai_ops/lora.py"
-LOADER, SAVE, OPS, KLEIN = "bonsai_ops/loader.py", "bonsai_ops/save.py", "bonsai_ops/ops.py", "bonsai_ops/klein.py"
-TEXT_ENCODER = "bonsai_ops/text_encoder.py"
+LINEAR, LAYOUT, LORA = "bonsai_ops/host/linear.py", "bonsai_ops/host/layout.py", "bonsai_ops/host/lora.py"
+LOADER, SAVE, OPS, KLEIN = (
+    "bonsai_ops/host/loader.py",
+    "bonsai_ops/host/save.py",
+    "bonsai_ops/kernels/custom_op.py",
+    "bonsai_ops/weights/flux2.py",
+)
+TEXT_ENCODER = "bonsai_ops/host/text_encoder.py"
 KITCHEN, HANDLERS, PACKED_LAYOUT = "comfy_kitchen.tensor.base", "_LAYOUT_DISPATCH_TABLE", "BonsaiPackedLayout"
 
 LORA_ACTS = "test_traps.py::test_trap_01_a_lora_is_no_silent_no_op"

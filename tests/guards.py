@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bonsai_ops.environment import COMFYUI_VERSIONS, PLUGIN, clean_environment, ensure_or_exit, home
+from bonsai_ops.tools.environment import COMFYUI_VERSIONS, PLUGIN, clean_environment, ensure_or_exit, home
 
 from .guard_table import GUARDS
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bonsai_ops.synthetic import TINY, write_dense, write_pipeline
+from bonsai_ops.tools.synthetic import TINY, write_dense, write_pipeline
 
 SHIPPED_PACK = "seedling"
 PACK, MODEL, PICTURE = "tiny-files", "tiny-files.safetensors", "tiny-files.png"

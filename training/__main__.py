@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bonsai_ops.environment import PLUGIN, clean_environment, ensure_or_exit, home, run_attached
+from bonsai_ops.tools.environment import PLUGIN, clean_environment, ensure_or_exit, home, run_attached
 
 STEPS = {"ternary": 2900, "binary": 2800, "dense": 300}
 MODELS = PLUGIN / "bonsai_ops" / "models"

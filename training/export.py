@@ -54,7 +54,7 @@ def unpacked(model: torch.nn.Module, scheme: str) -> dict[str, torch.Tensor]:
 
 
 def export_text_encoder(work: Path, comfyui: Path, folder: Path) -> None:
-    """MLX's 4-bit layout with a trimmed vocabulary (bonsai_ops/formats/mlx.py)."""
+    """MLX's 4-bit layout with a trimmed vocabulary (bonsai_ops/weights/formats/mlx.py)."""
     encoder, vocabulary = text_encoder.load(work, text_encoder.tokenizer(comfyui))
     tensors: dict[str, torch.Tensor] = {}
     matrices = {id(m) for m in encoder.matrices()}

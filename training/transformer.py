@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from diffusers import Flux2Transformer2DModel
 from torch.nn.utils import parametrize
 
-from bonsai_ops.schedule import official_sigmas, shift_mu
+from bonsai_ops.host.schedule import official_sigmas, shift_mu
 
 from . import captions, dataset, text_encoder
 from .checkpoint import Checkpoint

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bonsai_ops import klein
-from bonsai_ops.codec import spread_fields
-from bonsai_ops.packed_weight import PackedWeight
-from bonsai_ops.transformer import open_transformer, read_weights
+from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights.codec import spread_fields
+from bonsai_ops.weights.packed_weight import PackedWeight
+from bonsai_ops.weights.read import open_transformer, read_weights
 
 from . import export, text_encoder, transformer, vae
 from .checkpoint import Checkpoint

@@ -1,7 +1,7 @@
 """The VAE: a tiny autoencoder of the TAESD family, which ComfyUI runs with its own class, narrow and without norms.
 
 Modules stand at the places and under the names of `comfy.taesd.taesd.TAESD`; where the seedling has no block stands the
-ReLU that a block of zeros is, and its channels are fewer: bonsai_ops/vae.py fills both up with zeros. Latents
+ReLU that a block of zeros is, and its channels are fewer: bonsai_ops/host/vae.py fills both up with zeros. Latents
 [B, 32, H/8, W/8] are normalized by running statistics, which `export` folds into the last convolution of the encoder,
 and made robust against the small errors of a sampler by noise of LATENT_NOISE standard deviations.
 """
@@ -396,7 +396,7 @@ def psnr(model: Autoencoder, pictures: np.ndarray) -> float:
 
 
 def export(work: Path, folder: Path) -> None:
-    """The file bonsai_ops/vae.py reads, in bf16: TAESD's names, this model's widths."""
+    """The file bonsai_ops/host/vae.py reads, in bf16: TAESD's names, this model's widths."""
     from safetensors.torch import save_file
 
     model = load(work)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..packed_weight import narrow_exact
+from ..weights.packed_weight import narrow_exact
 
 STEP_WEIGHTS = 1 << 20
 """Weights worked on at a time; about 60 bytes each are in use then."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .. import codec as codecs
-from ..packed_weight import PackedWeight, narrow_exact, pack_signs
+from ..weights import codec as codecs
+from ..weights.packed_weight import PackedWeight, narrow_exact, pack_signs
 from . import lowrank
 from .compensate import compensate, output_error
 from .groups import existing_scale, quantize_affine, quantize_groups

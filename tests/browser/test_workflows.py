@@ -22,8 +22,8 @@ import pytest
 import tiny_files
 from PIL import Image
 
-from bonsai_ops.environment import NEWEST
-from bonsai_ops.server import ComfyServer
+from bonsai_ops.tools.environment import NEWEST
+from bonsai_ops.tools.server import ComfyServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.host, pytest.mark.slow]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bonsai_ops import synthetic
-from bonsai_ops.bench import host, picture, profile, quantize, step
-from bonsai_ops.bench.run_step import STEPS
+from bonsai_ops.tools import synthetic
+from bonsai_ops.tools.bench import host, picture, profile, quantize, step
+from bonsai_ops.tools.bench.run_step import STEPS
 
 pytestmark = pytest.mark.host
 

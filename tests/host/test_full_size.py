@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bonsai_ops.bench import memory
+from bonsai_ops.tools.bench import memory
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
@@ -36,8 +36,8 @@ def test_size_and_memory(figures: dict, variant: str) -> None:
 @pytest.mark.parametrize("variant", LIMITS)
 def test_one_step(figures: dict, work: Path, variant: str, comfyui_path: Path) -> None:
     """One 256x256 step is finite and does not unpack the model: its size stays what it was."""
-    from bonsai_ops.loader import load_bonsai_model
-    from bonsai_ops.sampling import sample_official
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.host.sampling import sample_official
 
     with torch.inference_mode():
         model = load_bonsai_model(work / variant / "native.safetensors")

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bonsai_ops import synthetic
-from bonsai_ops.formats import open_pack
-from bonsai_ops.server import ComfyServer, PromptInterruptedError
+from bonsai_ops.tools import synthetic
+from bonsai_ops.tools.server import ComfyServer, PromptInterruptedError
+from bonsai_ops.weights.formats import open_pack
 from training.judge import judge
 
 pytestmark = pytest.mark.host

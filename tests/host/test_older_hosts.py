@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bonsai_ops.environment import COMFYUI_VERSIONS, NEWEST, clean_environment, comfyui_path
+from bonsai_ops.tools.environment import COMFYUI_VERSIONS, NEWEST, clean_environment, comfyui_path
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 

@@ -15,11 +15,11 @@ import pytest
 import tiny_files
 from PIL import Image
 
-from bonsai_ops.environment import NEWEST, PLUGIN_NAME
-from bonsai_ops.formats import open_pack
-from bonsai_ops.formats.entries import PackedTensor
-from bonsai_ops.server import ComfyServer
-from bonsai_ops.workflow import find_nodes, to_api
+from bonsai_ops.tools.environment import NEWEST, PLUGIN_NAME
+from bonsai_ops.tools.server import ComfyServer
+from bonsai_ops.tools.workflow import find_nodes, to_api
+from bonsai_ops.weights.formats import open_pack
+from bonsai_ops.weights.formats.entries import PackedTensor
 
 pytestmark = pytest.mark.host
 

@@ -18,8 +18,9 @@ from peers import mlx_pack, reference, tiny_klein
 from PIL import Image
 from safetensors.torch import load_file
 
-from bonsai_ops import convert, synthetic
-from bonsai_ops.server import ComfyServer
+from bonsai_ops import convert
+from bonsai_ops.tools import synthetic
+from bonsai_ops.tools.server import ComfyServer
 
 from .conftest import HEIGHT, PROMPT, SEED, WIDTH, Family, Truth, truth_of
 
@@ -145,7 +146,7 @@ def test_what_mlx_quantizes_itself(server: ComfyServer, variant: str, tmp_path: 
 @pytest.mark.parametrize("layout", ["unpacked", "mlx", "gemlite"])
 def test_text_encoder(family: Family, layout: str, comfyui_path: Path) -> None:
     """All 512 positions of the embedding, in this process."""
-    from bonsai_ops.text_encoder import load_bonsai_text_encoder
+    from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
 
     folder = getattr(family, layout)
     truth = family.truth.embeds if layout == "unpacked" else reference.reference_embeds(folder, PROMPT)
@@ -158,7 +159,7 @@ def test_text_encoder(family: Family, layout: str, comfyui_path: Path) -> None:
 
 def test_long_prompt_is_cut_like_the_official_one(family: Family, comfyui_path: Path) -> None:
     """A prompt of more than 512 tokens gives the embeddings of its first 512, template included."""
-    from bonsai_ops.text_encoder import load_bonsai_text_encoder
+    from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
 
     prompt = "a small tree " * 300
     truth = reference.reference_embeds(family.mlx, prompt)

@@ -9,7 +9,7 @@ import torch
 from peers.tiny_klein import is_quantized
 from safetensors.torch import save_file
 
-from bonsai_ops.environment import PLUGIN
+from bonsai_ops.tools.environment import PLUGIN
 from training.unpack import diffusers_names, read_values
 
 pytestmark = pytest.mark.parity

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file
 
-from bonsai_ops.bench.gemlite_import import import_gemlite
+from bonsai_ops.tools.bench.gemlite_import import import_gemlite
 
 from .tiny_klein import GROUP, VARIANTS, is_quantized, write_json, write_manifest
 

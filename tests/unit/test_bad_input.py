@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bonsai_ops.errors import PackError
-from bonsai_ops.synthetic import TINY, write_dense, write_gemlite, write_mlx
-from bonsai_ops.transformer import open_transformer, read_weights
+from bonsai_ops.tools.synthetic import TINY, write_dense, write_gemlite, write_mlx
+from bonsai_ops.weights.errors import PackError
+from bonsai_ops.weights.read import open_transformer, read_weights
 
 MLX_FILE = "diffusion_pytorch_model.safetensors"
 LAYER = "transformer_blocks.0.attn.to_k"
@@ -72,8 +72,8 @@ def tiny_vae(whole_vae: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_vae(tmp_path_factory: pytest.TempPathFactory, comfyui_path: Path) -> Path:
-    from bonsai_ops.synthetic import write_pipeline
-    from bonsai_ops.vae import load_vae
+    from bonsai_ops.host.vae import load_vae
+    from bonsai_ops.tools.synthetic import write_pipeline
 
     folder = tmp_path_factory.mktemp("pipeline")
     write_pipeline(folder)
@@ -556,7 +556,7 @@ def test_transformer_without_blocks(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_vae_config(tiny_vae: Path, comfyui_path: Path, content: str, found: str) -> None:
-    from bonsai_ops.vae import load_vae
+    from bonsai_ops.host.vae import load_vae
 
     (tiny_vae / "vae" / "config.json").write_text(content)
     with pytest.raises(PackError) as caught:
@@ -579,7 +579,7 @@ def test_a_damaged_vae_config(tiny_vae: Path, comfyui_path: Path, content: str, 
     ],
 )
 def test_a_damaged_tiny_vae(tmp_path: Path, comfyui_path: Path, change: dict[str, torch.Tensor], found: str) -> None:
-    from bonsai_ops.vae import load_vae
+    from bonsai_ops.host.vae import load_vae
 
     tensors = {"taesd_decoder.1.weight": torch.zeros(8, 32, 3, 3), "taesd_encoder.0.weight": torch.zeros(8, 3, 3, 3)}
     (tmp_path / "vae").mkdir()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bonsai_ops import codec
+from bonsai_ops.weights import codec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16, "byte": 256}
@@ -253,7 +253,7 @@ def test_bytes_of_another_shape_are_refused(name: str) -> None:
 
 MEASURE = """
 import json, sys, torch
-from bonsai_ops import codec
+from bonsai_ops.weights import codec
 
 def memory(field):
     with open("/proc/self/status") as f:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bonsai_ops import convert
-from bonsai_ops.formats import open_pack
-from bonsai_ops.synthetic import TINY, write_dense, write_gemlite, write_mlx
+from bonsai_ops.tools.synthetic import TINY, write_dense, write_gemlite, write_mlx
+from bonsai_ops.weights.formats import open_pack
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MLX_FILE = "diffusion_pytorch_model.safetensors"

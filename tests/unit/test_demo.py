@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bonsai_ops.demo import PROMPTS, several
-from bonsai_ops.workflow import find_nodes
+from bonsai_ops.tools.workflow import find_nodes
 
 GRAPH = {
     "1": {"class_type": "LoadBonsaiPack", "inputs": {"pack_name": "seedling"}},

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bonsai_ops import codec, dispatch, ops
-from bonsai_ops.backends import cpu, eager
-from bonsai_ops.backends.failure import BackendError, is_the_devices
-from bonsai_ops.bench.timer import run_with_scratch
-from bonsai_ops.packed_weight import PackedWeight
-from bonsai_ops.precision import cpu_has_fast_bf16
+from bonsai_ops.kernels import cpu, dispatch, eager
+from bonsai_ops.kernels import custom_op as ops
+from bonsai_ops.kernels.failure import BackendError, is_the_devices
+from bonsai_ops.kernels.machine import cpu_has_fast_bf16
+from bonsai_ops.tools.bench.timer import run_with_scratch
+from bonsai_ops.weights import codec
+from bonsai_ops.weights.packed_weight import PackedWeight
 
 CODECS = {"bit": ("binary", 2), "trit5": ("ternary", 3), "crumb": ("ternary", 3)}
 """{codec: (scheme, code values)} of what the fast backends take."""
@@ -195,7 +196,7 @@ def test_why_not_triton(changes: dict, reason: str) -> None:
 
 def test_why_not_triton_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the command that installs it."""
-    from bonsai_ops.backends import triton
+    from bonsai_ops.kernels.triton import backend as triton
 
     monkeypatch.setattr(triton, "_IMPORT_ERROR", ModuleNotFoundError("No module named 'triton'", name="triton"))
     call = dispatch.Call(torch.device("cuda", 0), torch.bfloat16, 128, 256, "ternary", "trit5", 128, (8, 6))
@@ -252,7 +253,7 @@ def test_forcing_a_backend() -> None:
 def test_environment_override() -> None:
     """BONSAI_BACKEND=eager holds for a process; a wrong name is refused."""
     program = (
-        "import torch; from bonsai_ops import dispatch; "
+        "import torch; from bonsai_ops.kernels import dispatch; "
         "call = dispatch.Call(torch.device('cpu'), torch.bfloat16, 128, 128, 'binary', 'bit', 128); "
         "print(dispatch.resolve(call).backend.name)"
     )

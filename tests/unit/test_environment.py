@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from bonsai_ops import environment
-from bonsai_ops.environment import comfyui_download, lock, own_comfyui, pins, places, plugin_link, prepare, steps
+from bonsai_ops.tools import environment
+from bonsai_ops.tools.environment import comfyui_download, lock, own_comfyui, pins, places, plugin_link, prepare, steps
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ class TestRelaunch:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(prepare, "ensure", lambda *arguments: ready)
         with pytest.raises(SystemExit) as stop:
-            environment.relaunch_if_needed("bonsai_ops.environment", ["--no-such-option"])
+            environment.relaunch_if_needed("bonsai_ops.tools.environment", ["--no-such-option"])
         assert stop.value.code == 2
 
     @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ class TestLinkPlugin:
     def test_link_is_made_once(self, tmp_path: Path) -> None:
         link = environment.link_plugin(tmp_path)
         assert link == tmp_path / "custom_nodes" / "bonsai-image"
-        assert (link / "bonsai_ops" / "environment" / "lock.py").is_file()
+        assert (link / "bonsai_ops" / "tools" / "environment" / "lock.py").is_file()
         assert os.path.realpath(link) == os.path.realpath(environment.PLUGIN)
         assert environment.link_plugin(tmp_path) == link
 
@@ -337,7 +337,7 @@ class TestLock:
         script = (
             "import sys, time, pathlib\n"
             f"sys.path.insert(0, {str(environment.PLUGIN)!r})\n"
-            "from bonsai_ops.environment import hold_lock\n"
+            "from bonsai_ops.tools.environment import hold_lock\n"
             f"with hold_lock(pathlib.Path({str(file)!r}), poll=0.01):\n"
             "    with open(sys.argv[1], 'x'): time.sleep(0.05)\n"
             "    pathlib.Path(sys.argv[1]).unlink()\n"

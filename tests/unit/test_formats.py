@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from bonsai_ops.errors import PackError
-from bonsai_ops.formats import dense, gemlite, mlx
-from bonsai_ops.formats.entries import CodedTensor, DenseTensor, fuse_rows
-from bonsai_ops.formats.safetensors_file import SafetensorsFile
-from bonsai_ops.packed_weight import PackedWeight
+from bonsai_ops.weights.errors import PackError
+from bonsai_ops.weights.formats import dense, gemlite, mlx
+from bonsai_ops.weights.formats.entries import CodedTensor, DenseTensor, fuse_rows
+from bonsai_ops.weights.formats.safetensors_file import SafetensorsFile
+from bonsai_ops.weights.packed_weight import PackedWeight
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 # (128, 512) at 2 bits has gemlite codes [128, 128] that look square; (64, 256) has the words [64, 16] of a narrow one

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bonsai_ops import klein, synthetic
-from bonsai_ops.errors import PackError
-from bonsai_ops.formats import CodedTensor, DenseTensor, open_pack
-from bonsai_ops.formats.gguf import BLOCKS, PQ2_0, Q1_0, Q2_0, Q8_0, TQ1_0, TQ2_0
-from bonsai_ops.packed_weight import PackedWeight
-from bonsai_ops.transformer import open_transformer, read_weights
+from bonsai_ops.tools import synthetic
+from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights.errors import PackError
+from bonsai_ops.weights.formats import CodedTensor, DenseTensor, open_pack
+from bonsai_ops.weights.formats.gguf import BLOCKS, PQ2_0, Q1_0, Q2_0, Q8_0, TQ1_0, TQ2_0
+from bonsai_ops.weights.packed_weight import PackedWeight
+from bonsai_ops.weights.read import open_transformer, read_weights
 
 GROUPS = {Q1_0: 128, Q2_0: 64, PQ2_0: 128, TQ1_0: 256, TQ2_0: 256}
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bonsai_ops import klein
-from bonsai_ops.errors import PackError
-from bonsai_ops.formats.entries import DenseTensor, Entry, PackedTensor
-from bonsai_ops.klein import Geometry
-from bonsai_ops.synthetic import KLEIN_4B, TINY
+from bonsai_ops.tools.synthetic import KLEIN_4B, TINY
+from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights.errors import PackError
+from bonsai_ops.weights.flux2 import Geometry
+from bonsai_ops.weights.formats.entries import DenseTensor, Entry, PackedTensor
 
 FILE = Path("folder") / "file.safetensors"
 KLEIN_9B = Geometry(hidden=4096, context=12288, in_channels=128, double_blocks=8, single_blocks=24)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bonsai_ops import codec
-from bonsai_ops.errors import PackError
-from bonsai_ops.formats import native, open_pack
-from bonsai_ops.formats.safetensors_file import SafetensorsFile
-from bonsai_ops.packed_weight import SCHEMES, PackedWeight
+from bonsai_ops.weights import codec
+from bonsai_ops.weights.errors import PackError
+from bonsai_ops.weights.formats import native, open_pack
+from bonsai_ops.weights.formats.safetensors_file import SafetensorsFile
+from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
 PAIRS = [(scheme, name) for scheme, names in SCHEMES.items() for name in names]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]

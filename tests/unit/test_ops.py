@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bonsai_ops import codec, ops
-from bonsai_ops.backends import eager
-from bonsai_ops.packed_weight import SCHEMES, PackedWeight
+from bonsai_ops.kernels import custom_op as ops
+from bonsai_ops.kernels import eager
+from bonsai_ops.weights import codec
+from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAIRS = [(scheme, name) for scheme, names in SCHEMES.items() for name in names]
@@ -197,8 +198,8 @@ def test_a_second_import_shares_the_operators(monkeypatch: pytest.MonkeyPatch) -
     spec.loader.exec_module(package)
     registered = torch.ops.bonsai.linear.default, torch.ops.bonsai.linear_transposed.default
     try:
-        second = importlib.import_module(f"{name}.ops")
-        other = importlib.import_module(f"{name}.packed_weight")
+        second = importlib.import_module(f"{name}.kernels.custom_op")
+        other = importlib.import_module(f"{name}.weights.packed_weight")
         assert second is not ops and other.PackedWeight is not PackedWeight
         assert torch.ops.bonsai.linear.default is registered[0]
         assert torch.ops.bonsai.linear_transposed.default is registered[1]

@@ -8,17 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from bonsai_ops import codec, klein, ops
-from bonsai_ops.packed_weight import (
-    LAYOUTS,
-    SCHEMES,
-    PackedWeight,
-    in_layout,
-    narrow_exact,
-    pack_signs,
-    recode,
-)
-from bonsai_ops.synthetic import KLEIN_4B
+from bonsai_ops.kernels import custom_op as ops
+from bonsai_ops.tools.synthetic import KLEIN_4B
+from bonsai_ops.weights import codec
+from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights.packed_weight import LAYOUTS, SCHEMES, PackedWeight, in_layout, narrow_exact, pack_signs, recode
 
 RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16, "byte": 256}
 """Of a codec; a ternary weight has codes below 3 in any."""

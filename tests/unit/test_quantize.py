@@ -10,11 +10,11 @@ import itertools
 import pytest
 import torch
 
-from bonsai_ops.packed_weight import PackedWeight, narrow_exact, pack_signs
+from bonsai_ops.host.patch.report import LayerReport, Report
 from bonsai_ops.quantize import LayerError, Settings, Statistics, budget, fitting_group, quantize_layer
 from bonsai_ops.quantize.compensate import compensate, output_error
 from bonsai_ops.quantize.groups import best_scale, quantize_groups, to_codes, values
-from bonsai_ops.quantize.report import LayerReport, Report
+from bonsai_ops.weights.packed_weight import PackedWeight, narrow_exact, pack_signs
 
 LEVELS = {"binary": (1, -1), "ternary": (1, 0, -1)}
 SAMPLES = {

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from bonsai_ops.backends.reuse import IDLE_TURNS, LEAST_BYTES, Reuse
+from bonsai_ops.kernels.reuse import IDLE_TURNS, LEAST_BYTES, Reuse
 
 ROWS, COLUMNS = 64, LEAST_BYTES // 64
 """Of a uint8 tensor that is just large enough."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bonsai_ops.schedule import official_sigmas, shift_mu
+from bonsai_ops.host.schedule import official_sigmas, shift_mu
 
 # width, height, tokens, mu, sigmas between 1 and 0 for four steps, from the model's published inference code
 PUBLISHED = [

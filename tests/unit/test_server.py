@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bonsai_ops import server
-from bonsai_ops.server import ComfyServer, PromptInterruptedError
+from bonsai_ops.tools import server
+from bonsai_ops.tools.server import ComfyServer, PromptInterruptedError
 
 FAKE = """
 import http.server, json, sys

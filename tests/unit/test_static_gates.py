@@ -1,6 +1,6 @@
 """Every shipped Triton kernel, compiled for every target without a GPU: no spills, tensor cores, few other steps.
 
-The gates are in bonsai_ops/bench/static.py (Row.failures); what is counted is explained there.
+The gates are in bonsai_ops/tools/bench/static.py (Row.failures); what is counted is explained there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bonsai_ops.bench import static
+from bonsai_ops.tools.bench import static
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import ImageFilter
 
-from bonsai_ops.codec import decode, spread_fields
-from bonsai_ops.packed_weight import pack_signs
+from bonsai_ops.weights.codec import decode, spread_fields
+from bonsai_ops.weights.packed_weight import pack_signs
 from training import captions, text_encoder, transformer, vae
 from training.drawing import draw
 from training.export import words

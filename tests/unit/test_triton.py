@@ -20,13 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bonsai_ops import codec as codecs
-from bonsai_ops import dispatch
-from bonsai_ops.backends import eager
-from bonsai_ops.backends import triton as backend
-from bonsai_ops.backends.failure import BackendError
-from bonsai_ops.formats import gemlite
-from bonsai_ops.packed_weight import PackedWeight
+from bonsai_ops.kernels import dispatch, eager
+from bonsai_ops.kernels.failure import BackendError
+from bonsai_ops.kernels.triton import backend
+from bonsai_ops.weights import codec as codecs
+from bonsai_ops.weights.formats import gemlite
+from bonsai_ops.weights.packed_weight import PackedWeight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -323,7 +322,7 @@ def test_agrees_with_gemlite(
     variant: str, tables: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pack that gemlite's packer wrote, multiplied by its kernel and, as our reader takes it, by each of ours."""
-    from bonsai_ops.bench.gemlite_import import import_gemlite
+    from bonsai_ops.tools.bench.gemlite_import import import_gemlite
 
     import_gemlite()
     from peers.gemlite_pack import pack_linear
@@ -691,8 +690,8 @@ def test_unknown_mode_is_an_error() -> None:
 def test_imports_without_a_usable_triton(block: str, reason: str) -> None:
     code = (
         f"import sys, torch; {block}\n"
-        "from bonsai_ops.backends import triton as backend\n"
-        "from bonsai_ops.packed_weight import PackedWeight\n"
+        "from bonsai_ops.kernels.triton import backend\n"
+        "from bonsai_ops.weights.packed_weight import PackedWeight\n"
         "w = PackedWeight(torch.zeros(8, 128, dtype=torch.uint8), torch.ones(8, 1), (8, 128), 'binary', 'bit', 128)\n"
         "try:\n    backend.linear(torch.ones(1, 128), w)\n"
         "except backend.BackendError as error:\n    print(error, str(error) == backend.unavailable())\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bonsai_ops.workflow import to_api
+from bonsai_ops.tools.workflow import to_api
 
 INFO = {
     "Load": {

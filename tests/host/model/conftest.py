@@ -22,10 +22,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bonsai_ops import codec, klein, synthetic
-from bonsai_ops.environment import NEWEST, comfyui_version
-from bonsai_ops.formats import native
-from bonsai_ops.packed_weight import PackedWeight
+from bonsai_ops.tools import synthetic
+from bonsai_ops.tools.environment import NEWEST, comfyui_version
+from bonsai_ops.weights import codec
+from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights.formats import native
+from bonsai_ops.weights.packed_weight import PackedWeight
 
 SMALL = klein.Geometry(hidden=128, context=128, in_channels=128, double_blocks=2, single_blocks=3)
 VARIANTS = ("binary", "ternary", "affine")
@@ -76,7 +78,7 @@ def write_pack(path: Path, variant: str, geometry: klein.Geometry = SMALL, seed:
 
 def read_dense(path: Path) -> dict[str, torch.Tensor]:
     """{BFL name: fp32 weight} of a pack."""
-    from bonsai_ops.transformer import open_transformer, read_weights
+    from bonsai_ops.weights.read import open_transformer, read_weights
 
     weights = read_weights(*open_transformer(path))
     return {n: w.dequantize() if isinstance(w, PackedWeight) else w.float() for n, w in weights.items()}
@@ -138,7 +140,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 @pytest.fixture
 def make_pair(comfy: Any, packs: Mapping[str, Path]) -> Iterator[Callable[..., Pair]]:
     """A function from a variant to a fresh pair; afterwards every model is unloaded."""
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
 
     def make(variant: str = "ternary") -> Pair:
         path = packs[variant]
@@ -323,7 +325,7 @@ def same_state(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> 
 
 def packed_layers(model: Any) -> int:
     """How many modules hold a packed weight now."""
-    from bonsai_ops.layout import is_packed
+    from bonsai_ops.host.layout import is_packed
 
     return sum(is_packed(getattr(m, "weight", None)) for m in model.model.modules())
 

@@ -19,7 +19,7 @@ PLACE = ("transformer_options", "optimized_attention_override")
 
 @pytest.fixture
 def model(comfy: Any, packs: Mapping[str, Path]) -> Any:
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
 
     return load_bonsai_model(packs["ternary"], {"compute_dtype": "fp32"})
 
@@ -79,7 +79,7 @@ def test_the_same_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against ComfyUI's function called once, in both of its layouts. score_bytes: for two bytes a score."""
-    from bonsai_ops import attention
+    from bonsai_ops.host import attention
 
     batch, heads, tokens, _, _ = shape
     monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes * dtype.itemsize // 2)
@@ -97,7 +97,7 @@ def test_the_same_to_the_bit(
 def test_what_is_not_taken_apart(calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy.ldm.modules import attention as comfys
 
-    from bonsai_ops import attention
+    from bonsai_ops.host import attention
 
     monkeypatch.setattr(attention, "SCORE_BYTES", 1)
     q, k, v = inputs(1, 4, 200, 200, 16, torch.float32)
@@ -119,7 +119,7 @@ def test_what_is_not_taken_apart(calls: list[tuple[int, int]], monkeypatch: pyte
 
 def test_a_picture_drawn_in_parts(model: Any, calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """One prompt and two at once; with a clone, as every loader of LoRAs makes one."""
-    from bonsai_ops import attention
+    from bonsai_ops.host import attention
 
     start = {"samples": torch.zeros(1, 128, 16, 16)}
     whole = [draw(model, start=start, cfg=cfg) for cfg in (1.0, 3.0)]
@@ -149,7 +149,7 @@ def test_another_choice_stays(model: Any) -> None:
 
 
 def test_only_packed_models_on_a_cpu(model: Any, packs: Mapping[str, Path]) -> None:
-    from bonsai_ops import attention
+    from bonsai_ops.host import attention
 
     options, name = PLACE
     assert model.model_options[options][name] is attention.in_parts

@@ -129,7 +129,7 @@ def test_a_lora_and_its_negative_cancel(pair: Pair, lora_file: LoraFile) -> None
 
 def test_the_factor_is_strength_times_alpha_over_rank(pair: Pair) -> None:
     """One layer by hand: y = x W^T + strength alpha / rank * up(down(x)) on the rows of the value projection."""
-    from bonsai_ops.lora import SideBranch
+    from bonsai_ops.host.lora import SideBranch
 
     module = module_of(pair.packed, QKV)
     from comfy.weight_adapter import LoRAAdapter
@@ -240,7 +240,7 @@ def test_plain_loras_never_touch_the_codes(pair: Pair, lora_file: LoraFile) -> N
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_low_precision(comfy: Any, packs: Mapping[str, Path], lora_file: LoraFile, dtype: str) -> None:
     """bf16 and fp16 stay within a few roundings of fp32."""
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
 
     name = lora_file(FORMS["bfl"])
     exact, found = (
@@ -268,7 +268,8 @@ def text_encoders(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
     import comfy.supported_models_base
     import comfy.text_encoders.flux as flux_text
 
-    from bonsai_ops import synthetic, text_encoder
+    from bonsai_ops.host import text_encoder
+    from bonsai_ops.tools import synthetic
 
     folder = tmp_path_factory.mktemp("pack") / "tiny"
     synthetic.write_pipeline(folder)

@@ -39,7 +39,7 @@ MERGING = "comfy_extras.nodes_model_merging."
 
 
 def load(path: Path) -> Any:
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
 
     return load_bonsai_model(path, {"compute_dtype": "fp32"})
 
@@ -59,7 +59,7 @@ def save_stock(comfy_base_directory: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 def save_ours(model: Any, path: Path) -> Path:
-    from bonsai_ops.save import save_bonsai_model
+    from bonsai_ops.host.save import save_bonsai_model
 
     save_bonsai_model(model, path)
     return path
@@ -247,9 +247,9 @@ def test_our_save_refuses_a_merge(make_pair: Callable[..., Pair], tmp_path: Path
 
 def test_our_save_with_the_plugin_imported_twice(pair: Pair, second_import: str, tmp_path: Path) -> None:
     """Trap 19: a model of one import is saved by the other; a custom node is imported under a name of its own."""
-    save = importlib.import_module(f"{second_import}.save")
+    save = importlib.import_module(f"{second_import}.host.save")
     save.save_bonsai_model(pair.packed, tmp_path / "saved.safetensors")
-    again = importlib.import_module(f"{second_import}.loader").load_bonsai_model(
+    again = importlib.import_module(f"{second_import}.host.loader").load_bonsai_model(
         tmp_path / "saved.safetensors", {"compute_dtype": "fp32"}
     )
     assert torch.equal(draw(again), draw(pair.packed))

@@ -19,8 +19,8 @@ LAYERS = {"compact": "trit5", "fast": "crumb"}
 @pytest.fixture
 def load(comfy: Any, packs: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A function that loads the ternary pack, or a file, in fp32. Every processor has int8 here, fast or not."""
-    from bonsai_ops import dispatch
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.kernels import dispatch
 
     monkeypatch.setattr(dispatch, "cpu_has_fast_int8", lambda: True)
     return lambda path=None, **options: load_bonsai_model(
@@ -29,14 +29,14 @@ def load(comfy: Any, packs: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch)
 
 
 def codecs_of(model: Any) -> set[str]:
-    from bonsai_ops.layout import is_packed, unwrap
+    from bonsai_ops.host.layout import is_packed, unwrap
 
     return {unwrap(p).codec for p in model.model.diffusion_model.parameters() if is_packed(p)}
 
 
 def test_two_models_in_two_modes(load: Callable[..., Any], lora_file: Callable[..., str]) -> None:
     """Each keeps its own, also in clones, in what the factory makes and under a LoRA."""
-    from bonsai_ops.model_info import describe
+    from bonsai_ops.host.info import describe
 
     exact, rounded = load(), load(mode="a8")
     truth, found = draw(exact), draw(rounded)
@@ -52,7 +52,7 @@ def test_two_models_in_two_modes(load: Callable[..., Any], lora_file: Callable[.
 
 def test_layouts_draw_the_same(load: Callable[..., Any], tmp_path: Path) -> None:
     """fast takes more memory; a saved file is compact again and loads in either."""
-    from bonsai_ops.save import save_bonsai_model
+    from bonsai_ops.host.save import save_bonsai_model
 
     compact, fast = load(), load(layout="fast")
     truth = draw(compact)
@@ -98,7 +98,7 @@ def test_the_mode_is_compiled_in(load: Callable[..., Any], backend: str) -> None
 
 def test_a_declined_mode_is_explained(load: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     """In the log line, in the report and in Bonsai Model Info."""
-    from bonsai_ops.model_info import describe
+    from bonsai_ops.host.info import describe
 
     with caplog.at_level("INFO"):
         model = load(mode="fp16_accumulate")

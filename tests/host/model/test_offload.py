@@ -146,7 +146,7 @@ def _keys(module: Any) -> list:
 
 def test_the_accounts_hold_true_bytes(pair: Pair, comfy: Any) -> None:
     """model_size is the sum of codes, tables and dense tensors; a loaded model counts as loaded by that size."""
-    from bonsai_ops.loader import ATTACHMENT
+    from bonsai_ops.host.loader import ATTACHMENT
 
     parameters = dict(pair.packed.model.named_parameters())
     true = sum(
@@ -191,7 +191,7 @@ def test_three_models_in_one_graph(make_pair: Callable[..., Pair], comfy: Any) -
 
 def test_unloading_returns_the_memory(comfy: Any, packs: Mapping[str, Path], lora_file: Callable[..., str]) -> None:
     """After the last reference is gone no tensor of the model, of its clones or of its LoRA is left."""
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
 
     model = with_lora(load_bonsai_model(packs["ternary"], {"compute_dtype": "fp32"}), lora_file(bfl_lora()))
     draw(model)
@@ -209,7 +209,7 @@ def test_memory_modes(comfy: Any, packs: Mapping[str, Path], monkeypatch: pytest
     """classic asks ComfyUI for a model without dynamic VRAM, auto leaves the choice to it; both draw the same."""
     import comfy.sd
 
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
 
     asked, load = [], comfy.sd.load_diffusion_model_state_dict
     monkeypatch.setattr(

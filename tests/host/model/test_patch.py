@@ -189,7 +189,7 @@ KINDS = {
 
 def random_tensors(model: Any, seed: int = 0) -> dict[str, torch.Tensor]:
     """Values that keep activations near 1."""
-    from bonsai_ops.build import tensors_of
+    from bonsai_ops.host.model_class import tensors_of
 
     generator = torch.Generator().manual_seed(seed)
     values = {}
@@ -220,8 +220,8 @@ def stock(kind: str, tensors: Mapping[str, torch.Tensor] | None = None) -> Any:
 
 def twin_of(kind: str, patched: Any) -> Any:
     """A stock model with the dequantized weights of a patched one."""
-    from bonsai_ops.build import tensors_of
-    from bonsai_ops.layout import is_packed
+    from bonsai_ops.host.layout import is_packed
+    from bonsai_ops.host.model_class import tensors_of
 
     weights = tensors_of(patched.model.diffusion_model)
     return stock(kind, {n: t.dequantize() if is_packed(t) else t.detach() for n, t in weights.items()})
@@ -237,7 +237,7 @@ def sample(kind: str, model: Any, steps: int = 1) -> torch.Tensor:
 
 
 def patch(model: Any, **options: Any) -> tuple[Any, Any]:
-    from bonsai_ops.patch import PatchOptions, patch_model
+    from bonsai_ops.host.patch import PatchOptions, patch_model
 
     statistics, progress = options.pop("statistics", None), options.pop("progress", None)
     return patch_model(model, PatchOptions(**options), statistics, progress)
@@ -255,8 +255,8 @@ def test_every_architecture(
     kind: str, unload: Callable[[], None], lora_file: Callable[..., str], tmp_path: Path
 ) -> None:
     """Patch, sample, LoRA, save, reload, unload: what the twin draws, and the source is as it was."""
-    from bonsai_ops.loader import load_bonsai_model
-    from bonsai_ops.save import save_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.host.save import save_bonsai_model
 
     source = stock(kind)
     first, state = sample(kind, source), state_bytes(source)
@@ -293,7 +293,7 @@ def text_of(kind: str) -> list:
 
 def sampling(kind: str) -> Any:
     """Two steps of this kind, as the nodes that sample describe them."""
-    from bonsai_ops.sampling import Sampling
+    from bonsai_ops.host.sampling import Sampling
 
     start = {"samples": torch.zeros(KINDS[kind].latent)}
     return Sampling(text_of(kind), text_of(kind), start, 3, 2, 1.0, "euler", "simple")
@@ -302,11 +302,11 @@ def sampling(kind: str) -> Any:
 @pytest.mark.parametrize("variant", ["ternary", "binary"])
 def test_an_unpacked_bonsai_becomes_the_pack(comfy: Any, variant: str, tmp_path: Path) -> None:
     """Dense bf16 weights of a pack, loaded by ComfyUI and patched with defaults: codes and scales of the pack."""
-    from bonsai_ops.build import tensors_of
-    from bonsai_ops.layout import is_packed, unwrap
-    from bonsai_ops.loader import load_bonsai_model
-    from bonsai_ops.packed_weight import PackedWeight
-    from bonsai_ops.transformer import open_transformer, read_weights
+    from bonsai_ops.host.layout import is_packed, unwrap
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.host.model_class import tensors_of
+    from bonsai_ops.weights.packed_weight import PackedWeight
+    from bonsai_ops.weights.read import open_transformer, read_weights
 
     pack = load_bonsai_model(write_pack(tmp_path / "model.safetensors", variant), {"compute_dtype": "fp32"})
     weights = read_weights(*open_transformer(tmp_path / "model.safetensors"))
@@ -326,8 +326,8 @@ def test_an_unpacked_bonsai_becomes_the_pack(comfy: Any, variant: str, tmp_path:
 @pytest.mark.parametrize("scheme", ["4bit", "8bit"])
 def test_even_steps(scheme: str, unload: Callable[[], None], lora_file: Callable[..., str], tmp_path: Path) -> None:
     """4 and 8 bits: the twin's picture resident and offloaded, with a LoRA, saved and reloaded; close to the source."""
-    from bonsai_ops.loader import load_bonsai_model
-    from bonsai_ops.save import save_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.host.save import save_bonsai_model
 
     source = stock("flux2")
     patched, report = patch(source, scheme=scheme, rank=2)
@@ -368,7 +368,7 @@ def test_lora_and_settings_on_the_source_go_along(unload: Callable[[], None], lo
 
 def test_a_merge_is_carried_out(unload: Callable[[], None]) -> None:
     """The result of ModelMergeSimple is what is packed."""
-    from bonsai_ops.build import tensors_of
+    from bonsai_ops.host.model_class import tensors_of
 
     first, second = stock("flux"), stock("flux", random_tensors(stock("flux").model, seed=3))
     merged = run_node("comfy_extras.nodes_model_merging.ModelMergeSimple", model1=first, model2=second, ratio=0.25)
@@ -384,9 +384,9 @@ def test_a_merge_is_carried_out(unload: Callable[[], None]) -> None:
 
 def test_clone_factory_offload_and_messages(unload: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The factory gives the same model while one is alive; clones are of our class; offloaded equals resident."""
-    from bonsai_ops import attention
-    from bonsai_ops.lora import PackedPatcher
-    from bonsai_ops.patch import assemble as module
+    from bonsai_ops.host import attention
+    from bonsai_ops.host.lora import PackedPatcher
+    from bonsai_ops.host.patch import assemble as module
 
     patched, _ = patch(stock("qwen"), rank=2)
     drawn = sample("qwen", patched)
@@ -453,7 +453,7 @@ def test_target_size(unload: Callable[[], None]) -> None:
 
 def test_calibration(unload: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
     """What the node records is the mean of x x^T; hooks are gone afterwards; the model's output error falls."""
-    from bonsai_ops.sampling import sample_recorded
+    from bonsai_ops.host.sampling import sample_recorded
 
     source = stock("flux")
     seen: list[torch.Tensor] = []
@@ -486,10 +486,10 @@ def test_calibration(unload: Callable[[], None], capsys: pytest.CaptureFixture[s
 
 def test_measuring_a_sampling(unload: Callable[[], None], lora_file: Callable[..., str], tmp_path: Path) -> None:
     """Each layer's error is that of its inputs as they come, LoRA or not; what is drawn stays the same."""
-    from bonsai_ops.layout import unwrap
-    from bonsai_ops.loader import load_bonsai_model
-    from bonsai_ops.sampling import sample_measured
-    from bonsai_ops.save import save_bonsai_model
+    from bonsai_ops.host.layout import unwrap
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.host.sampling import sample_measured
+    from bonsai_ops.host.save import save_bonsai_model
 
     source, layer = stock("flux"), KINDS["flux"].layer
     patched, made = patch(source, rank=2)
@@ -543,7 +543,7 @@ def test_measuring_a_sampling(unload: Callable[[], None], lora_file: Callable[..
 
 def test_cancel_leaves_nothing_behind(unload: Callable[[], None], caplog: pytest.LogCaptureFixture) -> None:
     """What the progress callback raises ends the work; the source draws as before; no half model is kept."""
-    from bonsai_ops.patch import assemble as module
+    from bonsai_ops.host.patch import assemble as module
 
     source = stock("flux2")
     first, alive = sample("flux2", source), len(module._patched)

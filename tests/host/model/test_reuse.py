@@ -16,7 +16,7 @@ pytestmark = pytest.mark.host
 
 @pytest.fixture
 def model(comfy: Any, packs: Mapping[str, Path]) -> Any:
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
 
     return load_bonsai_model(packs["ternary"], {"compute_dtype": "fp32"})
 
@@ -24,7 +24,7 @@ def model(comfy: Any, packs: Mapping[str, Path]) -> Any:
 @pytest.fixture
 def kept(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes that were kept whenever a sampling ended; the layers of the tiny model count as large."""
-    from bonsai_ops.backends import reuse
+    from bonsai_ops.kernels import reuse
 
     found: list[int] = []
     close = reuse.Reuse.close
@@ -40,7 +40,7 @@ def kept(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_the_same_picture_on_used_memory(model: Any, kept: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Inference mode, as ComfyUI runs nodes. Two prompts at once, so that results of several sizes live together."""
-    from bonsai_ops.backends import cpu
+    from bonsai_ops.kernels import cpu
 
     with torch.inference_mode():
         found = [draw(model.clone(), steps=3, cfg=cfg) for cfg in (1.0, 3.0)]
@@ -53,7 +53,7 @@ def test_the_same_picture_on_used_memory(model: Any, kept: list[int], monkeypatc
 
 
 def test_an_error_gives_the_memory_back(model: Any, kept: list[int]) -> None:
-    from bonsai_ops.backends import cpu
+    from bonsai_ops.kernels import cpu
 
     def fail(*_: Any) -> None:
         raise RuntimeError("in the middle of a step")

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from bonsai_ops import dispatch, klein
-from bonsai_ops.environment import PLUGIN
-from bonsai_ops.transformer import open_transformer, read_weights
+from bonsai_ops.kernels import dispatch
+from bonsai_ops.tools.environment import PLUGIN
+from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights.read import open_transformer, read_weights
 from training.judge import judge
 from training.measure import held_out
 from training.scene import JUDGED
@@ -43,15 +44,15 @@ PSNR = 40.0
 @pytest.fixture(scope="module")
 def parts(comfy: Any) -> tuple[Any, Any]:
     """(CLIP, VAE) of the shipped pack."""
-    from bonsai_ops.text_encoder import load_bonsai_text_encoder
-    from bonsai_ops.vae import load_vae
+    from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
+    from bonsai_ops.host.vae import load_vae
 
     return load_bonsai_text_encoder(PACK), load_vae(PACK)
 
 
 @pytest.fixture(scope="module")
 def load(comfy: Any) -> Callable[..., Any]:
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
 
     return lambda path=PACK, **options: load_bonsai_model(path, options)
 
@@ -59,7 +60,7 @@ def load(comfy: Any) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def paint(parts: tuple[Any, Any]) -> Callable[..., np.ndarray]:
     """(model, prompt, width, height, seed) -> uint8 [height, width, 3]."""
-    from bonsai_ops.sampling import sample_official
+    from bonsai_ops.host.sampling import sample_official
 
     clip, vae = parts
     prompts: dict[str, Any] = {}
@@ -142,7 +143,7 @@ def test_int8_activations_draw_as_well(load: Callable, paint: Callable, monkeypa
 
 def test_the_lora_brings_the_night(load: Callable, paint: Callable, comfy: Any) -> None:
     """Through ComfyUI's own node: skies that the prompt leaves open turn to night, everything else stays."""
-    from bonsai_ops import folders
+    from bonsai_ops.host import folders
 
     folders.register()
     model = load()

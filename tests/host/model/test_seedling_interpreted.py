@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-from bonsai_ops import dispatch
-from bonsai_ops.backends import triton as backend
-from bonsai_ops.environment import PLUGIN
+from bonsai_ops.kernels import dispatch
+from bonsai_ops.kernels.triton import backend
+from bonsai_ops.tools.environment import PLUGIN
 from training.judge import judge
 from training.measure import held_out
 
@@ -55,10 +55,10 @@ if INTERPRETED:
     @pytest.fixture(scope="module")
     def paint(comfy: Any) -> Callable[[str], np.ndarray]:
         """(layout) -> the picture of PROMPT by whatever backend the dispatcher has."""
-        from bonsai_ops.loader import load_bonsai_model
-        from bonsai_ops.sampling import sample_official
-        from bonsai_ops.text_encoder import load_bonsai_text_encoder
-        from bonsai_ops.vae import load_vae
+        from bonsai_ops.host.loader import load_bonsai_model
+        from bonsai_ops.host.sampling import sample_official
+        from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
+        from bonsai_ops.host.vae import load_vae
 
         clip, vae = load_bonsai_text_encoder(PACK), load_vae(PACK)
         ((states, rest),) = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bonsai_ops.environment import PLUGIN
-from bonsai_ops.loader import load_bonsai_model
-from bonsai_ops.text_encoder import load_bonsai_text_encoder
-from bonsai_ops.vae import load_vae
+from bonsai_ops.host.loader import load_bonsai_model
+from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
+from bonsai_ops.host.vae import load_vae
+from bonsai_ops.tools.environment import PLUGIN
 from training import export, text_encoder, transformer, unpack, vae
 from training.checkpoint import Checkpoint
 

@@ -50,10 +50,10 @@ def _comfy(comfy: Any) -> None:
 
 def linear_layer(rows: int = 64, columns: int = 128) -> Any:
     """A packed Linear of random ternary codes that was loaded from a state dict."""
-    from bonsai_ops import synthetic
-    from bonsai_ops.layout import wrap
-    from bonsai_ops.linear import make_bonsai_ops
-    from bonsai_ops.packed_weight import pack_signs
+    from bonsai_ops.host.layout import wrap
+    from bonsai_ops.host.linear import make_bonsai_ops
+    from bonsai_ops.tools import synthetic
+    from bonsai_ops.weights.packed_weight import pack_signs
 
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 3, (rows, columns), dtype=torch.uint8, generator=generator)
@@ -81,7 +81,7 @@ def test_trap_01_a_merge_reads_the_values(make_pair: Callable[..., Pair]) -> Non
 
 def test_trap_02_nothing_is_rounded_back_to_codes(pair: Pair, lora_file: Callable[..., str]) -> None:
     """The LoRA was gone after the first step."""
-    from bonsai_ops.layout import is_packed
+    from bonsai_ops.host.layout import is_packed
 
     name = lora_file(bfl_lora())
     state = state_bytes(pair.packed)
@@ -143,7 +143,7 @@ def test_trap_06_the_layout_multiplies_packed(monkeypatch: pytest.MonkeyPatch, m
 
     In inference mode a tensor of comfy-kitchen that was made outside cannot be transposed; nothing asks for it there.
     """
-    from bonsai_ops.layout import BonsaiPackedLayout
+    from bonsai_ops.host.layout import BonsaiPackedLayout
 
     layer = linear_layer()
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
@@ -188,7 +188,7 @@ def test_trap_07_a_layer_can_be_moved() -> None:
 
 def test_trap_08_a_layer_is_made_without_memory() -> None:
     """Loading took the memory of the dense model first."""
-    from bonsai_ops.linear import make_bonsai_ops
+    from bonsai_ops.host.linear import make_bonsai_ops
 
     ops = make_bonsai_ops()
     for layer in (ops.Linear(1 << 13, 1 << 13, dtype=torch.float32), ops.Embedding(1 << 13, 1 << 10)):
@@ -197,7 +197,7 @@ def test_trap_08_a_layer_is_made_without_memory() -> None:
 
 def test_trap_09_two_models_share_nothing() -> None:
     """What one model set was seen by the other."""
-    from bonsai_ops.linear import make_bonsai_ops
+    from bonsai_ops.host.linear import make_bonsai_ops
 
     first, second = make_bonsai_ops(), make_bonsai_ops()
     first.Linear.comfy_cast_weights = False
@@ -245,8 +245,8 @@ def test_trap_11_casts_are_given_back(monkeypatch: pytest.MonkeyPatch, device: s
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
 def test_trap_12_a_packed_weight_has_the_computing_dtype(packs: Mapping[str, Path], name: str) -> None:
     """Activations were cast to uint8."""
-    from bonsai_ops.loader import load_bonsai_model
-    from bonsai_ops.precision import DTYPES
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.host.precision import DTYPES
 
     model = load_bonsai_model(packs["ternary"], {"compute_dtype": name})
     assert {module_of(model, key).weight.dtype for key in PACKED} == {DTYPES[name]}
@@ -268,7 +268,7 @@ def test_trap_14_the_layout_is_complete() -> None:
 
     from comfy_kitchen.tensor import get_layout_class
 
-    from bonsai_ops.layout import LAYOUT, PackedParams
+    from bonsai_ops.host.layout import LAYOUT, PackedParams
 
     layout = get_layout_class(LAYOUT)
     assert not getattr(layout, "__abstractmethods__", None)
@@ -293,8 +293,8 @@ def test_trap_15_norm_out_is_swapped(packs: Mapping[str, Path], pair: Pair) -> N
 
 def test_trap_16_comfy_quant_never_reaches_the_host(packs: Mapping[str, Path], pair: Pair, tmp_path: Path) -> None:
     """Keys of another quantization switched ComfyUI to its own operations."""
-    from bonsai_ops.errors import PackError
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.weights.errors import PackError
 
     assert getattr(pair.packed.model.model_config, "quant_config", None) is None
     described = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
@@ -314,7 +314,7 @@ def test_trap_17_a_model_can_be_made_again(pair: Pair) -> None:
 
 def test_trap_18_a_prompt_has_512_tokens() -> None:
     """ComfyUI pads shorter text with zeros on the left, which Klein never saw."""
-    from bonsai_ops.text_encoder import TruncatingTokenizer
+    from bonsai_ops.host.text_encoder import TruncatingTokenizer
 
     tokenizer = TruncatingTokenizer()
     for prompt in ("a tree", "a tree " * 600):
@@ -329,7 +329,7 @@ def test_trap_19_the_package_can_be_imported_twice(
     """The second import raised, or models of the first lost their layout."""
     from comfy_kitchen.tensor import get_layout_class
 
-    from bonsai_ops.layout import LAYOUT
+    from bonsai_ops.host.layout import LAYOUT
 
     layout = get_layout_class(LAYOUT)
 
@@ -337,7 +337,7 @@ def test_trap_19_the_package_can_be_imported_twice(
         raise AssertionError(f"{name} was registered again")
 
     monkeypatch.setattr(torch.library, "custom_op", refuse)
-    loader = importlib.import_module(f"{second_import}.loader")
+    loader = importlib.import_module(f"{second_import}.host.loader")
     assert get_layout_class(LAYOUT) is layout
     other = loader.load_bonsai_model(packs["ternary"], {"compute_dtype": "fp32"})
     drawn = draw(pair.packed)
@@ -350,7 +350,7 @@ def test_trap_20_dynamic_vram_can_be_turned_off(packs: Mapping[str, Path], monke
     """Where dynamic VRAM misbehaves there was no way around it: memory = classic asks ComfyUI for none."""
     import comfy.sd
 
-    from bonsai_ops.loader import load_bonsai_model
+    from bonsai_ops.host.loader import load_bonsai_model
 
     asked, load = {}, comfy.sd.load_diffusion_model_state_dict
     for memory in ("auto", "classic"):

@@ -1,0 +1,1 @@
+"""How packed weights live in ComfyUI: the only folder that imports comfy."""

@@ -1,0 +1,256 @@
+"""ComfyUI operations whose Linear (and Embedding) hold packed weights: `custom_operations=make_bonsai_ops()`.
+
+The modules own no dense memory before a state dict arrives. A packed entry of it (a QuantizedTensor from layout.py) is
+multiplied in packed form, wherever it lies, with its LoRAs as a branch beside it (lora.py); a dense entry behaves as in
+ComfyUI's manual_cast operations.
+"""
+
+from __future__ import annotations
+
+import comfy.ops
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..kernels import custom_op as ops
+from .layout import is_packed, mode_of, unwrap
+from .lora import LOWVRAM_PATCH, SideBranch, branch_of
+
+
+class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
+    """What Linear and Embedding share: loading, moving and saving a weight that may be a QuantizedTensor."""
+
+    comfy_cast_weights = True
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.compute_dtype = dtype
+        self.weight_function: list = []
+        self.bias_function: list = []
+        self.resident_patch: SideBranch | None = None
+        self.hook_patch: SideBranch | None = None
+        self._dynamic_patch: object = None
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    @property
+    def weight_scale(self) -> torch.Tensor | None:
+        """Scale table [N, K / group] of a packed weight, None for a dense one (merge nodes look it up by this name)."""
+        return unwrap(self.weight).scale if is_packed(self.weight) else None
+
+    @property
+    def weight_zero(self) -> torch.Tensor | None:
+        """Zero table like `weight_scale`, None where the weight has none."""
+        return unwrap(self.weight).zero if is_packed(self.weight) else None
+
+    @property
+    def weight_up(self) -> torch.Tensor | None:
+        """Left matrix [N, r] of a packed weight's low-rank branch, None without one."""
+        return unwrap(self.weight).up if is_packed(self.weight) else None
+
+    @property
+    def weight_down(self) -> torch.Tensor | None:
+        """Right matrix [r, K] of a packed weight's low-rank branch, None without one."""
+        return unwrap(self.weight).down if is_packed(self.weight) else None
+
+    @property
+    def weight_lowvram_function(self) -> object:
+        """Where dynamic VRAM puts a patch that it would merge and round; hidden from it while the weight is packed."""
+        return None if is_packed(self.weight) else self._dynamic_patch
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, patch: object) -> None:
+        self._dynamic_patch = patch
+
+    def _branches(self) -> list[SideBranch]:
+        """The patches on a packed weight; those of an offloaded layer's LowVramPatch stand for its resident_patch."""
+        offloaded = [f for f in self.weight_function if isinstance(f, LOWVRAM_PATCH)]
+        if self._dynamic_patch is not None:
+            offloaded.append(self._dynamic_patch)
+        branches = [branch_of(f, self.weight.shape) for f in offloaded] or [self.resident_patch]
+        return [b for b in (*branches, self.hook_patch) if b is not None]
+
+    def _wrappers(self) -> list:
+        """Weight functions that are no patches: what `ModelPatcher.add_weight_wrapper` put there."""
+        return [f for f in self.weight_function if not isinstance(f, LOWVRAM_PATCH)]
+
+    def _patched(self, dense: torch.Tensor, branches: list[SideBranch], wrappers: list) -> torch.Tensor:
+        """The unpacked fp32 weight with patches merged and wrappers applied."""
+        for branch in branches:
+            dense = branch.merged(dense)
+        for function in wrappers:
+            dense = function(dense)
+        return dense
+
+    def _cast_packed(self, device: torch.device, bias_dtype: torch.dtype) -> tuple:
+        """(packed weight, bias, stream) on `device`: ComfyUI moves the codes, its weight functions stay away."""
+        functions, self.weight_function = self.weight_function, []
+        try:
+            return comfy.ops.cast_bias_weight(
+                self, dtype=self.weight.dtype, device=device, bias_dtype=bias_dtype, offloadable=True
+            )
+        finally:
+            self.weight_function = functions
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list,
+        unexpected_keys: list,
+        error_msgs: list,
+    ) -> None:
+        for name in ("weight", "bias"):
+            value = state_dict.get(prefix + name)
+            if value is not None:
+                self.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+            elif name == "weight" or self.has_bias:
+                missing_keys.append(prefix + name)
+
+    def state_dict(self, *args: object, destination: dict | None = None, prefix: str = "", **kwargs: object) -> dict:
+        """{prefix + weight, weight_scale, weight_zero, bias}: codes and tables, as our files store them."""
+        destination = {} if destination is None else destination
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
+        if is_packed(self.weight):
+            destination.update(self.weight.state_dict(f"{prefix}weight"))
+        elif self.weight is not None:
+            destination[f"{prefix}weight"] = self.weight
+        return destination
+
+    def _apply(self, fn: object, recurse: bool = True) -> torch.nn.Module:
+        """Module._apply sets `param.data`, which a QuantizedTensor does not support: put a new Parameter instead.
+
+        What the patches hold for the old place goes with it. A tensor from outside of inference mode is moved outside
+        of it: inside, torch makes no Parameter of what it becomes.
+        """
+        for branch in (self.resident_patch, self.hook_patch):
+            if branch is not None:
+                branch.forget()
+        for name, param in self._parameters.items():
+            if param is None:
+                continue
+            with torch.inference_mode(torch.is_inference_mode_enabled() and param.is_inference()):
+                moved = _leave_inference(fn(param))
+                self.register_parameter(name, torch.nn.Parameter(moved, requires_grad=False))
+        return self
+
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: object) -> torch.Tensor:
+        """Dense values of the weight for whoever wants to add a patch to them."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(
+        self,
+        weight: torch.Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
+        **kwargs: object,
+    ) -> torch.Tensor | None:
+        """Takes a patched dense weight as it is, in the dtype the model computes in."""
+        weight = weight.to(self.compute_dtype or self.weight.dtype)
+        if return_weight:
+            return weight
+        self.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+        return None
+
+
+class PackedLinear(_PackedModule):
+    """y = x W^T + bias with W packed or dense."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: object = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dtype)
+        self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [.., in_features] -> [.., out_features], computed in x's dtype on x's device."""
+        comfy.ops.run_every_op()
+        if is_packed(self.weight):
+            return self._packed_forward(x)
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+        y = torch.nn.functional.linear(x, weight, bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return y
+
+    def _packed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches, wrappers = self._branches(), self._wrappers()
+        if torch.compiler.is_compiling() and not (branches or wrappers) and self.weight.device == x.device:
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+        weight, bias, stream = self._cast_packed(x.device, x.dtype)
+        if wrappers or any(branch.terms is None for branch in branches):
+            dense = self._patched(unwrap(weight).dequantize(torch.float32), branches, wrappers)
+            y = torch.nn.functional.linear(x, dense.to(x.dtype), bias)
+        else:
+            y = ops.linear(x, unwrap(weight), bias, mode_of(weight))
+            resident = self.weight.device == x.device
+            for branch in branches:
+                y = branch.add_to(y, x, keep=resident)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.has_bias}, packed={is_packed(self.weight)}"
+
+
+class PackedEmbedding(_PackedModule):
+    """Rows of a table [vocabulary, channels], packed or dense."""
+
+    has_bias = False
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: object = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(dtype)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+
+    def forward(self, index: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """index int64 [..] -> rows [.., channels] in `out_dtype` (default: the weight's dtype)."""
+        comfy.ops.run_every_op()
+        dtype = out_dtype or self.weight.dtype
+        if is_packed(self.weight):
+            weight, _, stream = self._cast_packed(index.device, dtype)
+            branches, wrappers = self._branches(), self._wrappers()
+            if branches or wrappers:
+                dense = self._patched(unwrap(weight).dequantize(torch.float32), branches, wrappers)
+                rows = torch.nn.functional.embedding(index, dense).to(dtype)
+            else:
+                rows = unwrap(weight).select_rows(index.reshape(-1), dtype).view(*index.shape, self.embedding_dim)
+        else:
+            weight, _, stream = comfy.ops.cast_bias_weight(
+                self, dtype=self.weight.dtype, device=index.device, offloadable=True
+            )
+            rows = torch.nn.functional.embedding(index, weight, self.padding_idx).to(dtype)
+        comfy.ops.uncast_bias_weight(self, weight, None, stream)
+        return rows
+
+
+def _leave_inference(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or outside of inference mode a copy of one that was made inside."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+def make_bonsai_ops() -> type:
+    """A fresh operations class for one load: nothing set on it reaches another model."""
+
+    class BonsaiOps(comfy.ops.manual_cast):
+        class Linear(PackedLinear):
+            pass
+
+        class Embedding(PackedEmbedding):
+            pass
+
+    return BonsaiOps

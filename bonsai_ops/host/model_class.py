@@ -1,0 +1,154 @@
+"""ComfyUI's own model classes around packed weights, for any architecture: from another model or from a saved file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.supported_models
+import torch
+
+from ..kernels.failure import is_the_devices
+from .linear import make_bonsai_ops
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPE, _TUPLE = "torch.", "tuple"
+
+
+def config_of(model: torch.nn.Module) -> object:
+    """A model configuration for a packed twin of a ComfyUI BaseModel: the same but for the operations it is made of."""
+    source = model.model_config
+    # copy.copy does not work: the class answers every attribute it lacks, __setstate__ too, with None
+    config = object.__new__(type(source))
+    config.__dict__.update(source.__dict__)
+    config.unet_config = dict(source.unet_config)
+    config.sampling_settings = dict(source.sampling_settings)
+    config.optimizations = {"fp8": False}
+    config.quant_config = None
+    config.set_inference_dtype(source.unet_config.get("dtype"), model.manual_cast_dtype)
+    if model.get_dtype_inference() not in FLOATS:
+        config.set_inference_dtype(source.unet_config.get("dtype"), torch.bfloat16)
+    return config
+
+
+def build(config: object, model_type: object, names: Mapping[str, object]) -> torch.nn.Module:
+    """An empty BaseModel of this configuration with packed linear layers. names: keys of its weights, for ComfyUI.
+
+    Raises ValueError for a model class that cannot be made with other operations than its own.
+    """
+    config.custom_operations = make_bonsai_ops()
+    try:
+        model = config.get_model(dict(names), "")
+    except (AttributeError, TypeError, KeyError, RuntimeError) as error:
+        if is_the_devices(error):
+            raise
+        raise ValueError(
+            f"ComfyUI's class for {type(config).__name__} cannot be built with packed layers: {error}"
+        ) from error
+    if model_type is not None and model.model_type != model_type:
+        model.model_type = model_type
+        model.model_sampling = comfy.model_base.model_sampling(config, model_type)
+    return model
+
+
+def describe(model: torch.nn.Module) -> dict[str, object]:
+    """What `config_from` needs to make the same configuration again: plain JSON values. Empty if one is not plain."""
+    config = model.model_config
+    try:
+        return {
+            "class": type(config).__name__,
+            "model_type": model.model_type.name,
+            "unet_config": {k: _plain(v) for k, v in config.unet_config.items() if k != "dtype"},
+            "sampling_settings": {k: _plain(v) for k, v in config.sampling_settings.items()},
+        }
+    except TypeError:
+        return {}
+
+
+def config_from(described: Mapping[str, object]) -> tuple[object, object] | None:
+    """(model configuration, model type) of what `describe` gave; None if this ComfyUI has no such class or type."""
+    classes = {c.__name__: c for c in comfy.supported_models.models}
+    types = comfy.model_base.ModelType.__members__
+    if described.get("class") not in classes or described.get("model_type") not in types:
+        return None
+    try:
+        config = classes[described["class"]]({k: _typed(v) for k, v in described["unet_config"].items()})
+        config.sampling_settings.update({k: _typed(v) for k, v in described["sampling_settings"].items()})
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
+    return config, types[described["model_type"]]
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """{name: parameter or persistent buffer} as the modules hold them; packed weights stay one tensor each."""
+    found: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        found |= {prefix + n: t for n, t in {**module._parameters, **kept}.items() if t is not None}
+    return found
+
+
+def linear_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of every linear layer in model order, whoever made it and however its weight is stored."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "in_features") and isinstance(weight, torch.Tensor) and weight.ndim == 2:
+            yield name, module
+
+
+def fill(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], assign: bool) -> None:
+    """Puts weights into the transformer of a BaseModel. Raises ValueError if one is missing or has no place."""
+    weights, transformer = dict(weights), model.diffusion_model
+    if not all(_has_place(transformer, name) for name in weights):
+        weights = model.model_config.process_unet_state_dict(weights)
+    missing, unexpected = transformer.load_state_dict(weights, strict=False, assign=assign)
+    if missing or unexpected:
+        state, name = ("missing", missing[0]) if missing else ("of no use to it", unexpected[0])
+        raise ValueError(f"{name} is {state} in ComfyUI's {type(model).__name__}")
+
+
+def patcher_of(model: torch.nn.Module, load_device: object, offload_device: object, dynamic: bool) -> object:
+    """A ModelPatcher around an empty or filled BaseModel."""
+    core = comfy.model_patcher.CoreModelPatcher
+    return (core if dynamic else comfy.model_patcher.ModelPatcher)(model, load_device, offload_device)
+
+
+def is_dynamic(patcher: object) -> bool:
+    """True if ComfyUI's dynamic VRAM manages this ModelPatcher."""
+    return bool(getattr(patcher, "is_dynamic", lambda: False)())
+
+
+def _has_place(transformer: torch.nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = transformer.get_submodule(path)
+    except AttributeError:
+        return False
+    return leaf in module._parameters or leaf in module._buffers
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, tuple):
+        return {_TUPLE: [_plain(v) for v in value]}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict) and _TUPLE not in value:
+        return {k: _plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{type(value).__name__} is not plain")
+
+
+def _typed(value: object) -> object:
+    if isinstance(value, str) and value.startswith(_DTYPE):
+        return getattr(torch, value.removeprefix(_DTYPE))
+    if isinstance(value, list):
+        return [_typed(v) for v in value]
+    if isinstance(value, dict):
+        typed = {k: _typed(v) for k, v in value.items()}
+        return tuple(typed[_TUPLE]) if typed.keys() == {_TUPLE} else typed
+    return value

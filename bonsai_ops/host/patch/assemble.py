@@ -1,0 +1,106 @@
+"""The packed MODEL: a second model of the source's class around packed weights, and the same again on request."""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from collections.abc import Mapping
+
+import comfy.model_management
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ...kernels import dispatch
+from ...weights.packed_weight import PackedWeight
+from .. import model_class as build
+from ..attention import attend_in_parts
+from ..layout import is_packed, unwrap, wrap
+from ..loader import ATTACHMENT, LoadReport
+from ..lora import adopt
+from .layers import base_tensors
+
+_patched: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
+"""{name: patched ModelPatcher} while one is alive, so that ComfyUI can ask for it again by plain arguments."""
+
+
+def empty_twin(base: torch.nn.Module) -> torch.nn.Module:
+    """A BaseModel like `base` of our operations, without weights. Raises ValueError if its class forbids that."""
+    names = dict.fromkeys(build.tensors_of(base.diffusion_model))
+    return build.build(build.config_of(base), base.model_type, names)
+
+
+def assemble(source: object, twin: torch.nn.Module, packed: Mapping[str, PackedWeight], scheme: str) -> object:
+    """The packed ModelPatcher: weights into the twin, everything that was set on the source beside it."""
+    tensors: dict[str, object] = {**base_tensors(source), **packed}
+    patcher = _around(source, twin, tensors, dynamic=build.is_dynamic(source))
+    name = uuid.uuid4().hex
+    _patched[name] = patcher
+    patcher.cached_patcher_init = (rebuild_patched, (name,))
+    patcher.set_attachments(ATTACHMENT, _load_report(patcher, scheme))
+    return patcher
+
+
+def _around(source: object, twin: torch.nn.Module, tensors: Mapping[str, object], dynamic: bool) -> object:
+    """A clone of the patcher `source` around the twin, filled with `tensors`."""
+    dtype = twin.get_dtype_inference()
+    offload = source.offload_device
+    weights = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, PackedWeight):
+            tensor = wrap(tensor, dtype)
+        elif isinstance(tensor, QuantizedTensor) and not is_packed(tensor):
+            tensor = tensor.dequantize()
+        weights[name] = tensor.detach().to(offload)
+    if not comfy.model_management.is_device_cpu(offload):
+        twin.to(offload)
+    fresh = build.patcher_of(twin, source.load_device, offload, dynamic)
+    build.fill(twin, weights, assign=build.is_dynamic(fresh))
+    patcher = source.clone(disable_dynamic=not dynamic, model_override=fresh.get_clone_model_override())
+    patcher.size, patcher.parent = 0, None
+    if hasattr(patcher, "clone_base_uuid"):
+        patcher.clone_base_uuid = fresh.clone_base_uuid
+    patcher.cached_hook_patches, patcher.hook_backup, patcher.current_hooks = {}, {}, None
+    patcher.is_injected = False
+    adopt(patcher)
+    attend_in_parts(patcher)
+    return patcher
+
+
+def _load_report(patcher: object, scheme: str) -> LoadReport:
+    base = patcher.model
+    tensors = build.tensors_of(base.diffusion_model).values()
+    packed = [unwrap(t) for t in tensors if is_packed(t)]
+    dtype = base.get_dtype_inference()
+    choice = dispatch.resolve(dispatch.call_of(patcher.load_device, dtype, packed[0]))
+    schemes = {weight.scheme for weight in packed}
+    return LoadReport(
+        "",
+        f"patched {type(base).__name__}",
+        scheme if len(schemes) == 1 else "mixed",
+        len(packed),
+        sum(w.nbytes for w in packed),
+        sum(t.nbytes for t in tensors if not is_packed(t)),
+        0.0,
+        str(dtype).removeprefix("torch."),
+        choice.backend.name,
+        choice.declined,
+        {"patched": type(base).__name__},
+        choice.mode,
+        type(base.model_config).__name__,
+        build.describe(base),
+    )
+
+
+def rebuild_patched(name: str, disable_dynamic: bool = False) -> object:
+    """The patched model called `name` once more, around the same packed weights: ComfyUI's `cached_patcher_init`.
+
+    Raises RuntimeError if it is not alive in this process: it exists in memory only.
+    """
+    living = _patched.get(name)
+    if living is None:
+        raise RuntimeError(
+            "this patched model exists only in the memory of the process that patched it. Save it with "
+            '"Save Bonsai Model" and load the file with "Load Bonsai Model" to use it elsewhere.'
+        )
+    twin = empty_twin(living.model)
+    return _around(living, twin, base_tensors(living), dynamic=not disable_dynamic)

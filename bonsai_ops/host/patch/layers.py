@@ -1,0 +1,123 @@
+"""The linear layers of a MODEL: which are packed and why the others stay, their dense weights and packed ones."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import comfy.lora
+import comfy.model_management
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ...quantize import Settings, Statistics, budget, fitting_group, quantize_layer
+from ...quantize.layer import GROUP_SIZES, Quantized
+from .. import model_class as build
+from ..layout import is_packed, unwrap
+from ..linear import PackedLinear
+from ..lora import merges_models
+from .options import PatchOptions
+
+PREFIX = "diffusion_model."
+
+
+@dataclass
+class Layer:
+    """One linear layer of the source. kept: why it stays, None for one to be packed."""
+
+    name: str
+    module: torch.nn.Module
+    kept: str | None = None
+    made: Quantized | None = None
+    form: str = ""
+    options: list[budget.Option] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return f"{PREFIX}{self.name}.weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.module.weight.shape)
+
+
+def linear_layers(source: object, twin: torch.nn.Module, options: PatchOptions) -> list[Layer]:
+    """Every linear layer of the source in model order, with the reason for those that stay."""
+    ours = dict(twin.diffusion_model.named_modules())
+    layers = []
+    for name, module in build.linear_modules(source.model.diffusion_model):
+        weight = module.weight
+        layer = Layer(name, module)
+        excluded = next((p for p in options.exclude if fnmatch.fnmatchcase(name, p)), None)
+        columns = weight.shape[1]
+        if is_packed(weight):
+            layer.kept = "is packed already"
+        elif not any(fnmatch.fnmatchcase(name, p) for p in options.include):
+            layer.kept = "not included"
+        elif excluded is not None:
+            layer.kept = f"excluded by {excluded}"
+        elif not isinstance(ours.get(name), PackedLinear):
+            layer.kept = "not made through ComfyUI's operations"
+        elif fitting_group(columns, options.group_size) is None:
+            layer.kept = f"{columns} columns are no multiple of {GROUP_SIZES[-1]}"
+        elif not isinstance(weight, QuantizedTensor) and not weight.is_floating_point():
+            layer.kept = f"its weight is {weight.dtype}, not of a float type"
+        layers.append(layer)
+    return layers
+
+
+def base_tensors(source: object) -> dict[str, torch.Tensor]:
+    """{name: tensor} of the source's transformer as it was loaded, patches undone."""
+    tensors = build.tensors_of(source.model.diffusion_model)
+    for name in tensors:
+        kept = source.backup.get(PREFIX + name)
+        if kept is not None:
+            tensors[name] = kept.weight
+    return tensors
+
+
+def other_tensors(source: object, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
+    """{name: tensor} of the source's transformer that is no weight of `layers`."""
+    weights = {f"{layer.name}.weight" for layer in layers}
+    return {name: tensor for name, tensor in base_tensors(source).items() if name not in weights}
+
+
+def convolutions(source: object) -> int:
+    """The number of its convolutions, which are never packed."""
+    return sum(isinstance(m, torch.nn.modules.conv._ConvNd) for m in source.model.diffusion_model.modules())
+
+
+def dense_weight(source: object, layer: Layer, device: torch.device) -> torch.Tensor:
+    """The float32 weight of a layer on `device`, a merge carried out, LoRAs left out."""
+    kept = source.backup.get(layer.key)
+    weight = layer.module.weight if kept is None else kept.weight
+    weight = weight.detach().to(device)
+    if isinstance(weight, QuantizedTensor):
+        weight = weight.dequantize()
+    patches = source.patches.get(layer.key, ())
+    weight = weight.to(torch.float32)
+    if merges_models(patches):
+        weight = comfy.lora.calculate_weight(patches, weight.clone(), layer.key, intermediate_dtype=torch.float32)
+    return weight
+
+
+def stored_bytes(source: object, layer: Layer) -> int:
+    """Bytes of a kept layer's weight."""
+    kept = source.backup.get(layer.key)
+    weight = layer.module.weight if kept is None else kept.weight
+    return unwrap(weight).nbytes if is_packed(weight) else weight.nbytes
+
+
+def quantized(
+    source: object, layer: Layer, settings: Settings, statistics: Statistics | None, device: torch.device
+) -> Quantized:
+    """A layer packed on `device`, or by the processor where its memory is too small; it lies on the offload device."""
+    try:
+        made = quantize_layer(dense_weight(source, layer, device), settings, statistics)
+    except torch.OutOfMemoryError:
+        comfy.model_management.soft_empty_cache()
+        made = quantize_layer(dense_weight(source, layer, torch.device("cpu")), settings, statistics)
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}. Exclude the layer, or load the model's file again.") from error
+    return Quantized(made.weight.to(source.offload_device), made.error, made.squared)

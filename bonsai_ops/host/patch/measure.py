@@ -1,0 +1,128 @@
+"""How far each packed layer is from the dense one on the inputs that it meets while the packed model samples.
+
+With x the inputs of a layer, W its dense weight and y what the layer's backend makes of x: |y - x W^T| / |x W^T| over
+all calls. So y has the rounding of the weight and that of the computing dtype. Bias and LoRAs are left out on both
+sides. x are the inputs as they really are: changed by the errors of the layers before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ...kernels import custom_op as ops
+from ...quantize import LayerError, measured
+from ...quantize.layer import form_of
+from ..layout import is_packed, mode_of, unwrap
+from ..model_class import linear_modules
+from .calibrate import thinned
+from .layers import Layer, convolutions, dense_weight, other_tensors, stored_bytes
+from .report import LayerReport, Report
+
+STEP_ROWS = 4096
+"""Rows of a weight that are compared at a time."""
+
+
+class Meter:
+    """Measures the packed layers of one ModelPatcher against the layers of the same names of another.
+
+    Of each call it takes up to calibrate.TOKENS inputs. Raises ValueError if nothing is packed or the models differ.
+    """
+
+    def __init__(self, original: object, patched: object) -> None:
+        self._original, self._patched = original, patched
+        self._layers = [Layer(name, module) for name, module in linear_modules(patched.model.diffusion_model)]
+        self._packed = [layer for layer in self._layers if is_packed(layer.module.weight)]
+        if not self._packed:
+            raise ValueError(
+                'no layer of the patched model is packed: connect a model from "Patch to BitLinear" or from '
+                '"Load Bonsai Model"'
+            )
+        found = {name: Layer(name, m) for name, m in linear_modules(original.model.diffusion_model)}
+        for layer in self._packed:
+            other = found.get(layer.name)
+            if other is None or other.shape != layer.shape:
+                there = "missing" if other is None else str(list(other.shape))
+                raise ValueError(
+                    f"{layer.name} is {list(layer.shape)} in the patched model and {there} in the original: connect "
+                    "the model that was patched"
+                )
+        self._dense = {layer.name: found[layer.name] for layer in self._packed}
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._seconds = 0.0
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, every call of a packed layer is compared; its result stays the same."""
+        started, handles = time.perf_counter(), []
+        try:
+            for layer in self._packed:
+                handles.append(layer.module.register_forward_pre_hook(self._hook(layer)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seconds += time.perf_counter() - started
+
+    def report(self, progress: Callable[[int, int], None] | None = None) -> Report:
+        """The errors of the weights and, for layers that were called, of the outputs. Raises ValueError if none was.
+
+        progress(weights done, weights in all) is called a packed layer; what it raises ends the work.
+        """
+        if not self._sums:
+            raise ValueError("nothing was measured: no packed layer was called while the model sampled")
+        total = sum(layer.shape[0] * layer.shape[1] for layer in self._packed)
+        done, rows = 0, []
+        for layer in self._layers:
+            if layer.name in self._dense:
+                if progress is not None:
+                    progress(done, total)
+                done += layer.shape[0] * layer.shape[1]
+            rows.append(self._row(layer))
+        if progress is not None:
+            progress(total, total)
+        title = f"{type(self._patched.model).__name__}, measured"
+        notes = [f"measured: {len(self._sums)} of {len(self._packed)} layers"]
+        return Report(
+            title,
+            rows,
+            sum(t.nbytes for t in other_tensors(self._patched, self._layers).values()),
+            convolutions(self._patched),
+            self._seconds,
+            notes,
+            "inputs of this sampling",
+        )
+
+    def _hook(self, layer: Layer) -> object:
+        def compare(module: torch.nn.Module, inputs: tuple) -> None:
+            if inputs and is_packed(module.weight):  # a merge is dense while it is loaded
+                self._compare(layer.name, thinned(inputs[0].detach().flatten(0, -2)), module.weight)
+
+        return compare
+
+    def _compare(self, name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+        y = ops.linear(x, unwrap(weight).to(x.device), None, mode_of(weight))
+        dense = dense_weight(self._original, self._dense[name], x.device)
+        wide = x.float()
+        error, whole = self._sums.get(name, (0.0, 0.0))
+        for lo in range(0, dense.shape[0], STEP_ROWS):
+            truth = torch.nn.functional.linear(wide, dense[lo : lo + STEP_ROWS])
+            error += float((y[:, lo : lo + STEP_ROWS] - truth).square().sum(dtype=torch.float64))
+            whole += float(truth.square().sum(dtype=torch.float64))
+        self._sums[name] = (error, whole)
+
+    def _row(self, layer: Layer) -> LayerReport:
+        if layer.name not in self._dense:
+            return LayerReport(layer.name, "kept", layer.shape, stored_bytes(self._patched, layer), reason="not packed")
+        weight = unwrap(layer.module.weight).to(self._original.load_device)
+        dense = dense_weight(self._original, self._dense[layer.name], weight.codes.device)
+        relative = measured(dense, weight).error.relative
+        error, whole = self._sums.get(layer.name, (0.0, 0.0))
+        output = math.sqrt(error / whole) if whole > 0 else None
+        return LayerReport(
+            layer.name, form_of(weight), layer.shape, weight.nbytes, LayerError(relative, output), rank=weight.rank
+        )

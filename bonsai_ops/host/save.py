@@ -1,0 +1,73 @@
+"""A MODEL -> a native file: the base weights in the compact layout; patches such as LoRAs are not part of it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..weights.formats import native
+from ..weights.packed_weight import PackedWeight, in_layout, narrow_exact
+from ..weights.read import source_record
+from .layout import is_packed, unwrap
+from .loader import ATTACHMENT
+from .lora import merges_models
+from .model_class import tensors_of
+
+logger = logging.getLogger(__name__)
+
+MODEL_PREFIX = "diffusion_model."
+
+
+def base_weights(model: object) -> dict[str, PackedWeight | torch.Tensor]:
+    """{name: packed (compact) or dense weight} of a ModelPatcher's transformer as it was loaded, patches undone.
+
+    FLUX names are BFL's. Persistent buffers are among them.
+
+    Raises ValueError if no layer of it is packed, or if it is a merge, whose layers are dense.
+    """
+    if any(merges_models(patches) for patches in model.patches.values()):
+        raise ValueError("this model is a merge, which is dense: save it with Save Model")
+    weights: dict[str, PackedWeight | torch.Tensor] = {}
+    for name, parameter in tensors_of(model.model.diffusion_model).items():
+        backup = model.backup.get(MODEL_PREFIX + name)
+        tensor = parameter if backup is None else backup.weight
+        name = re.sub(r"(norm\.(?:query|key)_norm)\.weight$", r"\1.scale", name)
+        if is_packed(tensor):
+            weights[name] = in_layout(unwrap(tensor), "compact")
+        else:
+            weights[name] = narrow_exact(tensor.detach()) if tensor.dtype == torch.float32 else tensor.detach()
+    if not any(isinstance(w, PackedWeight) for w in weights.values()):
+        raise ValueError(
+            "this model has no packed layer: save a dense model with Save Model, or pack it first with "
+            "Patch to BitLinear"
+        )
+    return weights
+
+
+def save_bonsai_model(
+    model: object,
+    path: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the model's base weights to a new native file. Raises ValueError or PackError, or OSError from the disk.
+
+    progress(bytes done, bytes in all); what it raises ends the save and leaves nothing behind.
+    """
+    weights = base_weights(model)
+    if model.patches:
+        logger.warning(
+            "Bonsai: %d layers carry patches (LoRAs); the file holds the base model without them", len(model.patches)
+        )
+    report = model.get_attachment(ATTACHMENT)
+    if report is None:
+        record = native.make_record(weights)
+    else:
+        source = source_record(Path(report.path), report.format, report.source)
+        record = native.make_record(weights, source, report.architecture, report.model)
+    native.write(path, weights, record, progress, extra=extra)

@@ -1,0 +1,135 @@
+"""The VAE of a pack as ComfyUI's VAE.
+
+FLUX.2's convolutional one is stock in its published size and gets its widths spelled out in others. A tiny one of the
+TAESD family (keys `taesd_encoder.*`, `taesd_decoder.*`, numbered as in comfy.taesd) may be narrower than ComfyUI's own
+and lack blocks: what is missing is zeros, and a residual block of zeros hands on what it gets. Its latents
+[B, 32, H/8, W/8] are folded to FLUX.2's [B, 128, H/16, W/16], channel c of row y and column x of a 2 x 2 patch at
+4 c + 2 y + x.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.sd
+import comfy.taesd.taesd
+import torch
+
+from ..kernels.failure import is_the_devices
+from ..weights.errors import PackError
+from ..weights.formats.json_file import is_count, read_json
+from ..weights.formats.safetensors_file import SafetensorsFile
+
+PATCH = 2
+"""Latent positions are patches of PATCH x PATCH positions of the convolutional latent."""
+FILE = "vae/diffusion_pytorch_model.safetensors"
+CONFIG = "vae/config.json"
+TINY_KEY = "taesd_decoder.1.weight"
+"""Tensor [width, latent channels, 3, 3] that only the TAESD family has."""
+TINY_RATIO = 8
+"""Pixels a side of a latent position of that family."""
+STOCK_WIDTHS = [128, 256, 512, 512]
+"""block_out_channels that ComfyUI assumes when it recognises a FLUX.2 VAE."""
+
+
+def load_vae(folder: Path) -> comfy.sd.VAE:
+    """The VAE of a pack folder. Raises PackError if it is missing or no FLUX.2 VAE."""
+    path = folder / FILE
+    if not path.is_file():
+        raise PackError(folder, f"holds no {FILE}", "Download the whole repository into this folder.")
+    file = SafetensorsFile(path)
+    if TINY_KEY in file.tensors:
+        return _load_tiny(file)
+    for key in ("bn.running_mean", "decoder.conv_in.weight"):
+        if key not in file.tensors:
+            raise PackError(path, "is missing", "Expected the FLUX.2 VAE as it was published.", key)
+    config = _config(folder)
+    try:
+        vae = comfy.sd.VAE(sd={name: file.get(name) for name in file.tensors}, config=config)
+    except RuntimeError as error:  # torch: a tensor does not fit the module that was built for it
+        if is_the_devices(error):
+            raise
+        sizes = "the published sizes" if config is None else f"the sizes in {CONFIG}"
+        raise PackError(
+            path, f"has tensors that do not fit {sizes}", f"Download the folder {path.parent} again."
+        ) from error
+    if vae.first_stage_model is None:
+        raise PackError(path, "was read, but this ComfyUI does not recognise it as a VAE", "Update ComfyUI.")
+    if config is not None:  # ComfyUI knows these sizes only of VAEs it recognises
+        vae.latent_channels = PATCH * PATCH * config["params"]["embed_dim"]
+        vae.downscale_ratio = vae.upscale_ratio = PATCH * 2 ** (len(config["params"]["ddconfig"]["ch_mult"]) - 1)
+    return vae
+
+
+def _load_tiny(file: SafetensorsFile) -> comfy.sd.VAE:
+    """A VAE of the TAESD family, filled up with zeros to the size of ComfyUI's class."""
+    cure = "Download the file again, or choose a pack whose VAE has ComfyUI's TAESD layout."
+    shape, dtype = file.tensors[TINY_KEY]
+    if len(shape) != 4 or not shape[1] or not dtype.is_floating_point:
+        raise PackError(file.path, f"is {dtype} {list(shape)}, expected floats [width, latent, 3, 3]", cure, TINY_KEY)
+    filled = dict(comfy.taesd.taesd.TAESD(latent_channels=shape[1]).state_dict())
+    for name, tensor in filled.items():
+        if tensor.ndim:  # vae_scale and vae_shift keep the values that change nothing
+            filled[name] = torch.zeros(tensor.shape, dtype=dtype)
+    for name, (own, _) in file.tensors.items():
+        if name not in filled:
+            raise PackError(file.path, "is no tensor of a tiny VAE", cure, name)
+        room = filled[name].shape
+        if len(own) != len(room) or any(n > m for n, m in zip(own, room, strict=True)):
+            raise PackError(file.path, f"is {list(own)}, expected at most {list(room)}", cure, name)
+        filled[name][tuple(slice(n) for n in own)] = file.get(name)
+    whole = {name.partition(".conv.")[0] for name in file.tensors if ".conv." in name}
+    for name, tensor in filled.items():
+        block, inside, _ = name.partition(".conv.")
+        if tensor.ndim and name not in file.tensors and (not inside or block in whole):
+            raise PackError(file.path, "is missing: only whole blocks may be", cure, name)
+    vae = comfy.sd.VAE(sd=filled)
+    model = vae.first_stage_model
+    model.taesd_encoder.append(torch.nn.PixelUnshuffle(PATCH))
+    model.taesd_decoder.insert(0, torch.nn.PixelShuffle(PATCH))
+    vae.latent_channels = PATCH * PATCH * shape[1]
+    vae.downscale_ratio = vae.upscale_ratio = PATCH * TINY_RATIO
+    return vae
+
+
+def _config(folder: Path) -> dict | None:
+    """ComfyUI's description of a VAE that is narrower than the published one, None for that. Raises PackError."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise PackError(path, f"holds a {type(config).__name__}", "Expected a JSON object: download it again.")
+    widths = config.get("block_out_channels", STOCK_WIDTHS)
+    if (
+        not isinstance(widths, list)
+        or not widths
+        or not all(map(is_count, widths))
+        or any(w % widths[0] for w in widths)
+    ):
+        raise PackError(
+            path,
+            f"is {str(widths)[:80]}",
+            "Expected a list of positive whole numbers, multiples of the first. Download it again.",
+            "block_out_channels",
+        )
+    latent, layers = config.get("latent_channels", 32), config.get("layers_per_block", 2)
+    for key, value in (("latent_channels", latent), ("layers_per_block", layers)):
+        if not is_count(value):
+            raise PackError(path, f"is {str(value)[:80]}", "Expected a positive whole number. Download it again.", key)
+    if widths == STOCK_WIDTHS:
+        return None
+    sizes = {
+        "double_z": True,
+        "z_channels": latent,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": widths[0],
+        "ch_mult": [w // widths[0] for w in widths],
+        "num_res_blocks": layers,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+        "batch_norm_latent": True,
+    }
+    return {"params": {"ddconfig": sizes, "embed_dim": latent}}

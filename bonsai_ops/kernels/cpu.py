@@ -1,0 +1,201 @@
+"""The CPU: unpack some rows of the weight into a buffer, multiply them, go on.
+
+Codes become t = -1, 0 or 1 by integer operations on 16 bits, a run of byte rows of one plane at a time. With b the
+byte (trit5: b 3^plane modulo 256), 0x7FFF minus the code in the two top bits and whatever follows it, shifted right by
+14, is 1 - code. Then, by mode and dtype of x:
+
+    exact, bf16   the bits of s, made odd, times t & 0x8001 are s, 0 or -s but for the lowest bit, which a mask
+                  restores: several times as fast as a product in bf16, and right for every s. A codec of one bit
+                  needs less: the bit is the sign of s
+    exact, fp32   t s
+    a8            t m in int8, m = round(s / r), r = max |s| of the row / 127; x = q h, h = max |x| of the token / 127;
+                  y = h r (q . t m), the product in int32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..weights import codec as codecs
+from ..weights.packed_weight import PackedWeight
+from .reuse import Reuse
+
+SCRATCH_BYTES = 32_000_000
+"""Bound on what a call allocates beside its result."""
+VALUE_BYTES = 28_400_000
+"""Of that, the buffer of values: few large products are faster than many small ones."""
+PIECE_BYTES = 2 << 20
+"""Bound on what unpacking takes beside it. Smaller pieces would stay in the fastest cache, but have more operations."""
+ROW_STEP = 64
+"""Granularity of the rows in one product: the columns of its result start on a cache line."""
+SCHEMES = ("binary", "ternary")
+MODES = ("exact", "a8")
+DTYPES = (torch.bfloat16, torch.float32)
+
+LEVELS = 127
+INPUT_BYTES = 18 << 20
+"""a8: bound on the int8 copy of the input; more tokens than that take turns."""
+A8_TOKENS, A8_ROWS, A8_VALUE_BYTES = 2048, 1536, 8 << 19
+"""a8: bounds on one product, whose int32 sums take 12 MB at most."""
+A8_PIECE, A8_BLOCK = 1 << 20, 1 << 18
+"""a8: values of the weight that one operation works on; values that are rounded, or sums that are scaled, at a time."""
+
+HIGHEST = torch.tensor(0x7FFF, dtype=torch.int16, device="cpu")
+
+reuse = Reuse()
+"""Memory of results and buffers, open while ComfyUI samples one of our models."""
+
+
+def declines(
+    device: torch.device, dtype: torch.dtype, scheme: str, fast_bf16: bool, mode: str, fast_int8: bool
+) -> str | None:
+    """Why this backend cannot take a call, None if it can."""
+    name = str(dtype).removeprefix("torch.")
+    if device.type != "cpu":
+        return f"the weight is on {device.type}"
+    if scheme not in SCHEMES:
+        return f"scheme {scheme} keeps a second table"
+    if mode not in MODES:
+        return f"no CPU is faster in mode {mode}"
+    if dtype not in DTYPES:
+        return f"it computes in bfloat16 and float32, not {name}"
+    if mode == "a8" and not fast_int8:
+        return "this CPU has no AVX-512 VNNI or AMX"
+    if mode == "exact" and dtype == torch.bfloat16 and not fast_bf16:
+        return "this CPU has no AVX-512 BF16 or AMX; compute_dtype fp32 is faster"
+    return None
+
+
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
+) -> torch.Tensor:
+    """y = x W^T + bias for x [.., K] bf16 or fp32; y [.., N] in x's dtype.
+
+    exact: the values of W in x's dtype, fp32 sums. a8: both factors rounded to int8, as above. Raises ValueError for a
+    weight with a low-rank branch.
+    """
+    if weight.rank:
+        raise ValueError(
+            f"the weight has a low-rank branch (rank {weight.rank}), which dispatch.linear adds: call that"
+        )
+    rows, columns = weight.shape
+    flat = x.reshape(-1, columns)
+    reuse.next_turn()
+    out = reuse.empty(flat.shape[0], rows, x.dtype)
+    if mode == "a8":
+        _a8(flat, weight, out)
+    else:
+        _exact(flat, weight, out)
+    if bias is not None:
+        out += bias.to(x.dtype)
+    return out.view(*x.shape[:-1], rows)
+
+
+def _exact(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
+    """out [M, N] = x [M, K] W^T."""
+    rows, columns = weight.shape
+    chunks = _chunks(rows, VALUE_BYTES // (x.dtype.itemsize * columns))
+    values = reuse.empty(chunks[0][1], columns, x.dtype)
+    write, piece = (_write_bf16, PIECE_BYTES) if x.dtype == torch.bfloat16 else (_write_fp32, PIECE_BYTES // 4)
+    for first, last in chunks:
+        write(weight, first, last, values, piece)
+        torch.mm(x, values[: last - first].t(), out=out[:, first:last])
+
+
+def _write_bf16(weight: PackedWeight, first: int, last: int, values: torch.Tensor, piece: int) -> None:
+    """The first rows of values, bf16 [.., K] = rows first .. last-1 of W, about `piece` at a time."""
+    scale = weight.scale[first:last].to(torch.bfloat16).view(torch.int16).unsqueeze(-1)
+    if weight.codec != "bit":
+        odd, keep = scale | 1, scale | -2
+    for rows, plane, packed in _runs(weight, first, last, piece):
+        bits = values[rows].view(torch.int16)
+        grouped = bits.view(len(bits), -1, weight.group_size)
+        if weight.codec == "bit":
+            bits.copy_(packed).bitwise_left_shift_(8 + plane).bitwise_and_(-0x8000)
+            grouped.bitwise_xor_(scale[rows])
+        else:
+            _signs(weight.codec, packed, plane, bits)
+            grouped.bitwise_and_(-0x7FFF).mul_(odd[rows]).bitwise_and_(keep[rows])
+
+
+def _write_fp32(weight: PackedWeight, first: int, last: int, values: torch.Tensor, piece: int) -> None:
+    """The first rows of values, fp32 [.., K] = rows first .. last-1 of W, about `piece` at a time."""
+    scale = weight.scale[first:last].float().unsqueeze(-1)
+    for rows, plane, packed in _runs(weight, first, last, piece):
+        signs = _signs(weight.codec, packed, plane, torch.empty(packed.shape, dtype=torch.int16))
+        grouped = (len(packed), -1, weight.group_size)
+        values[rows].view(grouped).copy_(signs.view(grouped)).mul_(scale[rows])
+
+
+def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
+    """out [M, N] = x [M, K] W^T with both factors in int8."""
+    tokens, (rows, columns) = x.shape[0], weight.shape
+    scale = weight.scale.to(torch.float32, copy=True)
+    row_scale = scale.abs().amax(1).div_(LEVELS).clamp_(min=torch.finfo(torch.float32).tiny)
+    levels = scale.div_(row_scale.unsqueeze(1)).round_().to(torch.int16).unsqueeze(-1)
+    del scale
+    chunks = _chunks(rows, min(A8_ROWS, A8_VALUE_BYTES // columns))
+    turns = -(-tokens // max(1, min(A8_TOKENS, INPUT_BYTES // columns)))
+    step = -(-tokens // max(turns, 1))
+    codes = reuse.empty(chunks[0][1], columns, torch.int8)
+    sums = reuse.empty(step, chunks[0][1], torch.int32).view(-1)
+    for start in range(0, tokens, max(step, 1)):
+        part = out[start : start + step]
+        rounded, token_scale = _rounded(x[start : start + step])
+        for first, last in chunks:
+            for rows, plane, packed in _runs(weight, first, last, A8_PIECE):
+                signs = _signs(weight.codec, packed, plane, torch.empty(packed.shape, dtype=torch.int16))
+                signs.view(len(packed), -1, weight.group_size).mul_(levels[first:last][rows])
+                codes[rows].copy_(signs)
+            found = sums[: len(part) * (last - first)].view(len(part), last - first)
+            torch._int_mm(rounded, codes[: last - first].t(), out=found)
+            block = max(1, A8_BLOCK // (last - first))
+            for lo in range(0, len(part), block):
+                scaled = found[lo : lo + block].float().mul_(row_scale[first:last])
+                part[lo : lo + block, first:last] = scaled.mul_(token_scale[lo : lo + block])
+
+
+def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] as (int8 [M, K], fp32 [M, 1]), whose product is x but for the rounding."""
+    rounded = reuse.empty(*x.shape, torch.int8)
+    scale = torch.empty(x.shape[0], 1)
+    block = max(1, A8_BLOCK // x.shape[1])
+    for lo in range(0, x.shape[0], block):
+        part = x[lo : lo + block].to(torch.float32, copy=True)
+        largest = torch.maximum(part.amax(1, True), part.amin(1, True).neg_()).clamp_(min=1e-30)
+        scale[lo : lo + block] = largest / LEVELS
+        rounded[lo : lo + block].copy_(part.mul_(LEVELS / largest).round_())
+    return rounded, scale
+
+
+def _chunks(rows: int, most: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of runs of about `most` rows, of one length if some number of runs allows it."""
+    count = -(-rows // max(ROW_STEP, most // ROW_STEP * ROW_STEP))
+    even = [n for n in range(count, count + 4) if rows % (n * ROW_STEP) == 0]
+    step = rows // even[0] if even else ROW_STEP * -(-rows // (count * ROW_STEP))
+    return [(lo, min(lo + step, rows)) for lo in range(0, rows, step)]
+
+
+def _runs(weight: PackedWeight, first: int, last: int, count: int) -> Iterator[tuple[slice, int, torch.Tensor]]:
+    """Yields runs of about `count` values of the rows first .. last-1: (rows, counted from `first`; plane; bytes)."""
+    n = codecs.get_codec(weight.codec).byte_rows(weight.shape[0])
+    most = max(1, count // weight.shape[1])
+    lo = first
+    while lo < last:
+        plane, byte_row = divmod(lo, n)
+        hi = min(lo + most, last, (plane + 1) * n)
+        yield slice(lo - first, hi - first), plane, weight.codes[byte_row : byte_row + hi - lo]
+        lo = hi
+
+
+def _signs(codec: str, packed: torch.Tensor, plane: int, out: torch.Tensor) -> torch.Tensor:
+    """out, int16 [R, K] = t of one plane of the bytes, uint8 [R, K]."""
+    if codec == "trit5":
+        if plane:
+            packed = torch.mul(packed, 3**plane % 256)
+        return torch.add(HIGHEST, out.copy_(packed), alpha=-3 << 6, out=out).bitwise_right_shift_(14)
+    if codec == "crumb":
+        return torch.add(HIGHEST, out.copy_(packed), alpha=-1 << (8 + 2 * plane), out=out).bitwise_right_shift_(14)
+    return out.copy_(packed).bitwise_left_shift_(8 + plane).bitwise_right_shift_(15).bitwise_or_(1)

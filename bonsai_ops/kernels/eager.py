@@ -1,0 +1,42 @@
+"""The reference for every backend: unpack a piece, multiply it, go on. Plain torch, any device."""
+
+from __future__ import annotations
+
+import torch
+
+from ..weights.packed_weight import SCRATCH_BYTES, PackedWeight
+
+GPU_SCRATCH_BYTES = 128 << 20
+"""Bound on the unpacked piece on a GPU: a few launches a layer instead of dozens."""
+
+
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
+) -> torch.Tensor:
+    """y = x W^T + bias for x [.., K] in bf16, fp16 or fp32; y [.., N] in x's dtype, accumulated in fp32.
+
+    It computes exactly, whatever the mode. W in x's dtype is exact (float32 formula, one rounding); at most one piece
+    of it exists at a time.
+    """
+    rows, columns = weight.shape
+    flat = x.reshape(-1, columns)
+    out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
+    scratch = SCRATCH_BYTES if x.device.type == "cpu" else GPU_SCRATCH_BYTES
+    for first, last, values in weight.pieces(x.dtype, scratch):
+        torch.mm(flat, values.t(), out=out[:, first:last])
+    if bias is not None:
+        out += bias.to(x.dtype)
+    return out.view(*x.shape[:-1], rows)
+
+
+def linear_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x = y W for y [.., N]; x [.., K] in y's dtype: the gradient of `linear` with respect to its input.
+
+    The products of the pieces are summed in fp32.
+    """
+    rows, columns = weight.shape
+    flat = grad.reshape(-1, rows)
+    out = torch.zeros(flat.shape[0], columns, dtype=torch.float32, device=grad.device)
+    for first, last, values in weight.pieces(grad.dtype):
+        out += torch.mm(flat[:, first:last], values)
+    return out.to(grad.dtype).view(*grad.shape[:-1], columns)

@@ -1,0 +1,17 @@
+"""What this processor multiplies fast."""
+
+from __future__ import annotations
+
+import torch
+
+
+def cpu_has_fast_bf16() -> bool:
+    """True if this CPU multiplies bf16 matrices in hardware (AVX-512 BF16 or AMX)."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def cpu_has_fast_int8() -> bool:
+    """True if this CPU multiplies int8 matrices in hardware (AVX-512 VNNI or AMX)."""
+    names = ("_is_vnni_supported", "_is_avx512_vnni_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

@@ -1,0 +1,1 @@
+"""The fused kernels for GPUs, what launches them, and the sizes they run with."""

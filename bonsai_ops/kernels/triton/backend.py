@@ -1,0 +1,283 @@
+"""The Triton backend: y = x W^T straight from the packed bytes, on CUDA (sm_80 and newer) and ROCm.
+
+Importing this module never fails: without a usable Triton, `unavailable` says why. What breaks at a launch (no C
+compiler, no ptxas, no Python.h, wrong values) is raised with its cure; dispatch.py then goes on without the backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+
+from ...weights.codec import encode, get_codec
+from ...weights.packed_weight import PackedWeight
+from .. import eager
+from ..failure import BackendError, is_the_devices
+from . import configs
+from .configs import GROUP, Config
+
+try:
+    import triton
+
+    from . import half as kernels
+    from . import int8
+except Exception as error:  # a half-installed Triton raises nearly anything: ImportError, OSError, RuntimeError
+    triton = kernels = int8 = None
+    _IMPORT_ERROR: Exception | None = error
+else:
+    _IMPORT_ERROR = None
+
+NAME = "triton"
+MODES = ("exact", "fp16_accumulate", "a8")
+"""exact: fp32 sums. fp16_accumulate: fp16 sums of 64 or 128 products, then fp32; x fp16, relative error about 5e-4.
+a8: x as int8 with a scale for each token and group of 128 columns, exact int32 sums of a group, then fp32; relative
+error 6.5e-3 for normal x, up to 2.4e-2 with outliers."""
+
+CODECS = {"binary": ("bit",), "ternary": ("trit5", "crumb")}
+
+DTYPES = (torch.float16, torch.bfloat16)
+LARGEST_PRODUCT_SUM = 2.0**15
+"""What a fp16 sum may reach in fp16_accumulate mode; half of fp16's range."""
+
+INSTALL = "pip install triton" if os.name != "nt" else "pip install triton-windows"
+CURES = (
+    ("python.h", "install Python's headers (Debian, Ubuntu: apt install python3-dev)"),
+    ("c compiler", "install a C compiler (Debian, Ubuntu: apt install build-essential) or set CC to one"),
+    ("gcc", "install a C compiler (Debian, Ubuntu: apt install build-essential) or set CC to one"),
+    ("ptxas", f"reinstall Triton ({INSTALL} --force-reinstall --no-deps) or point TRITON_PTXAS_PATH to a newer ptxas"),
+    ("no such file", f"reinstall Triton: {INSTALL} --force-reinstall --no-deps"),
+    ("permission", "make ~/.triton writable or set TRITON_CACHE_DIR to a folder that is"),
+    ("out of resource", "update this plugin and report the GPU's name"),
+)
+"""Words in an error of Triton -> what a user can do. The first that fits is shown."""
+
+verified: set[tuple] = set()
+"""Kernels that gave the reference's answer in this process."""
+
+
+def _explained(error: Exception) -> BackendError:
+    """What Triton raised, in one line with the cure."""
+    chain = []
+    link: BaseException | None = error
+    while link is not None and len(chain) < 4:
+        output = getattr(link, "stderr", None) or ""
+        chain.append(f"{type(link).__name__}: {link} {output if isinstance(output, str) else output.decode()}")
+        link = link.__cause__ or link.__context__
+    text = " ".join(chain).lower()
+    cure = next((c for words, c in CURES if words in text), f"reinstall Triton: {INSTALL}")
+    return BackendError(f"Triton could not compile or start a kernel ({' '.join(chain[0].split())[:300]})", cure)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported), on the CPU."""
+    return kernels is not None and not hasattr(kernels.weight_first_kernel, "device_caches")
+
+
+def unavailable() -> str | None:
+    """Why no kernel can run in this process, with the cure; None if they can."""
+    error = _unusable()
+    return None if error is None else str(error)
+
+
+def _unusable() -> BackendError | None:
+    if isinstance(_IMPORT_ERROR, ModuleNotFoundError) and _IMPORT_ERROR.name == "triton":
+        return BackendError("Triton is not installed", INSTALL)
+    if _IMPORT_ERROR is not None:
+        return BackendError(f"Triton cannot be imported ({_IMPORT_ERROR})", f"reinstall it: {INSTALL}")
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 3):
+        return BackendError(f"Triton {triton.__version__} is too old", "update PyTorch to 2.7 or newer (Triton 3.3)")
+    return None
+
+
+def declines(
+    device: torch.device,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    scheme: str,
+    codec: str,
+    group_size: int,
+    mode: str,
+) -> str | None:
+    """Why this backend does not multiply such a weight [rows, columns] by x of `dtype`; None if it does.
+
+    `capability`: (major, minor) of a CUDA device; None on ROCm and on devices without one.
+    """
+    hip = torch.version.hip is not None
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"Triton needs a CUDA or ROCm device, not {device.type}"
+    if device.type == "cuda" and not hip and (capability is None or capability < (8, 0)):
+        shown = "unknown" if capability is None else f"{capability[0]}.{capability[1]}"
+        return f"Triton has no tensor-core code for compute capability {shown}, only for 8.0 and newer"
+    if mode not in MODES:
+        return f"Triton has no mode {mode!r}, only {', '.join(MODES)}"
+    if dtype not in DTYPES:
+        return f"Triton multiplies float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if codec not in CODECS.get(scheme, ()):
+        return f"Triton has no kernel for {scheme} weights stored as {codec}"
+    if group_size != GROUP or columns % GROUP:
+        return f"Triton needs groups of {GROUP} columns, not {group_size} in {columns}"
+    if rows * (columns // GROUP) >= 2**31 or rows >= 2**27:
+        return f"a weight of {rows} rows is too large for Triton's 32-bit scale index"
+    if mode == "fp16_accumulate":
+        if dtype != torch.float16:
+            return f"fp16 accumulation needs float16 input, not {str(dtype).removeprefix('torch.')}"
+        if device.type == "cuda" and (hip or capability is None or capability in configs.DATA_CENTER):
+            return "fp16 accumulation is not faster than exact on this GPU"
+    if mode == "a8" and codec == "trit5":
+        return "int8 activations need ternary weights as 2-bit planes; choose the layout fast in the loader"
+    return None
+
+
+def config(target: int | str, codec: str, mode: str = "exact") -> Config:
+    """The kernel configuration for a target: compute capability as 86, or an AMD architecture such as "gfx1100".
+
+    Raises ValueError where no kernel has the mode.
+    """
+    chosen = configs.CONFIGS.get((configs.family(target), codec, mode))
+    if chosen is None:
+        raise ValueError(f"no Triton kernel multiplies {codec} codes in mode {mode!r} on {target}")
+    return chosen
+
+
+def _target(device: torch.device) -> int | str:
+    if device.type != "cuda":
+        return 80
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
+) -> torch.Tensor:
+    """y = x W^T + bias: x [.., K] fp16 or bf16 -> [.., N] in x's dtype. Ask `declines` first.
+
+    Raises BackendError, which names the cure, when Triton is unavailable and when a kernel cannot be built or started
+    or computes wrong values; ValueError for a mode that MODES does not list and a weight with a low-rank branch. Errors
+    of the device (memory, a lost context) are raised as they are.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+    if weight.rank:
+        raise ValueError(
+            f"the weight has a low-rank branch (rank {weight.rank}), which dispatch.linear adds: call that"
+        )
+    if (unusable := _unusable()) is not None:
+        raise unusable
+    rows, columns = weight.shape
+    flat = x.reshape(-1, columns)
+    out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
+    if flat.shape[0]:
+        chosen = config(_target(x.device), weight.codec, mode)
+        try:
+            key = (x.device, x.dtype, weight.codec, weight.scale.dtype, mode, None if bias is None else bias.dtype)
+            if key not in verified:
+                _verify(x, weight, bias, chosen, mode)
+                verified.add(key)
+            launch(flat, weight, bias, out, chosen, mode)
+        except Exception as error:  # what a broken Triton raises at first launch has no common class
+            if isinstance(error, BackendError) or is_the_devices(error):
+                raise
+            raise _explained(error) from error
+    return out.view(*x.shape[:-1], rows)
+
+
+def _verify(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, chosen: Config, mode: str) -> None:
+    """Runs the kernel that x, weight and bias need on a small product, once a process, and compares with eager.
+
+    The probe has numbers that every mode represents exactly. Raises BackendError if they differ: a compiler or GPU
+    nobody has tried must not change pictures silently.
+    """
+    rows, columns, tokens = 160, 256, 17
+    values = torch.arange(rows * columns, device=x.device).view(rows, columns) * 37 % 101
+    codes = encode(weight.codec, (values % (3 if weight.scheme == "ternary" else 2)).to(torch.uint8))
+    scale = 0.5 + torch.arange(rows * 2, device=x.device).view(rows, 2) % 7 / 8
+    probe = PackedWeight(codes, scale.to(weight.scale.dtype), (rows, columns), weight.scheme, weight.codec, GROUP)
+    inputs = torch.arange(tokens * columns, device=x.device).view(tokens, columns) * 29 % 61 - 30
+    inputs[:, ::GROUP] = 127
+    inputs = inputs.to(x.dtype) / 16
+    shift = None if bias is None else torch.arange(rows, device=x.device).to(bias.dtype)
+    out = torch.zeros(tokens, rows, dtype=x.dtype, device=x.device)
+    launch(inputs, probe, shift, out, chosen, mode)
+    expected = eager.linear(inputs, probe, shift).float()
+    if not (out.float() - expected).norm() <= 0.01 * expected.norm():
+        name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else x.device.type
+        raise BackendError(
+            f"Triton's {weight.scheme} kernel of mode {mode} computed wrong values on {x.device}",
+            f"update this plugin and report mode {mode} on {name}",
+        )
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] with the 16-byte alignment that the kernels are compiled for."""
+    if x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _bounded(x: torch.Tensor, summed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] times a power of two per token, so that a fp16 sum of `summed` products with +-2 stays in range.
+
+    Returns (x, fp32 [M] that undoes it). Tokens that fit already, and those with NaN or infinity, stay as they are.
+    """
+    limit = LARGEST_PRODUCT_SUM / (2 * summed)
+    _, exponent = torch.frexp(x.abs().amax(dim=1).float() / limit)
+    factor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), -exponent.clamp(0, 30))
+    return x * factor.to(x.dtype).unsqueeze(1), 1 / factor
+
+
+def launch(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor, chosen: Config, mode: str
+) -> None:
+    """Runs the kernels `chosen` names: out [M, N] = x [M, K] W^T + bias."""
+    rows, columns = weight.shape
+    interpret = interpreting()
+    codes = weight.codes if weight.codes.is_contiguous() and weight.codes.data_ptr() % 16 == 0 else weight.codes.clone()
+    n = get_codec(weight.codec).byte_rows(rows)
+    constants = configs.constants(chosen, weight.codec, mode, bias is not None, interpret)
+    options = {} if interpret else {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    grid = (triton.cdiv(x.shape[0], chosen.block_m) * triton.cdiv(n, chosen.block_n) * chosen.parts,)
+    scale = weight.scale.contiguous()
+    shift = out if bias is None else bias.contiguous()
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
+        if mode == "a8":
+            q, tokens = quantize(x, chosen)
+            int8.a8_kernel[grid](
+                *(q, codes, scale, tokens, shift, out, x.shape[0], rows, columns, n // 8, out.stride(0)),
+                **constants,
+                **options,
+            )
+            return
+        tokens = out
+        if mode == "fp16_accumulate":
+            x, tokens = _bounded(x, chosen.block_k)
+        x = _aligned(x)
+        if chosen.weight_first and constants["ASM"]:
+            codes = codes.view(torch.int16)
+        kernel = kernels.weight_first_kernel if chosen.weight_first else kernels.input_first_kernel
+        kernel[grid](
+            *(x, codes, scale, tokens, out, x.shape[0], rows, columns, n // 8, x.stride(0), out.stride(0)),
+            **constants,
+            **options,
+        )
+    if bias is not None:  # in these kernels it would cost registers that they lack
+        out += bias.to(out.dtype)
+
+
+def quantize(x: torch.Tensor, chosen: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] -> (int8, fp32), as quantize_kernel lays them out for an a8 configuration."""
+    columns = x.shape[1]
+    x = _aligned(x)
+    tiles, groups = triton.cdiv(x.shape[0], chosen.block_m), columns // GROUP
+    q = torch.empty(tiles * chosen.block_m * columns, dtype=torch.int8, device=x.device)
+    tokens = torch.empty(tiles * chosen.block_m * groups, dtype=torch.float32, device=x.device)
+    constants = {"BLOCK_M": chosen.block_m, "ROWS": configs.QUANTIZED_ROWS}
+    grid = (tiles * chosen.block_m // configs.QUANTIZED_ROWS * groups,)
+    int8.quantize_kernel[grid](x, q, tokens, x.shape[0], columns, x.stride(0), **constants)
+    return q, tokens

@@ -1,0 +1,109 @@
+"""The fixed configurations of the Triton kernels: which tile sizes a target runs, by codec and mode.
+
+Needs no Triton, so that a machine without it can be told what it would run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...weights.codec import get_codec
+
+GROUP = 128
+"""Columns a scale covers; the only group size these kernels know."""
+
+ASM_INT8 = {
+    # (radix, programs that share a byte tile): bytes -> 64 times the weights of this program's plane
+    (radix, parts): "{ .reg .b32 s, t; mov.u32 s, %ctaid.x; "
+    f"and.b32 s, s, {parts - 1}; mul.lo.u32 s, s, {8 // parts}; shl.b32 t, $1, s; {pick} }}"
+    for radix, parts, pick in (
+        (4, 4, "lop3.b32 $0, t, 0xC0C0C0C0, 0x40404040, 0x6A;"),
+        (2, 8, "lop3.b32 $0, t, 0x80808080, 0x40404040, 0xEA;"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run a kernel. Block sizes in x rows, byte rows and columns; `parts`: programs that share the planes
+    of a byte tile; `weight_first`: which kernel; `asm`: PTX decoding, else plain Triton; `tile_m`: x rows of one
+    multiplication, in a8 mode."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    parts: int = 1
+    weight_first: bool = True
+    asm: bool = True
+    tile_m: int = 0
+
+
+CONFIGS = {
+    # (family, codec, mode): block_m, block_n, block_k, warps, stages, parts
+    ("registers", "trit5", "exact"): Config(64, 128, 32, 8, 3),
+    ("registers", "crumb", "exact"): Config(64, 128, 32, 8, 3),
+    ("registers", "bit", "exact"): Config(32, 128, 64, 8, 2),
+    ("registers", "trit5", "fp16_accumulate"): Config(32, 128, 64, 8, 2),
+    ("registers", "crumb", "fp16_accumulate"): Config(32, 128, 64, 8, 2),
+    ("registers", "bit", "fp16_accumulate"): Config(16, 128, 128, 8, 2),
+    ("sm_90", "trit5", "exact"): Config(128, 64, 128, 8, 2, weight_first=False),
+    ("sm_90", "crumb", "exact"): Config(128, 64, 128, 8, 2, weight_first=False),
+    ("sm_90", "bit", "exact"): Config(128, 64, 128, 8, 2, parts=2, weight_first=False),
+    ("sm_100", "trit5", "exact"): Config(64, 64, 64, 4, 3, weight_first=False),
+    ("sm_100", "crumb", "exact"): Config(64, 64, 64, 4, 3, weight_first=False),
+    ("sm_100", "bit", "exact"): Config(128, 64, 64, 8, 2, parts=2, weight_first=False),
+    ("amd", "trit5", "exact"): Config(64, 32, 32, 4, 2, weight_first=False, asm=False),
+    ("amd", "crumb", "exact"): Config(64, 32, 32, 4, 2, weight_first=False, asm=False),
+    ("amd", "bit", "exact"): Config(64, 32, 32, 4, 2, parts=2, weight_first=False, asm=False),
+    ("registers", "crumb", "a8"): Config(96, 256, 32, 8, 2, 4, tile_m=32),
+    ("registers", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, tile_m=32),
+    ("sm_90", "crumb", "a8"): Config(96, 256, 32, 8, 2, 4, weight_first=False, tile_m=32),
+    ("sm_90", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, weight_first=False, tile_m=32),
+    ("sm_100", "crumb", "a8"): Config(96, 256, 32, 8, 2, 4, weight_first=False, tile_m=32),
+    ("sm_100", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, weight_first=False, tile_m=32),
+    ("amd", "crumb", "a8"): Config(64, 32, 64, 4, 2, 4, weight_first=False, asm=False, tile_m=64),
+    ("amd", "bit", "a8"): Config(64, 32, 64, 4, 2, 8, weight_first=False, asm=False, tile_m=64),
+}
+"""Chosen from compiled instruction counts, registers and shared memory; never tuned on the user's machine."""
+
+
+QUANTIZED_ROWS = 16
+"""Rows of x that one program of quantize_kernel takes; divides every block_m of a8."""
+
+DATA_CENTER = ((8, 0), (9, 0), (10, 0), (10, 3))
+"""Compute capabilities that multiply no faster with fp16 sums."""
+
+
+def modes(target: int | str) -> tuple[str, ...]:
+    """The modes that kernels are compiled for on a target, as `family` takes it."""
+    if family(target) != "registers" or divmod(int(target), 10) in DATA_CENTER:
+        return ("exact", "a8")
+    return ("exact", "fp16_accumulate", "a8")
+
+
+def family(target: int | str) -> str:
+    """Which rows of CONFIGS a target uses: compute capability as 86, or an AMD architecture such as "gfx1100"."""
+    if isinstance(target, str):
+        return "amd"
+    return {9: "sm_90", 10: "sm_100"}.get(target // 10, "registers")
+
+
+def constants(config: Config, codec: str, mode: str, bias: bool, interpret: bool = False) -> dict[str, Any]:
+    """The constexpr arguments of a kernel, the same for a launch and for the static report. bias: a8 only."""
+    coder = get_codec(codec)
+    shared = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "PARTS": config.parts,
+        "RADIX": coder.radix,
+    }
+    asm = config.asm and not interpret
+    if mode == "a8":
+        decode = ASM_INT8[coder.radix, config.parts] if asm else ""
+        return {**shared, "TILE_M": config.tile_m, "WEIGHT_FIRST": config.weight_first, "ASM": decode, "BIAS": bias}
+    planes = {"PLANES": coder.fields // config.parts, "HALF_SUMS": mode == "fp16_accumulate"}
+    return {**shared, **planes, "ASM": asm, "INTERPRET": interpret}

@@ -1,0 +1,1 @@
+"""What runs at a terminal, beside ComfyUI. Nothing of the plugin imports it."""

@@ -1,0 +1,327 @@
+"""Compile every kernel we ship for every target, without a GPU, and count what the compiler made of it.
+
+    spills      register spills: local-memory instructions (NVIDIA), spilled registers (AMD)
+    smem        shared memory of a block, bytes
+    registers   registers a thread
+    mma         the tensor-core instructions in the code
+    ovh         instructions of the main loop that are not tensor-core ones, per 2048 multiply-adds (one HMMA.16816)
+
+ovh is blind to latency, occupancy, bank conflicts and DRAM: it compares kernels, it predicts no time. gemlite's kernel
+(2 bits for ternary, 1 for binary; the better of GEMLITE_BLOCKS) is compiled and counted the same way, where gemlite is
+installed; beside a8 too it is the one with 16-bit activations, which the published packs run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...kernels.triton import configs
+from .gemlite_import import import_gemlite
+
+TARGETS: tuple[int | str, ...] = (80, 86, 87, 89, 90, 100, 120, "gfx1100", "gfx1201", "gfx942")
+DTYPES = ("fp16", "bf16")
+SMEM_LIMIT = 99 << 10
+SMEM_LIMIT_SM90 = 227 << 10
+SMEM_LIMIT_AMD = 64 << 10
+OVERHEAD_LIMITS = {
+    # (codec, mode, dtype): (sm_80 .. sm_120, sm_90)
+    **{(codec, "exact", dtype): (3.9, 1.4) for codec in ("bit", "crumb") for dtype in DTYPES},
+    ("trit5", "exact", "fp16"): (4.2, 1.65),
+    ("trit5", "exact", "bf16"): (4.9, 1.65),
+    ("bit", "a8", "bf16"): (2.1, 2.1),
+    ("crumb", "a8", "bf16"): (2.1, 2.1),
+}
+NAMES = {"trit5": "ternary_trit5", "crumb": "ternary_2bit", "bit": "binary_1bit"}
+"""Codec -> how the report calls its kernels."""
+GEMLITE_BLOCKS = ((64, 128, 64, 4, 2), (128, 128, 64, 8, 2))
+"""BLOCK_SIZE_M, _N, _K, warps, stages of gemlite's kernel: among the commonest in its cached choices."""
+
+_NVIDIA_MMA = re.compile(r"(?:H|I|HG|IG)MMA|UTC\w*MMA")
+_AMD_MMA = re.compile(r"v_(?:wmma|mfma)\w+")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel. `ovh_per_hmma` and `gemlite_ovh_per_hmma`: see the module; None where not measured."""
+
+    name: str
+    mode: str
+    target: str
+    spills: int
+    smem: int
+    registers: int
+    mma: list[str]
+    ovh_per_hmma: float | None
+    gemlite_ovh_per_hmma: float | None = None
+
+    @property
+    def codec(self) -> str:
+        return next(codec for codec, name in NAMES.items() if self.name.startswith(name))
+
+    @property
+    def dtype(self) -> str:
+        return self.name.rsplit("_", 1)[1]
+
+    def failures(self) -> list[str]:
+        """The gates this kernel misses, one sentence each."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spills")
+        limit = {"sm_90": SMEM_LIMIT_SM90}.get(self.target, SMEM_LIMIT if self.target[0] == "s" else SMEM_LIMIT_AMD)
+        if self.smem > limit:
+            found.append(f"{self.smem} bytes of shared memory, limit {limit}")
+        if not self.mma:
+            found.append("no tensor-core instruction")
+        if (self.codec, self.mode, self.dtype) in OVERHEAD_LIMITS and self.target.startswith("sm_"):
+            allowed = OVERHEAD_LIMITS[self.codec, self.mode, self.dtype][self.target == "sm_90"]
+            if self.ovh_per_hmma is None or self.ovh_per_hmma > allowed:
+                found.append(f"{self.ovh_per_hmma} other instructions per HMMA, limit {allowed}")
+        return found
+
+
+def label(target: int | str) -> str:
+    """sm_86 for 86; AMD names stay."""
+    return target if isinstance(target, str) else f"sm_{target}"
+
+
+def shipped(target: int | str) -> Iterator[tuple[str, str, str]]:
+    """(codec, mode, dtype) of each kernel that a user of this target can run.
+
+    In a8 mode the activations are int8 and only the last store knows the output's dtype: one stands for both.
+    """
+    for codec in NAMES:
+        for mode in configs.modes(target):
+            if (configs.family(target), codec, mode) in configs.CONFIGS:
+                for dtype in {"fp16_accumulate": ("fp16",), "a8": ("bf16",)}.get(mode, DTYPES):
+                    yield codec, mode, dtype
+
+
+@cache
+def measure(target: int | str, codec: str, mode: str, dtype: str) -> Row:
+    """Compiles one shipped kernel and counts. Bias is compiled in; it is outside of the loop that is counted."""
+    from ...kernels.triton import half as kernels
+    from ...kernels.triton import int8
+
+    config = configs.CONFIGS[configs.family(target), codec, mode]
+    constants = configs.constants(config, codec, mode, bias=True)
+    words = config.weight_first and config.asm and mode != "a8"
+    types = {
+        "codes_ptr": "*i16" if words else "*u8",
+        "scale_ptr": "*bf16",
+        "tokens_ptr": "*fp32",
+        "y_ptr": f"*{dtype}",
+    }
+    if mode == "a8":
+        kernel, macs = int8.a8_kernel, config.block_m * config.block_n * configs.GROUP
+        types |= {"q_ptr": "*i8", "bias_ptr": "*bf16"}
+    else:
+        kernel = kernels.weight_first_kernel if config.weight_first else kernels.input_first_kernel
+        macs = config.block_m * config.block_n * config.block_k * constants["PLANES"]
+        types["x_ptr"] = f"*{dtype}"
+    aligned = {*types, "N", "K", "stride_xm", "stride_ym"}
+    types |= {name: "i32" for name in ("M", "N", "K", "n8", "stride_xm", "stride_ym") if name in kernel.arg_names}
+    compiled = _compile(kernel, types, constants, aligned, target, config.warps, config.stages)
+    counted = _count(compiled, target, macs / config.warps / 2048)
+    return Row(name=f"{NAMES[codec]}_{mode}_{dtype}", mode=mode, target=label(target), **counted)
+
+
+def _compile(
+    kernel: Any, types: dict, constants: dict, aligned: set, target: int | str, warps: int, stages: int
+) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
+    if isinstance(target, str):
+        device = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+    else:
+        device = GPUTarget("cuda", target, 32)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=device, options={"num_warps": warps, "num_stages": stages})
+
+
+def _count(compiled: Any, target: int | str, hmma: float) -> dict:
+    """Registers, spills, shared memory, MMA kinds and overhead. `hmma`: HMMA.16816 a warp does in one iteration."""
+    if isinstance(target, str):
+        text = compiled.asm["amdgcn"]
+        facts = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
+        listing = [line.split(";")[0].strip() for line in text.splitlines()]
+        instructions, loops = _loops(listing, r"^(\.LBB\w+):", r"^s_cbranch\w*\s+(\.LBB\w+)|^s_branch\s+(\.LBB\w+)")
+        pattern, registers = _AMD_MMA, facts["vgpr_count"]
+        spills = facts["vgpr_spill_count"] + facts["sgpr_spill_count"]
+    else:
+        usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
+        listing = [
+            re.sub(r"^/\*[0-9a-f]+\*/\s*", "", line.strip()).rstrip("; ")
+            for line in _nvidia_tool("nvdisasm", "-c", compiled.asm["cubin"]).splitlines()
+            if re.match(r"^\s*(/\*[0-9a-f]{4,}\*/|\.L_\w+:)", line)
+        ]
+        instructions, loops = _loops(listing, r"^(\.L_\w+):", r"\bBRA\b.*`\((\.L_\w+)\)")
+        pattern, registers = _NVIDIA_MMA, max(int(r) for r in re.findall(r"REG:(\d+)", usage))
+        spills = sum(_opcode(text).startswith(("LDL", "STL")) for text in instructions)
+    kinds = sorted({_opcode(text) for text in instructions if pattern.match(_opcode(text))})
+    overhead = None
+    if loops and kinds:
+        counted = [([pattern.match(_opcode(text)) is not None for text in loop]) for loop in loops]
+        main = max(counted, key=lambda flags: (sum(flags), -len(flags)))
+        overhead = round((len(main) - sum(main)) / hmma, 2) if any(main) else None
+    return {
+        "spills": spills,
+        "smem": compiled.metadata.shared,
+        "registers": registers,
+        "mma": kinds,
+        "ovh_per_hmma": overhead,
+    }
+
+
+def _opcode(instruction: str) -> str:
+    """The opcode without braces and the predicate before it."""
+    words = instruction.lstrip("{ ").split()
+    if words and words[0].startswith("@"):
+        words = words[1:]
+    return words[0] if words else ""
+
+
+def _loops(listing: list[str], label_pattern: str, branch_pattern: str) -> tuple[list[str], list[list[str]]]:
+    """Instructions, and for every backward branch those from its target to it."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    loops: list[list[str]] = []
+    for line in listing:
+        found = re.match(label_pattern, line)
+        if found:
+            labels[found[1]] = len(instructions)
+        elif line and not line.startswith((".", "//")) and not line.endswith(":"):
+            instructions.append(line)
+            branch = re.search(branch_pattern, line)
+            start = labels.get(next(filter(None, branch.groups()))) if branch else None
+            if start is not None:
+                loops.append(instructions[start:])
+    return instructions, loops
+
+
+def _nvidia_tool(tool: str, option: str, cubin: bytes) -> str:
+    """Output of a CUDA tool that Triton's wheel contains."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return subprocess.run([program, option, file], capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def _gemlite_kernel() -> Any:
+    """gemlite's GEMM kernel without its autotuner, or None where gemlite is not installed."""
+    if importlib.util.find_spec("gemlite") is None:
+        return None
+    import_gemlite()
+    from gemlite.triton_kernels.gemm_kernels import gemm_INT_kernel as kernel
+
+    while hasattr(kernel, "fn") and not hasattr(kernel, "arg_names_for_ir") and "JIT" not in type(kernel).__name__:
+        kernel = kernel.fn
+    return kernel
+
+
+@cache
+def gemlite_overhead(target: int | str, bits: int, dtype: str) -> float | None:
+    """ovh of gemlite's kernel at K 3072, N 9216, groups of 128; None on AMD and without gemlite."""
+    kernel = None if isinstance(target, str) else _gemlite_kernel()
+    if kernel is None:
+        return None
+    import triton.language as tl
+
+    element = {"fp16": tl.float16, "bf16": tl.bfloat16}[dtype]
+    types = dict.fromkeys(("a_ptr", "c_ptr", "scales_ptr", "zeros_ptr"), f"*{dtype}")
+    types |= {"b_ptr": "*u8"}
+    aligned = {*types, "stride_am", "stride_bk", "stride_cm", "stride_meta_g"}
+    types |= dict.fromkeys(("M", "M_CLOSEST", "stride_am", "stride_bk", "stride_cm", "stride_meta_g"), "i32")
+    found = []
+    for block_m, block_n, block_k, warps, stages in GEMLITE_BLOCKS:
+        given = {
+            "N": 9216,
+            "K": 3072,
+            "W_nbits": bits,
+            "group_size": 128,
+            "unpack_mask": 2**bits - 1,
+            "elements_per_sample": 8 // bits,
+            "type_id": 0,
+            "a_sizeof": 2,
+            "b_sizeof": 1,
+            "input_dtype": element,
+            "output_dtype": element,
+            "acc_dtype": tl.float32,
+            "meta_dtype": element,
+            "channel_scale_mode": 0,
+            "W_group_mode": 4,
+            "BLOCK_SIZE_M": block_m,
+            "BLOCK_SIZE_N": block_n,
+            "BLOCK_SIZE_K": block_k,
+            "GROUP_SIZE_M": 8,
+            "NUM_STAGES": stages,
+            "A_load_order": 0,
+            "data_contiguous": False,
+            "EVEN_M": True,
+            "EVEN_K": True,
+            "EVEN_N": True,
+            "meta_evict_policy": "evict_last",
+            "a_evict": "",
+            "b_evict": "evict_first",
+            "block_quant_size": 128,
+            **dict.fromkeys(("stride_ak", "stride_bn", "stride_cn", "stride_meta_n"), 1),
+            **dict.fromkeys(("zero_is_scalar", "use_tma", "use_5d_scales", "warp_specialize"), False),
+        }
+        constants = {name: given.get(name) for name in kernel.arg_names if name not in types}
+        compiled = _compile(kernel, types, constants, aligned, target, warps, stages)
+        counted = _count(compiled, target, block_m * block_n * block_k / 2048 / warps)
+        if counted["ovh_per_hmma"] is not None and not counted["spills"]:
+            found.append(counted["ovh_per_hmma"])
+    return min(found, default=None)
+
+
+def report(targets: tuple[int | str, ...] = TARGETS, *, gemlite: bool = True) -> Iterator[Row]:
+    """A row for every shipped kernel on every target."""
+    for target in targets:
+        for codec, mode, dtype in shipped(target):
+            row = measure(target, codec, mode, dtype)
+            peer = gemlite_overhead(target, 1 if codec == "bit" else 2, dtype) if gemlite else None
+            yield Row(**{**asdict(row), "gemlite_ovh_per_hmma": peer})
+
+
+def run_static(json_path: Path | None = None, targets: tuple[int | str, ...] = TARGETS) -> int:
+    """Prints the table, writes it to `json_path`; returns 0, or 1 if a kernel misses a gate or Triton is missing."""
+    from ...kernels.triton import backend
+
+    if backend.triton is None:
+        print(f"{backend.unavailable()}. The static report compiles Triton kernels.")
+        return 1
+    columns = ("kernel", "target", "ovh", "gemlite", "regs", "spills", "smem", "mma")
+    print("{:34}{:9}{:>6}{:>9}{:>6}{:>8}{:>8}  {}".format(*columns))
+    rows, failed = [], 0
+    for row in report(targets):
+        rows.append(row)
+        peer = "-" if row.gemlite_ovh_per_hmma is None else f"{row.gemlite_ovh_per_hmma:.2f}"
+        overhead = "-" if row.ovh_per_hmma is None else f"{row.ovh_per_hmma:.2f}"
+        print(
+            f"{row.name:34}{row.target:9}{overhead:>6}{peer:>9}{row.registers:>6}{row.spills:>8}{row.smem:>8}  "
+            f"{', '.join(row.mma)}",
+            flush=True,
+        )
+        for failure in row.failures():
+            failed += 1
+            print(f"    misses a gate: {failure}", flush=True)
+    if json_path is not None:
+        json_path.write_text(json.dumps({"kernels": [asdict(row) for row in rows]}, indent=1), encoding="utf-8")
+    return 1 if failed else 0

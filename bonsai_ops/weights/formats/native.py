@@ -1,0 +1,319 @@
+"""Our own file: one .safetensors that is mapped from disk and used as it is. FLUX.2 has BFL names in it.
+
+    <layer>.weight        u8 [n, K]      codes, byte layout of codec.py (n byte rows of N rows)
+    <layer>.weight_scale  bf16, fp16 or fp32 [N, K / g]: the narrowest that is exact
+    <layer>.weight_zero   like weight_scale; only schemes affine and zero_point (packed_weight.py has the formulas)
+    <layer>.weight_up     bf16, fp16 or fp32 [N, r], version 2: with weight_down [r, K] the layer's low-rank branch;
+    <layer>.weight_down   up down is added to the values of the codes
+    anything else         a dense tensor as it was in the source
+
+`__metadata__["bonsai"]` is JSON:
+
+    {"version": 1, "variant": "ternary", "architecture": "flux2", "packer": "bonsai-image 0.1.0",
+     "source": {"file": "...", "sha256": "..."},
+     "layers": {"<layer>": {"scheme": "ternary", "codec": "trit5", "group_size": 128, "shape": [N, K]}, ..}}
+
+Scheme, codec and group size may differ from layer to layer (variant "mixed"). Version 2 is written where version 1 does
+not suffice: for the codec byte, for a low-rank branch ("rank": r in the layer's description) and for a model that is no
+Bonsai. There "architecture" is the name of ComfyUI's model configuration, keys are as ComfyUI names the weights of its
+transformer or UNet, and "model" holds that configuration: {"class", "model_type", "unet_config", "sampling_settings"},
+plain values.
+
+A file without that record (written by ComfyUI's own ModelSave) is read too: N, K and g follow from the shapes, the
+codec from n and, where n fits both codecs of ternary weights, from the bytes. Keys may carry the prefix
+`model.diffusion_model.`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ... import __version__
+from .. import codec as codecs
+from ..errors import PackError
+from ..packed_weight import SCHEMES, PackedWeight
+from .entries import DOWNLOAD_AGAIN, DenseTensor, Entry, PackedTensor
+from .safetensors_file import DTYPES, SafetensorsFile
+
+VERSION = 2
+NEWER_CODECS = ("byte",)
+"""Codecs that a reader of version 1 does not know."""
+TABLES = ("scale", "zero", "up", "down")
+RECORD = "bonsai"
+SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WRITE_BYTES = 16 << 20
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class NativeRecord:
+    """The metadata of a native file. `layers` maps a layer name to scheme, codec, group_size and shape."""
+
+    variant: str
+    layers: Mapping[str, Mapping]
+    source: Mapping[str, str] = field(default_factory=dict)
+    architecture: str = "flux2"
+    version: int = 1
+    packer: str = f"bonsai-image {__version__}"
+    model: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """What the metadata holds."""
+        described = {name: value for name, value in vars(self).items() if name != "model" or value}
+        return json.dumps(described, sort_keys=True)
+
+
+def is_native(file: SafetensorsFile) -> bool:
+    """True if the record is there or some u8 weight has a `weight_scale` beside it."""
+    return RECORD in file.metadata or any(
+        dtype == torch.uint8 and name.endswith(".weight") and f"{name}_scale" in file.tensors
+        for name, (_, dtype) in file.tensors.items()
+    )
+
+
+def read_record(file: SafetensorsFile) -> NativeRecord | None:
+    """The file's record, None if it has none. Raises PackError for a damaged one or a newer version."""
+    if RECORD not in file.metadata:
+        return None
+    try:
+        record = json.loads(file.metadata[RECORD])
+        version = int(record["version"])
+        if version > VERSION:
+            raise PackError(
+                file.path,
+                f"is version {version} of the native format, this plugin reads up to {VERSION}",
+                "Update bonsai-image.",
+                RECORD,
+            )
+        return NativeRecord(
+            record["variant"],
+            dict(record["layers"]),
+            dict(record.get("source") or {}),
+            record["architecture"],
+            version,
+            record.get("packer", ""),
+            dict(record.get("model") or {}),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, PackError):
+            raise
+        raise PackError(file.path, f"has a damaged record ({error!r})", DOWNLOAD_AGAIN, RECORD) from error
+
+
+def read_entries(file: SafetensorsFile, record: NativeRecord | None) -> dict[str, Entry]:
+    """{name: entry}; packed layers are keyed `<layer>.weight`. Raises PackError where record and tensors disagree."""
+    described = dict(record.layers) if record else {}
+    entries: dict[str, Entry] = {}
+    for name, (shape, dtype) in file.tensors.items():
+        if name.endswith(tuple(f".weight_{table}" for table in TABLES)):
+            weight = name.rpartition("_")[0]
+            if weight not in file.tensors:
+                raise PackError(file.path, "stands alone", f"Expected the codes {weight}. {DOWNLOAD_AGAIN}", name)
+        elif name.endswith(".weight") and f"{name}_scale" in file.tensors:
+            layer = name[: -len(".weight")]
+            entries[name] = _packed(file, layer, described.pop(layer, None))
+        else:
+            entries[name] = DenseTensor(file.path, name, shape, dtype, lambda name=name: file.get(name))
+    if described:
+        layer = next(iter(described))
+        raise PackError(file.path, "is missing", f"The file's record describes it. {DOWNLOAD_AGAIN}", f"{layer}.weight")
+    return entries
+
+
+def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> PackedTensor:
+    weight, scale, zero = f"{layer}.weight", f"{layer}.weight_scale", f"{layer}.weight_zero"
+    (code_shape, code_dtype), (table, table_dtype) = file.tensors[weight], file.tensors[scale]
+    has_zero = zero in file.tensors
+    if code_dtype != torch.uint8 or len(code_shape) != 2:
+        raise PackError(file.path, f"is {code_dtype} {list(code_shape)}", "Expected u8 codes [n, K].", weight)
+    if len(table) != 2 or table_dtype not in SCALE_DTYPES or not table[1] or code_shape[1] % table[1]:
+        raise PackError(
+            file.path,
+            f"is {table_dtype} {list(table)}",
+            f"Expected bf16, fp16 or fp32 [N, K / g] with K = {code_shape[1]}.",
+            scale,
+        )
+    shape, group_size = (table[0], code_shape[1]), code_shape[1] // table[1]
+    if described is None:
+        scheme, codec = _guess(file, weight, shape[0], code_shape[0], has_zero)
+    else:
+        try:
+            scheme, codec = described["scheme"], described["codec"]
+            told = (tuple(described["shape"]), described["group_size"])
+        except (KeyError, TypeError) as error:
+            raise PackError(file.path, f"is described by {described!r}", DOWNLOAD_AGAIN, weight) from error
+        if told != (shape, group_size) or codec not in SCHEMES.get(str(scheme), ()):
+            raise PackError(
+                file.path,
+                f"is {shape} in groups of {group_size} by its tensors, but {scheme} {codec} "
+                f"{told[0]} in groups of {told[1]} by the record",
+                DOWNLOAD_AGAIN,
+                weight,
+            )
+    if has_zero != (scheme in ("affine", "zero_point")) or codecs.get_codec(codec).byte_rows(shape[0]) != code_shape[0]:
+        raise PackError(
+            file.path,
+            f"has {code_shape[0]} byte rows {'with' if has_zero else 'without'} a zero table",
+            f"Expected {codecs.get_codec(codec).byte_rows(shape[0])} for {scheme} {codec}. {DOWNLOAD_AGAIN}",
+            weight,
+        )
+
+    if has_zero and (file.tensors[zero][0] != table or file.tensors[zero][1] not in SCALE_DTYPES):
+        raise PackError(
+            file.path,
+            f"is {file.tensors[zero][1]} {list(file.tensors[zero][0])}",
+            f"Expected bf16, fp16 or fp32 {list(table)} like the scale. {DOWNLOAD_AGAIN}",
+            zero,
+        )
+
+    branch = _branch(file, weight, shape, 0 if described is None else described.get("rank", 0))
+
+    def load() -> PackedWeight:
+        up, down = (file.get(name) for name in branch) if branch else (None, None)
+        table = file.get(zero) if has_zero else None
+        return PackedWeight(file.get(weight), file.get(scale), shape, scheme, codec, group_size, table, up, down)
+
+    return PackedTensor(file.path, weight, shape, load)
+
+
+def _branch(file: SafetensorsFile, weight: str, shape: tuple[int, int], rank: int) -> tuple[str, str] | None:
+    """The names of a layer's low-rank matrices, None without. Raises PackError if they do not fit record and weight."""
+    names = (f"{weight}_up", f"{weight}_down")
+    if not rank and not any(name in file.tensors for name in names):
+        return None
+    for name, is_up in zip(names, (True, False), strict=True):
+        found, dtype = file.tensors.get(name, ((), None))
+        rank = rank or (found[-1 if is_up else 0] if len(found) == 2 else 0)
+        expected = (shape[0], rank) if is_up else (rank, shape[1])
+        if found != expected or dtype not in SCALE_DTYPES:
+            raise PackError(
+                file.path,
+                f"is {dtype} {list(found)}" if dtype else "is missing",
+                f"Expected bf16, fp16 or fp32 {list(expected)}, a low-rank branch. {DOWNLOAD_AGAIN}",
+                name,
+            )
+    return names
+
+
+def _guess(file: SafetensorsFile, weight: str, rows: int, byte_rows: int, has_zero: bool) -> tuple[str, str]:
+    """(scheme, codec) from the number of byte rows, for a file without a record."""
+    schemes = ("affine",) if has_zero else ("binary", "ternary")
+    fitting = [
+        (scheme, codec)
+        for scheme in schemes
+        for codec in SCHEMES[scheme]
+        if codecs.get_codec(codec).byte_rows(rows) == byte_rows
+    ]
+    ternary = [codec for scheme, codec in fitting if scheme == "ternary"]
+    if len(ternary) > 1:  # so few rows that five and four to a byte take the same: the bytes tell
+        told = [codec for codec in ternary if codecs.holds(codec, 3, file.get(weight))][:1]
+        fitting = [found for found in fitting if found[0] != "ternary"] + [("ternary", codec) for codec in told]
+    if len(fitting) != 1:
+        raise PackError(
+            file.path,
+            f"has {byte_rows} byte rows for {rows} rows, which fits {len(fitting)} codecs",
+            'Save the model with "Save Bonsai Model", which records the codec.',
+            weight,
+        )
+    return fitting[0]
+
+
+def make_record(
+    weights: Mapping[str, PackedWeight | torch.Tensor],
+    source: Mapping[str, str] | None = None,
+    architecture: str = "flux2",
+    model: Mapping[str, object] | None = None,
+) -> NativeRecord:
+    """The record of a file that will hold `weights` ({name: packed or dense}). model: its configuration, plain values.
+
+    Its version is the lowest that can describe them.
+    """
+    packed = {name.removesuffix(".weight"): w for name, w in weights.items() if isinstance(w, PackedWeight)}
+    schemes = {w.scheme for w in packed.values()}
+    variant = schemes.pop() if len(schemes) == 1 else "mixed"
+    layers = {
+        layer: {"scheme": w.scheme, "codec": w.codec, "group_size": w.group_size, "shape": list(w.shape)}
+        | ({"rank": w.rank} if w.rank else {})
+        for layer, w in packed.items()
+    }
+    newer = architecture != "flux2" or any(w.rank or w.codec in NEWER_CODECS for w in packed.values())
+    version = 2 if newer else 1
+    return NativeRecord(variant, layers, source or {}, architecture, version, model=model or {})
+
+
+def to_tensors(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """{name in the file: tensor} of packed and dense weights."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, PackedWeight):
+            tensors[name] = weight.codes
+            tables = {table: getattr(weight, table) for table in TABLES}
+            tensors |= {f"{name}_{table}": tensor for table, tensor in tables.items() if tensor is not None}
+        else:
+            tensors[name] = weight
+    return tensors
+
+
+def write(
+    path: Path,
+    weights: Mapping[str, PackedWeight | torch.Tensor],
+    record: NativeRecord,
+    progress: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a native file under a temporary name beside `path` and renames it: `path` is complete or absent.
+
+    extra: further metadata (ComfyUI's prompt and workflow). progress(bytes done, bytes in all) is called between
+    pieces; what it raises (a cancel) ends the writing. Whatever goes wrong, nothing is left behind. Raises
+    PackError if `path` exists and not `overwrite`, OSError from the disk.
+    """
+    if path.exists() and not overwrite:
+        raise PackError(path, "exists", "Choose another name or remove it first.")
+    tensors = to_tensors(weights)
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    described = {"format": "pt", RECORD: record.to_json(), **(extra or {})}
+    header: dict[str, object] = {"__metadata__": described}
+    offset = 0
+    for name in order:
+        size = tensors[name].nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % 64)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(len(raw).to_bytes(8, "little") + raw)
+            done = 0
+            for name in order:
+                data = tensors[name].detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+                for lo in range(0, data.size, WRITE_BYTES):
+                    piece = data[lo : lo + WRITE_BYTES]
+                    out.write(piece.data)
+                    done += piece.size
+                    if progress is not None:
+                        progress(done, offset)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o644)
+        if path.exists() and not overwrite:
+            raise PackError(path, "exists", "It appeared while this file was written: choose another name.")
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
