@@ -81,8 +81,8 @@ def _argument(present: Callable) -> Callable:
 
 
 def _unchanged_output(add_to: Callable) -> Callable:
-    """Adds no branch to y."""
-    return lambda branch, y, x, keep: y
+    """Adds nothing to y."""
+    return lambda patches, y, x, keep: y
 
 
 def _rounding(quantize: classmethod) -> classmethod:
@@ -231,7 +231,8 @@ def _unprepared(storable: Callable) -> Callable:
     return lambda patcher: contextlib.nullcontext()
 
 
-LINEAR, LAYOUT, LORA = "bonsai_ops/host/linear.py", "bonsai_ops/host/layout.py", "bonsai_ops/host/lora.py"
+LINEAR, LAYOUT = "bonsai_ops/host/linear.py", "bonsai_ops/host/layout.py"
+LORA, PATCHER = "bonsai_ops/host/lora.py", "bonsai_ops/host/patcher.py"
 LOADER, SAVE, OPS, KLEIN = (
     "bonsai_ops/host/loader.py",
     "bonsai_ops/host/save.py",
@@ -269,7 +270,7 @@ OUR_SAVE = "test_merge_save.py::test_our_save_refuses_a_merge"
 HOOK = "test_hooks.py::test_a_hook_equals_the_lora_itself"
 
 GUARDS = (
-    Guard("01", "side branch is added", LORA, "SideBranch.add_to", LORA_ACTS, _unchanged_output),
+    Guard("01", "LoRAs are added", LORA, "LayerPatches.add_to", LORA_ACTS, _unchanged_output),
     Guard("01", "convert_weight", LINEAR, "_PackedModule.convert_weight", MERGE_READS),
     Guard("02", "packed patcher", LOADER, "adopt", NOT_ROUNDED, _nothing),
     Guard("02", "quantize refuses", LAYOUT, "BonsaiPackedLayout.quantize", NOT_ROUNDED, _rounding),
@@ -277,7 +278,7 @@ GUARDS = (
     Guard("03", "state_dict", LINEAR, "_PackedModule.state_dict", STATE_DICT),
     Guard("04", "weight_scale", LINEAR, "_PackedModule.weight_scale", ATTRIBUTES),
     Guard("04", "weight_zero", LINEAR, "_PackedModule.weight_zero", ATTRIBUTES),
-    Guard("05", "offloaded layers count as resident", LORA, "PackedPatcher._storable", OFFLOADED, _unprepared),
+    Guard("05", "offloaded layers count as resident", PATCHER, "PackedPatcher._storable", OFFLOADED, _unprepared),
     Guard("06", "aten.linear", KITCHEN, HANDLERS, MULTIPLIES, _without_operator("linear")),
     Guard("06", "aten.mm", KITCHEN, HANDLERS, MULTIPLIES, _without_operator("mm")),
     Guard("06", "aten.addmm", KITCHEN, HANDLERS, MULTIPLIES, _without_operator("addmm")),
@@ -300,8 +301,8 @@ GUARDS = (
     Guard("19", "layout once", LAYOUT, "get_layout_class", TWICE, _knowing_no_layout, again="_register"),
     Guard("19", "operators once", OPS, "torch", TWICE, _without_operators, again="_register"),
     Guard("20", "memory = classic", LOADER, "_make", CLASSIC, _always_dynamic),
-    Guard("lora", "matrices leave with the layer", LORA, "SideBranch.forget", MATRICES, _nothing),
-    Guard("lora", "ModelSave refuses a LoRA", LORA, "_refuse_loras", MODEL_SAVE, _nothing),
-    Guard("lora", "hooks give the weight back as it was", LORA, "PackedPatcher._give_back", HOOK, _nothing),
+    Guard("lora", "matrices leave with the layer", LORA, "LayerPatches.forget", MATRICES, _nothing),
+    Guard("lora", "ModelSave refuses a LoRA", PATCHER, "_refuse_loras", MODEL_SAVE, _nothing),
+    Guard("lora", "hooks give the weight back as it was", PATCHER, "PackedPatcher._give_back", HOOK, _nothing),
     Guard("merge", "our save node refuses a merge", SAVE, "merges_models", OUR_SAVE, _no_merge),
 )

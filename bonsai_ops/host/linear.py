@@ -1,7 +1,7 @@
 """ComfyUI operations whose Linear (and Embedding) hold packed weights: `custom_operations=make_bonsai_ops()`.
 
 The modules own no dense memory before a state dict arrives. A packed entry of it (a QuantizedTensor from layout.py) is
-multiplied in packed form, wherever it lies, with its LoRAs as a branch beside it (lora.py); a dense entry behaves as in
+multiplied in packed form, wherever it lies, with its LoRAs as products beside it (lora.py); a dense entry behaves as in
 ComfyUI's manual_cast operations.
 """
 
@@ -13,7 +13,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..kernels import custom_op as ops
 from .layout import is_packed, mode_of, unwrap
-from .lora import LOWVRAM_PATCH, SideBranch, branch_of
+from .lora import LOWVRAM_PATCH, LayerPatches, patches_of
 
 
 class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
@@ -26,8 +26,8 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         self.compute_dtype = dtype
         self.weight_function: list = []
         self.bias_function: list = []
-        self.resident_patch: SideBranch | None = None
-        self.hook_patch: SideBranch | None = None
+        self.resident_patch: LayerPatches | None = None
+        self.hook_patch: LayerPatches | None = None
         self._dynamic_patch: object = None
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
@@ -44,12 +44,12 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     @property
     def weight_up(self) -> torch.Tensor | None:
-        """Left matrix [N, r] of a packed weight's low-rank branch, None without one."""
+        """Left matrix [N, r] of a packed weight's residual, None without one."""
         return unwrap(self.weight).up if is_packed(self.weight) else None
 
     @property
     def weight_down(self) -> torch.Tensor | None:
-        """Right matrix [r, K] of a packed weight's low-rank branch, None without one."""
+        """Right matrix [r, K] of a packed weight's residual, None without one."""
         return unwrap(self.weight).down if is_packed(self.weight) else None
 
     @property
@@ -61,22 +61,22 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     def weight_lowvram_function(self, patch: object) -> None:
         self._dynamic_patch = patch
 
-    def _branches(self) -> list[SideBranch]:
+    def _layer_patches(self) -> list[LayerPatches]:
         """The patches on a packed weight; those of an offloaded layer's LowVramPatch stand for its resident_patch."""
         offloaded = [f for f in self.weight_function if isinstance(f, LOWVRAM_PATCH)]
         if self._dynamic_patch is not None:
             offloaded.append(self._dynamic_patch)
-        branches = [branch_of(f, self.weight.shape) for f in offloaded] or [self.resident_patch]
-        return [b for b in (*branches, self.hook_patch) if b is not None]
+        found = [patches_of(f, self.weight.shape) for f in offloaded] or [self.resident_patch]
+        return [p for p in (*found, self.hook_patch) if p is not None]
 
     def _wrappers(self) -> list:
         """Weight functions that are no patches: what `ModelPatcher.add_weight_wrapper` put there."""
         return [f for f in self.weight_function if not isinstance(f, LOWVRAM_PATCH)]
 
-    def _patched(self, dense: torch.Tensor, branches: list[SideBranch], wrappers: list) -> torch.Tensor:
+    def _patched(self, dense: torch.Tensor, patches: list[LayerPatches], wrappers: list) -> torch.Tensor:
         """The unpacked fp32 weight with patches merged and wrappers applied."""
-        for branch in branches:
-            dense = branch.merged(dense)
+        for patch in patches:
+            dense = patch.merged(dense)
         for function in wrappers:
             dense = function(dense)
         return dense
@@ -125,9 +125,9 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         What the patches hold for the old place goes with it. A tensor from outside of inference mode is moved outside
         of it: inside, torch makes no Parameter of what it becomes.
         """
-        for branch in (self.resident_patch, self.hook_patch):
-            if branch is not None:
-                branch.forget()
+        for patches in (self.resident_patch, self.hook_patch):
+            if patches is not None:
+                patches.forget()
         for name, param in self._parameters.items():
             if param is None:
                 continue
@@ -181,18 +181,18 @@ class PackedLinear(_PackedModule):
         return y
 
     def _packed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        branches, wrappers = self._branches(), self._wrappers()
-        if torch.compiler.is_compiling() and not (branches or wrappers) and self.weight.device == x.device:
+        patches, wrappers = self._layer_patches(), self._wrappers()
+        if torch.compiler.is_compiling() and not (patches or wrappers) and self.weight.device == x.device:
             return torch.nn.functional.linear(x, self.weight, self.bias)
         weight, bias, stream = self._cast_packed(x.device, x.dtype)
-        if wrappers or any(branch.terms is None for branch in branches):
-            dense = self._patched(unwrap(weight).dequantize(torch.float32), branches, wrappers)
+        if wrappers or any(patch.terms is None for patch in patches):
+            dense = self._patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
             y = torch.nn.functional.linear(x, dense.to(x.dtype), bias)
         else:
             y = ops.linear(x, unwrap(weight), bias, mode_of(weight))
             resident = self.weight.device == x.device
-            for branch in branches:
-                y = branch.add_to(y, x, keep=resident)
+            for patch in patches:
+                y = patch.add_to(y, x, keep=resident)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
 
@@ -223,9 +223,9 @@ class PackedEmbedding(_PackedModule):
         dtype = out_dtype or self.weight.dtype
         if is_packed(self.weight):
             weight, _, stream = self._cast_packed(index.device, dtype)
-            branches, wrappers = self._branches(), self._wrappers()
-            if branches or wrappers:
-                dense = self._patched(unwrap(weight).dequantize(torch.float32), branches, wrappers)
+            patches, wrappers = self._layer_patches(), self._wrappers()
+            if patches or wrappers:
+                dense = self._patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
                 rows = torch.nn.functional.embedding(index, dense).to(dtype)
             else:
                 rows = unwrap(weight).select_rows(index.reshape(-1), dtype).view(*index.shape, self.embedding_dim)

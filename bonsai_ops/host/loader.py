@@ -22,7 +22,7 @@ from . import model_class as build
 from .attention import attend_in_parts
 from .layout import wrap
 from .linear import make_bonsai_ops
-from .lora import adopt
+from .patcher import adopt
 from .precision import compute_dtype
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from ..weights.formats.safetensors_file import SafetensorsFile
 from ..weights.packed_weight import PackedWeight
 from .layout import wrap
 from .linear import make_bonsai_ops
-from .lora import adopt
+from .patcher import adopt
 
 logger = logging.getLogger(__name__)
 

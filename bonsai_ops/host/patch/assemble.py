@@ -16,7 +16,7 @@ from .. import model_class as build
 from ..attention import attend_in_parts
 from ..layout import is_packed, unwrap, wrap
 from ..loader import ATTACHMENT, LoadReport
-from ..lora import adopt
+from ..patcher import adopt
 from .layers import base_tensors
 
 _patched: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()

@@ -48,7 +48,7 @@ pytestmark = pytest.mark.host
 
 def test_clones_share_weights_and_keep_their_patches_apart(pair: Pair, lora_file: Callable[..., str]) -> None:
     """A clone of a clone is of our class, shares the module, and its LoRA does not reach its parent."""
-    from bonsai_ops.host.lora import PackedPatcher
+    from bonsai_ops.host.patcher import PackedPatcher
 
     first = draw(pair.packed)
     child = with_lora(pair.packed.clone().clone(), lora_file(bfl_lora()))
@@ -76,7 +76,7 @@ def test_a_clone_without_dynamic_vram(pair: Pair, lora_file: Callable[..., str],
     """
     from comfy.model_patcher import ModelPatcher
 
-    from bonsai_ops.host.lora import PackedPatcher
+    from bonsai_ops.host.patcher import PackedPatcher
 
     if comfy_version < "0.24":
         absent("clone without dynamic VRAM")

@@ -129,7 +129,7 @@ def test_a_lora_and_its_negative_cancel(pair: Pair, lora_file: LoraFile) -> None
 
 def test_the_factor_is_strength_times_alpha_over_rank(pair: Pair) -> None:
     """One layer by hand: y = x W^T + strength alpha / rank * up(down(x)) on the rows of the value projection."""
-    from bonsai_ops.host.lora import SideBranch
+    from bonsai_ops.host.lora import LayerPatches
 
     module = module_of(pair.packed, QKV)
     from comfy.weight_adapter import LoRAAdapter
@@ -139,7 +139,7 @@ def test_the_factor_is_strength_times_alpha_over_rank(pair: Pair) -> None:
     patch = (0.5, LoRAAdapter(set(), (up, down, 3.0, None, None, None)), 1.0, (0, 2 * HIDDEN, HIDDEN), None)
     x = torch.randn(2, 9, HIDDEN, generator=torch.Generator().manual_seed(4))
     plain = module(x)
-    module.resident_patch = SideBranch(QKV, [patch], module.weight.shape)
+    module.resident_patch = LayerPatches(QKV, [patch], module.weight.shape)
     expected = plain.clone()
     expected[..., 2 * HIDDEN :] += 0.5 * 3.0 / 4 * (x @ down.t() @ up.t())
     assert relative(module(x), expected) < 1e-6

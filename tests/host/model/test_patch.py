@@ -385,8 +385,8 @@ def test_a_merge_is_carried_out(unload: Callable[[], None]) -> None:
 def test_clone_factory_offload_and_messages(unload: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The factory gives the same model while one is alive; clones are of our class; offloaded equals resident."""
     from bonsai_ops.host import attention
-    from bonsai_ops.host.lora import PackedPatcher
     from bonsai_ops.host.patch import assemble as module
+    from bonsai_ops.host.patcher import PackedPatcher
 
     patched, _ = patch(stock("qwen"), rank=2)
     drawn = sample("qwen", patched)

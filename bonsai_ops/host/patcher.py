@@ -1,0 +1,218 @@
+"""A ModelPatcher that leaves packed weights packed, whatever is patched onto them.
+
+`PackedPatcher` is mixed into ComfyUI's ModelPatcher: it leaves the patch list of a packed layer on the layer instead of
+merging it into the weight. The layer finds its patches wherever ComfyUI put them: there (resident), in a LowVramPatch
+among its weight functions (offloaded) or in `weight_lowvram_function` (dynamic VRAM). While the model is sampled the
+patcher also lets the CPU backend keep memory (kernels/reuse.py).
+
+Merges of whole models (a strength on the base weight other than 1) turn the layer dense until the patches are removed,
+as ComfyUI does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import comfy.patcher_extension
+import comfy.utils
+import torch
+
+from ..kernels.cpu import reuse
+from .layout import is_packed
+from .lora import LayerPatches, merges_models, plain_terms
+
+if TYPE_CHECKING:
+    from comfy.hooks import HookGroup
+    from comfy.model_patcher import MemoryCounter, ModelPatcher
+    from comfy.model_patcher import ModelPatcher as Mixed
+else:
+    Mixed = object
+
+logger = logging.getLogger(__name__)
+
+CALLBACK_KEY = "bonsai"
+
+
+class PackedPatcher(Mixed):
+    """Mixed into a ModelPatcher class by `adopt`. Only packed layers behave differently."""
+
+    def _packed_module(self, key: str) -> torch.nn.Module | None:
+        """The module whose packed weight has this key, None if there is none."""
+        name, _, leaf = key.rpartition(".")
+        if leaf != "weight" or not name:
+            return None
+        module = comfy.utils.get_attr(self.model, name)
+        return module if is_packed(getattr(module, "weight", None)) else None
+
+    def patch_weight_to_device(
+        self,
+        key: str,
+        device_to: torch.device | None = None,
+        inplace_update: bool = False,
+        return_weight: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        module = self._packed_module(key)
+        patches = self.patches.get(key)
+        if module is None or (patches is not None and merges_models(patches) and not return_weight):
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
+        if return_weight:
+            return module.weight if device_to is None else module.weight.to(device_to)
+        if kwargs.get("force_cast") and device_to is not None and module.weight.device != torch.device(device_to):
+            if key not in self.backup:
+                self.backup[key] = _Backup(module.weight, False)
+            comfy.utils.set_attr_param(self.model, key, module.weight.to(device_to))
+        module.weight_lowvram_function = None  # left over if dynamic VRAM streamed this layer before
+        module.resident_patch = None if patches is None else LayerPatches(key, patches, module.weight.shape)
+        return module.weight
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load(*args, **kwargs)
+        self._report_slow_patches()
+        return result
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            for module in self.model.modules():
+                if hasattr(module, "resident_patch"):
+                    module.resident_patch = None
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """What ComfyUI's save nodes write. Raises ValueError if a packed layer carries a LoRA."""
+        with self._storable():
+            return super().state_dict_for_saving(*args, **kwargs)
+
+    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """The same for one part of the model, in versions of ComfyUI that have it."""
+        with self._storable():
+            return super().model_state_dict_for_saving(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _storable(self) -> Iterator[None]:
+        """Inside, our layers count as resident, so that ComfyUI takes their tensors from the state dict as they are.
+
+        Its lazily cast parameters, meant for offloaded layers, hold neither uint8 nor a result of another dtype. An
+        offloaded layer of a merge is merged inside, as it would be if it were resident.
+        """
+        ours = {n: m for n, m in self.model.named_modules() if hasattr(m, "resident_patch") and m.weight is not None}
+        patched = {name: patches for name in ours if (patches := self.patches.get(f"{name}.weight"))}
+        _refuse_loras([n for n, p in patched.items() if is_packed(ours[n].weight) and not merges_models(p)])
+        before = [(m, m.weight, getattr(m, "comfy_patched_weights", None)) for m in ours.values()]
+        try:
+            for name, patches in patched.items():
+                module = ours[name]
+                if is_packed(module.weight) or getattr(module, "comfy_patched_weights", None) is not True:
+                    dense = module.convert_weight(module.weight.to(torch.float32, copy=True))
+                    module.set_weight(LayerPatches(f"{name}.weight", patches, dense.shape).merged(dense))
+            for module in ours.values():
+                module.comfy_patched_weights = True
+            yield
+        finally:
+            for module, weight, resident in before:
+                module.weight = weight
+                if resident is None:
+                    del module.comfy_patched_weights
+                else:
+                    module.comfy_patched_weights = resident
+
+    def pre_run(self) -> None:
+        super().pre_run()
+        if not torch.is_grad_enabled():  # training keeps results for its backward pass
+            reuse.open()
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        reuse.close()
+
+    def patch_hooks(self, hooks: HookGroup | None) -> None:
+        self.cached_hook_patches.clear()  # ComfyUI's cache holds merged weights; a packed layer has none to cache
+        super().patch_hooks(hooks)
+
+    def patch_hook_weight_to_device(
+        self,
+        hooks: HookGroup,
+        combined_patches: dict[str, list[tuple]],
+        key: str,
+        original_weights: dict[str, torch.Tensor],
+        memory_counter: MemoryCounter,
+    ) -> None:
+        module = self._packed_module(key)
+        if module is None:
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+        elif key in combined_patches:
+            module.hook_patch = LayerPatches(key, combined_patches[key], module.weight.shape)
+            original_weights.pop(key, None)
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        for module in self.model.modules():
+            if getattr(module, "hook_patch", None) is not None:
+                module.hook_patch = None
+        self._give_back(whitelist_keys_set)
+        super().unpatch_hooks(whitelist_keys_set)
+
+    def _give_back(self, keys: set[str] | None) -> None:
+        """Puts back the weights that hooks replaced, of all keys if none are given.
+
+        ComfyUI copies the values back instead, which would leave them in the merged dtype.
+        """
+        for key in list(self.hook_backup):
+            if not keys or key in keys:
+                weight, device = self.hook_backup.pop(key)
+                comfy.utils.set_attr_param(self.model, key, weight.to(device))
+
+    def _report_slow_patches(self) -> None:
+        slow = [
+            key
+            for key, patches in self.patches.items()
+            if self._packed_module(key) is not None and plain_terms(patches) is None
+        ]
+        if slow and getattr(self, "_reported_patches", None) != self.patches_uuid:
+            self._reported_patches = self.patches_uuid
+            logger.info(
+                "Bonsai: %d layers (%s, ..) carry patches that are not plain LoRA; they are unpacked at each "
+                "step: exact, but slower",
+                len(slow),
+                slow[0],
+            )
+
+
+def _refuse_loras(layers: Sequence[str]) -> None:
+    """Raises ValueError if there are packed layers with a LoRA; `layers`: their names."""
+    if layers:
+        raise ValueError(
+            f"{len(layers)} packed layers ({layers[0]}, ..) carry a LoRA, which cannot be merged into their codes "
+            "nor be kept apart in this file. Save the model without it: Save Bonsai Model leaves LoRAs out."
+        )
+
+
+@dataclass
+class _Backup:
+    """What ComfyUI keeps of a weight it replaced."""
+
+    weight: torch.Tensor
+    inplace_update: bool
+
+
+@functools.cache
+def _patcher_class(base: type) -> type:
+    """`base` with PackedPatcher in front; the same class for the same base."""
+    return type(f"Bonsai{base.__name__}", (PackedPatcher, base), {})
+
+
+def adopt(patcher: ModelPatcher) -> None:
+    """Makes a ModelPatcher, and every clone of it, leave packed weights packed."""
+    if not isinstance(patcher, PackedPatcher):
+        patcher.__class__ = _patcher_class(type(patcher))
+    on_clone = comfy.patcher_extension.CallbacksMP.ON_CLONE
+    if not patcher.get_callbacks(on_clone, CALLBACK_KEY):
+        patcher.add_callback_with_key(on_clone, CALLBACK_KEY, _adopt_clone)
+
+
+def _adopt_clone(patcher: ModelPatcher, clone: ModelPatcher) -> None:
+    adopt(clone)
