@@ -14,7 +14,7 @@ from ..bonsai_ops.host.loader import MEMORY_MODES
 from ..bonsai_ops.host.patch.report import Report
 from ..bonsai_ops.host.precision import DTYPES
 from ..bonsai_ops.kernels.dispatch import EXACT, MODES
-from ..bonsai_ops.weights.packed_weight import LAYOUTS
+from ..bonsai_ops.weights.packed_weight import DENSITIES
 
 CATEGORY = "Bonsai"
 
@@ -54,7 +54,7 @@ def mode() -> io.Combo.Input:
 def layout() -> io.Combo.Input:
     return io.Combo.Input(
         "layout",
-        options=list(LAYOUTS),
+        options=list(DENSITIES),
         default="compact",
         optional=True,
         tooltip="How ternary weights lie in memory. compact: five to a byte. fast: four to a byte, which takes a "

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights import flux2
 from bonsai_ops.weights.codec import spread_fields
 from bonsai_ops.weights.packed_weight import PackedWeight
 from bonsai_ops.weights.read import open_transformer, read_weights
@@ -76,7 +76,7 @@ def read_values(path: Path) -> dict[str, torch.Tensor]:
 def diffusers_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same weights under diffusers' names: rows taken apart, halves of norm_out swapped back."""
     blocks = {kind: {n.split(".")[1] for n in weights if n.startswith(f"{kind}.")} for kind in (DOUBLE, SINGLE)}
-    geometry = klein.Geometry(
+    geometry = flux2.Geometry(
         hidden=weights["img_in.weight"].shape[0],
         context=weights["txt_in.weight"].shape[1],
         in_channels=weights["img_in.weight"].shape[1],
@@ -84,7 +84,7 @@ def diffusers_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         single_blocks=len(blocks[SINGLE]),
     )
     found: dict[str, torch.Tensor] = {}
-    for name, parts in klein.diffusers_sources(geometry).items():
+    for name, parts in flux2.diffusers_sources(geometry).items():
         tensor = weights[name]
         if name == "final_layer.adaLN_modulation.1.weight":
             tensor = torch.cat(tensor.chunk(2)[::-1])

@@ -1,7 +1,7 @@
 """A packed weight as comfy-kitchen's QuantizedTensor, the form in which ComfyUI moves, counts and saves it.
 
 One layout serves all schemes. The tensor's logical shape is [N, K] and its dtype the compute dtype, so that activations
-are never cast to uint8; codes, scale, zero and the low-rank branch travel together as one unit.
+are never cast to uint8; codes, scale, zero and the low-rank residual travel together as one unit.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from comfy.cli_args import args
 from ..kernels import dispatch
 from ..weights.errors import PackError
 from ..weights.formats import Pack
-from ..weights.packed_weight import LAYOUTS, PackedWeight
+from ..weights.packed_weight import DENSITIES, PackedWeight
 from ..weights.read import open_transformer, read_weights
 from . import model_class as build
 from .attention import attend_in_parts
@@ -36,7 +36,7 @@ class LoadOptions:
     """How to load.
 
     compute_dtype: auto, bf16, fp16 or fp32. memory: auto or classic (no dynamic VRAM). mode: how packed layers are
-    multiplied (dispatch.MODES). layout: how ternary weights lie in memory (packed_weight.LAYOUTS). Raises ValueError
+    multiplied (dispatch.MODES). layout: how ternary weights lie in memory (packed_weight.DENSITIES). Raises ValueError
     for any other value of the last three.
     """
 
@@ -46,7 +46,7 @@ class LoadOptions:
     layout: str = "compact"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("memory mode", self.memory, MEMORY_MODES), ("layout", self.layout, LAYOUTS)):
+        for name, value, known in (("memory mode", self.memory, MEMORY_MODES), ("layout", self.layout, DENSITIES)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown, expected {' or '.join(known)}")
         dispatch.check_mode(self.mode)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..weights.formats import native
-from ..weights.packed_weight import PackedWeight, in_layout, narrow_exact
+from ..weights.packed_weight import PackedWeight, at_density, narrow_exact
 from ..weights.read import source_record
 from .layout import is_packed, unwrap
 from .loader import ATTACHMENT
@@ -37,7 +37,7 @@ def base_weights(model: object) -> dict[str, PackedWeight | torch.Tensor]:
         tensor = parameter if backup is None else backup.weight
         name = re.sub(r"(norm\.(?:query|key)_norm)\.weight$", r"\1.scale", name)
         if is_packed(tensor):
-            weights[name] = in_layout(unwrap(tensor), "compact")
+            weights[name] = at_density(unwrap(tensor), "compact")
         else:
             weights[name] = narrow_exact(tensor.detach()) if tensor.dtype == torch.float32 else tensor.detach()
     if not any(isinstance(w, PackedWeight) for w in weights.values()):

@@ -74,12 +74,10 @@ def linear(
     """y = x W^T + bias for x [.., K] bf16 or fp32; y [.., N] in x's dtype.
 
     exact: the values of W in x's dtype, fp32 sums. a8: both factors rounded to int8, as above. Raises ValueError for a
-    weight with a low-rank branch.
+    weight with a low-rank residual.
     """
     if weight.rank:
-        raise ValueError(
-            f"the weight has a low-rank branch (rank {weight.rank}), which dispatch.linear adds: call that"
-        )
+        raise ValueError(f"the weight has a residual (rank {weight.rank}), which dispatch.linear adds: call that")
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
     reuse.next_turn()

@@ -21,7 +21,7 @@ def linear(
 ) -> torch.Tensor:
     """y = x W^T + bias: x [.., K] bf16, fp16 or fp32 -> [.., N] in the same dtype. mode: one of dispatch.MODES.
 
-    A low-rank branch of the weight is added in x's dtype, whatever the mode.
+    A low-rank residual of the weight is added in x's dtype, whatever the mode.
 
     Raises ValueError if x has not K columns, the bias not N values, or one lies on another device than the weight.
     """
@@ -38,7 +38,7 @@ def linear(
         weight.group_size,
         mode,
     )
-    return dispatch.add_branch(y, x, weight)
+    return dispatch.add_residual(y, x, weight)
 
 
 def _linear(

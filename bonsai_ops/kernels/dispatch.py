@@ -55,7 +55,7 @@ class Call:
 
 
 Product = Callable[..., torch.Tensor]
-"""(x [.., K], weight without a low-rank branch, bias, mode=..) -> [.., N] in x's dtype."""
+"""(x [.., K], weight without a low-rank residual, bias, mode=..) -> [.., N] in x's dtype."""
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,13 @@ def _first(call: Call) -> tuple[Backend | None, dict[str, str]]:
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT) -> torch.Tensor:
-    """y = x W^T + bias by the best backend; x [.., K] -> [.., N]. The weight's low-rank branch is added in x's dtype.
+    """y = x W^T + bias by the best backend; x [.., K] -> [.., N]. The weight's low-rank residual is added in x's dtype.
 
     A backend that breaks is replaced, not raised. Raises ValueError for arguments that do not fit together, what says
     that memory ran out or that the device is lost, and what the reference raises.
     """
     check_arguments(x, weight, bias)
-    return add_branch(_without_branch(x, weight.without_branch(), bias, mode), x, weight)
+    return add_residual(_without_residual(x, weight.without_residual(), bias, mode), x, weight)
 
 
 def check_arguments(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
@@ -220,15 +220,15 @@ def check_arguments(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | 
             raise ValueError(f"{name} is on {tensor.device}, the packed weight on {weight.codes.device}")
 
 
-def add_branch(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """y [.., N] + x down^T up^T in x's dtype, whatever the mode; y itself where the weight has no branch."""
+def add_residual(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """y [.., N] + x down^T up^T in x's dtype, whatever the mode; y itself where the weight has no residual."""
     if weight.up is None:
         return y
     inner = torch.nn.functional.linear(x, weight.down.to(x.dtype))
     return y + torch.nn.functional.linear(inner, weight.up.to(x.dtype))
 
 
-def _without_branch(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+def _without_residual(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
     call = call_of(x.device, x.dtype, weight, mode)
     while True:
         choice = resolve(call)

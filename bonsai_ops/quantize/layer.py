@@ -21,9 +21,9 @@ SCHEMES = ("ternary", "binary", *AFFINE)
 
 @dataclass(frozen=True)
 class Settings:
-    """How to quantize. scheme: ternary, binary, 4bit or 8bit. rank: of the 16-bit branch, 0 for none.
+    """How to quantize. scheme: ternary, binary, 4bit or 8bit. rank: of the 16-bit residual, 0 for none.
 
-    rounds: how often branch and codes are fitted to one another in turn. Raises ValueError for what is not offered.
+    rounds: how often residual and codes are fitted to one another in turn. Raises ValueError for what is not offered.
     """
 
     scheme: str = "ternary"
@@ -86,7 +86,7 @@ def quantize_layer(weight: torch.Tensor, settings: Settings, statistics: Statist
     """Quantizes a dense weight [N, K]; the result lies on its device.
 
     With statistics the output error is made small instead of the weight error. Of all that is tried, the result with
-    the least such error is kept, so that neither calibration nor a branch makes it worse. A weight that has the levels
+    the least such error is kept, so that neither calibration nor residual makes it worse. A weight that has the levels
     already comes back exactly. Raises ValueError if 32 does not divide K or a value is not finite.
     """
     columns = weight.shape[1]

@@ -1,4 +1,4 @@
-"""A low-rank branch up [N, r] down [r, K] beside the codes: the best such matrix for what they leave over, in bf16."""
+"""A low-rank residual up [N, r] down [r, K] beside the codes: the best matrix for what they leave over, in bf16."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..weights import flux2 as klein
+from ..weights import flux2
 
 GROUP_SIZE = 128
-KLEIN_4B = klein.Geometry(hidden=3072, context=7680, in_channels=128, double_blocks=5, single_blocks=20)
-TINY = klein.Geometry(hidden=256, context=768, in_channels=128, double_blocks=1, single_blocks=2)
+KLEIN_4B = flux2.Geometry(hidden=3072, context=7680, in_channels=128, double_blocks=5, single_blocks=20)
+TINY = flux2.Geometry(hidden=256, context=768, in_channels=128, double_blocks=1, single_blocks=2)
 BITS = {"binary": 1, "ternary": 2}
 
 
@@ -43,16 +43,16 @@ def _code_bytes(shape: tuple[int, int], bits: int, generator: torch.Generator) -
     return raw if bits == 1 else raw & ~((raw & 0x55) << 1) & 0xFF
 
 
-def _diffusers(geometry: klein.Geometry) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+def _diffusers(geometry: flux2.Geometry) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     """(diffusers name without .weight, shape, whether it is packed) of every tensor."""
-    shapes = klein.expected_shapes(geometry)
-    for name, parts in klein.diffusers_sources(geometry).items():
+    shapes = flux2.expected_shapes(geometry)
+    for name, parts in flux2.diffusers_sources(geometry).items():
         shape = (shapes[name][0] // len(parts), *shapes[name][1:])
         for part in parts:
-            yield part.removesuffix(".weight"), shape, klein.is_block_linear(name)
+            yield part.removesuffix(".weight"), shape, flux2.is_block_linear(name)
 
 
-def write_mlx(path: Path, variant: str, geometry: klein.Geometry = KLEIN_4B, seed: int = 0) -> None:
+def write_mlx(path: Path, variant: str, geometry: flux2.Geometry = KLEIN_4B, seed: int = 0) -> None:
     """An MLX transformer file: formats/mlx.py has the bytes."""
     generator, bits = torch.Generator().manual_seed(seed), BITS[variant]
     tensors: dict[str, torch.Tensor] = {}
@@ -70,7 +70,7 @@ def write_mlx(path: Path, variant: str, geometry: klein.Geometry = KLEIN_4B, see
     (path.parent / "quantization_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def write_gemlite(path: Path, variant: str, geometry: klein.Geometry = KLEIN_4B, seed: int = 0) -> None:
+def write_gemlite(path: Path, variant: str, geometry: flux2.Geometry = KLEIN_4B, seed: int = 0) -> None:
     """A gemlite state_dict.pt: formats/gemlite.py has the bytes. The same weights as `write_mlx` of that seed."""
     generator, bits = torch.Generator().manual_seed(seed), BITS[variant]
     tensors: dict[str, torch.Tensor] = {}
@@ -90,11 +90,11 @@ def write_gemlite(path: Path, variant: str, geometry: klein.Geometry = KLEIN_4B,
     torch.save(tensors, path)
 
 
-def write_dense(path: Path, geometry: klein.Geometry = KLEIN_4B, seed: int = 0) -> None:
+def write_dense(path: Path, geometry: flux2.Geometry = KLEIN_4B, seed: int = 0) -> None:
     """A dense bf16 file with BFL names, as stock ComfyUI loads it."""
     generator = torch.Generator().manual_seed(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: dense_tensor(shape, generator) for name, shape in klein.expected_shapes(geometry).items()}, path)
+    save_file({name: dense_tensor(shape, generator) for name, shape in flux2.expected_shapes(geometry).items()}, path)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def write_pipeline(
     folder: Path,
     variant: str = "ternary",
     seed: int = 0,
-    geometry: klein.Geometry = TINY,
+    geometry: flux2.Geometry = TINY,
     text: TextGeometry = TINY_TEXT,
     vae_widths: tuple[int, ...] = TINY_VAE_WIDTHS,
 ) -> None:

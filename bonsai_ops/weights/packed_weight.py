@@ -9,7 +9,7 @@
 s and z are per row and group of `group_size` consecutive columns. Values are computed in float32 and rounded once to
 the requested dtype; for binary and ternary that equals rounding s, because the codes only negate it or make it zero.
 
-A weight may have a low-rank branch, matrices up [N, r] and down [r, K]: then up down is added to these values.
+A weight may have a low-rank residual, matrices up [N, r] and down [r, K]: then up down is added to these values.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SCHEMES = {
 }
 """Allowed codecs of each scheme, the smallest first."""
 
-LAYOUTS = {"compact": "trit5", "fast": "crumb"}
-"""How a ternary weight lies in memory: layout -> codec. Every other scheme has one form."""
+DENSITIES = {"compact": "trit5", "fast": "crumb"}
+"""How a ternary weight lies in memory: density -> codec. Every other scheme has one form."""
 TABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of a scale or zero table."""
 
@@ -43,7 +43,7 @@ class PackedWeight:
     """A weight [N, K] in packed form.
 
     codes: uint8 [byte_rows(N), K]. scale: bf16, fp16 or fp32 [N, K / group_size]. zero: None (binary, ternary) or of
-    that shape and one of these dtypes. shape: (N, K). up, down: None, or the low-rank branch in one of these dtypes.
+    that shape and one of these dtypes. shape: (N, K). up, down: None, or the low-rank residual in one of these dtypes.
     Raises ValueError when the parts do not fit together.
     """
 
@@ -78,14 +78,14 @@ class PackedWeight:
                     f"{name} is {found.dtype} {tuple(found.shape)}, expected bf16, fp16 or fp32 of shape {table}"
                 )
         if (self.up, self.down) != (None, None):
-            self._check_branch()
+            self._check_residual()
 
-    def _check_branch(self) -> None:
+    def _check_residual(self) -> None:
         found = [None if m is None else (tuple(m.shape), m.dtype in TABLE_DTYPES) for m in (self.up, self.down)]
         rank = self.rank
         if found != [((self.shape[0], rank), True), ((rank, self.shape[1]), True)]:
             raise ValueError(
-                f"low-rank branch is {[m if m is None else (m.dtype, tuple(m.shape)) for m in (self.up, self.down)]}, "
+                f"residual is {[m if m is None else (m.dtype, tuple(m.shape)) for m in (self.up, self.down)]}, "
                 f"expected bf16, fp16 or fp32 of shapes ({self.shape[0]}, r) and (r, {self.shape[1]})"
             )
 
@@ -96,11 +96,11 @@ class PackedWeight:
 
     @property
     def rank(self) -> int:
-        """r of the low-rank branch, 0 without one."""
+        """r of the low-rank residual, 0 without one."""
         return 0 if self.up is None else self.up.shape[-1]
 
-    def without_branch(self) -> PackedWeight:
-        """The codes and tables alone; the weight itself where it has no branch."""
+    def without_residual(self) -> PackedWeight:
+        """The codes and tables alone; the weight itself where it has no residual."""
         return self if self.up is None else replace(self, up=None, down=None)
 
     def to(self, device: torch.device | str) -> PackedWeight:
@@ -141,9 +141,9 @@ class PackedWeight:
         return self._values(codes, index, dtype)
 
     def _values(self, codes: torch.Tensor, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Codes [R, K] of the given rows -> values [R, K], those of the branch included."""
+        """Codes [R, K] of the given rows -> values [R, K], those of the residual included."""
         if self.up is not None:
-            values = self.without_branch()._values(codes, rows, torch.float32)
+            values = self.without_residual()._values(codes, rows, torch.float32)
             return values.addmm_(self.up[rows].float(), self.down.float()).to(dtype)
         grouped = (codes.shape[0], -1, self.group_size)
         scale = self.scale[rows].unsqueeze(-1)
@@ -183,9 +183,9 @@ def recode(weight: PackedWeight, codec: str) -> PackedWeight:
     return replace(weight, codes=codecs.encode_rows(codec, rows, columns, read), codec=codec)
 
 
-def in_layout(weight: PackedWeight, layout: str) -> PackedWeight:
-    """A ternary weight in the codec of a layout of LAYOUTS, any other weight as it is."""
-    return recode(weight, LAYOUTS[layout]) if weight.scheme == "ternary" else weight
+def at_density(weight: PackedWeight, density: str) -> PackedWeight:
+    """A ternary weight in the codec of a density of DENSITIES, any other weight as it is."""
+    return recode(weight, DENSITIES[density]) if weight.scheme == "ternary" else weight
 
 
 def narrow_exact(table: torch.Tensor) -> torch.Tensor:

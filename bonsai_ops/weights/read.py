@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from . import flux2 as klein
+from . import flux2
 from .errors import PackError
 from .formats import DenseTensor, Entry, Pack, PackedTensor, open_pack
 from .formats.dense import find_levels
 from .formats.entries import DOWNLOAD_AGAIN
-from .packed_weight import PackedWeight, in_layout
+from .packed_weight import PackedWeight, at_density
 
 HASH_BYTES = 16 << 20
 
@@ -26,8 +26,8 @@ def open_transformer(path: str | Path) -> tuple[Pack, dict[str, Entry]]:
     pack = open_pack(path)
     if pack.architecture != "flux2":
         return pack, dict(pack.entries)
-    _, entries = klein.to_bfl(pack.path, pack.entries)
-    if not any(klein.is_block_linear(name) and _can_be_packed(pack, entry) for name, entry in entries.items()):
+    _, entries = flux2.to_bfl(pack.path, pack.entries)
+    if not any(flux2.is_block_linear(name) and _can_be_packed(pack, entry) for name, entry in entries.items()):
         raise PackError(pack.path, "has no packed layer", "Use the file as it was published.")
     return pack, entries
 
@@ -41,11 +41,11 @@ def read_weights(
     pack: Pack,
     entries: Mapping[str, Entry],
     progress: Callable[[int, int], None] | None = None,
-    layout: str = "compact",
+    density: str = "compact",
 ) -> dict[str, PackedWeight | torch.Tensor]:
-    """{BFL name: packed or dense weight} of an open pack; the layers of the blocks end up packed in `layout`.
+    """{BFL name: packed or dense weight} of an open pack; the layers of the blocks end up packed in `density`.
 
-    Codes are repacked layer by layer; dense tensors and codes that are in the layout already stay mapped from the
+    Codes are repacked layer by layer; dense tensors and codes that are in the density already stay mapped from the
     file. Raises PackError.
     """
     total = sum(e.shape[0] * e.shape[1] for e in entries.values() if len(e.shape) == 2)
@@ -56,12 +56,12 @@ def read_weights(
             weights[name] = entry.load()
         elif not isinstance(entry, DenseTensor):
             weights[name] = entry.pack()
-        elif pack.format == "unpacked" and klein.is_block_linear(name):
+        elif pack.format == "unpacked" and flux2.is_block_linear(name):
             weights[name] = find_levels(entry).pack()
         else:
             weights[name] = entry.load()
         if isinstance(weights[name], PackedWeight):
-            weights[name] = _in_layout(entry, weights[name], layout)
+            weights[name] = _at_density(entry, weights[name], density)
         if len(entry.shape) == 2:
             done += entry.shape[0] * entry.shape[1]
             if progress is not None:
@@ -69,9 +69,9 @@ def read_weights(
     return weights
 
 
-def _in_layout(entry: Entry, weight: PackedWeight, layout: str) -> PackedWeight:
+def _at_density(entry: Entry, weight: PackedWeight, density: str) -> PackedWeight:
     try:
-        return in_layout(weight, layout)
+        return at_density(weight, density)
     except ValueError as error:
         raise PackError(entry.path, f"has damaged codes ({error})", DOWNLOAD_AGAIN, entry.key) from error
 

@@ -123,7 +123,7 @@ def test_cpu_backend_stays_within_its_scratch(
     assert 5_000_000 < nbytes <= cpu.SCRATCH_BYTES
 
 
-def with_branch(weight: PackedWeight, rank: int = 3) -> PackedWeight:
+def with_residual(weight: PackedWeight, rank: int = 3) -> PackedWeight:
     """The weight with low-rank matrices of the size of its values."""
     generator = torch.Generator().manual_seed(rank)
     up, down = (
@@ -136,9 +136,9 @@ def with_branch(weight: PackedWeight, rank: int = 3) -> PackedWeight:
 @pytest.mark.parametrize("backend", dispatch.backend_names())
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-6), (torch.float32, 5e-6)], ids=str)
-def test_a_low_rank_branch_is_added(name: str, backend: str, mode: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_a_low_rank_residual_is_added(name: str, backend: str, mode: str, dtype: torch.dtype, tolerance: float) -> None:
     """Once, by dispatch.linear and ops.linear alike; a8 is within 1.2e-2 of the product without it."""
-    weight = with_branch(random_weight(name, 130, 256))
+    weight = with_residual(random_weight(name, 130, 256))
     x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = torch.linspace(-1, 1, 130).to(dtype)
     truth = x.double() @ weight.dequantize(torch.float64).t() + bias.double()
@@ -150,9 +150,9 @@ def test_a_low_rank_branch_is_added(name: str, backend: str, mode: str, dtype: t
     assert float((found.double() - truth).abs().max() / truth.abs().max()) < limit
 
 
-def test_the_cpu_backend_refuses_a_branch() -> None:
-    with pytest.raises(ValueError, match=r"low-rank branch \(rank 3\), which dispatch.linear adds"):
-        cpu.linear(torch.ones(1, 256), with_branch(random_weight("bit", 8, 256)))
+def test_the_cpu_backend_refuses_a_residual() -> None:
+    with pytest.raises(ValueError, match=r"residual \(rank 3\), which dispatch.linear adds"):
+        cpu.linear(torch.ones(1, 256), with_residual(random_weight("bit", 8, 256)))
 
 
 def test_choice_and_reasons() -> None:

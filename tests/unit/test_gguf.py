@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bonsai_ops.tools import synthetic
-from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights import flux2
 from bonsai_ops.weights.errors import PackError
 from bonsai_ops.weights.formats import CodedTensor, DenseTensor, open_pack
 from bonsai_ops.weights.formats.gguf import BLOCKS, PQ2_0, Q1_0, Q2_0, Q8_0, TQ1_0, TQ2_0
@@ -136,10 +136,10 @@ def test_eight_bits_are_dense(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [Q1_0, Q2_0, TQ2_0], ids=lambda k: BLOCKS[k].name)
 def test_a_whole_transformer(tmp_path: Path, kind: int) -> None:
     """BFL names, blocks coded, the rest bf16: loads as a pack with exactly these values."""
-    geometry = klein.Geometry(hidden=256, context=256, in_channels=128, double_blocks=1, single_blocks=1)
+    geometry = flux2.Geometry(hidden=256, context=256, in_channels=128, double_blocks=1, single_blocks=1)
     generator, tensors, truth = torch.Generator().manual_seed(0), {}, {}
-    for seed, (name, shape) in enumerate(klein.expected_shapes(geometry).items()):
-        if klein.is_block_linear(name):
+    for seed, (name, shape) in enumerate(flux2.expected_shapes(geometry).items()):
+        if flux2.is_block_linear(name):
             rows, values = coded(kind, (8, shape[1]), seed)
             raw, truth[name] = rows * (shape[0] // 8), values.repeat(shape[0] // 8, 1)
             tensors[name] = (kind, shape, raw)
@@ -149,7 +149,7 @@ def test_a_whole_transformer(tmp_path: Path, kind: int) -> None:
     weights = read_weights(*open_transformer(write(tmp_path / "m.gguf", tensors)))
     assert weights.keys() == truth.keys()
     for name, weight in weights.items():
-        assert isinstance(weight, PackedWeight) == klein.is_block_linear(name)
+        assert isinstance(weight, PackedWeight) == flux2.is_block_linear(name)
         values = weight.dequantize() if isinstance(weight, PackedWeight) else weight
         assert torch.equal(values, truth[name]), name
 

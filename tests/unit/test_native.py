@@ -352,17 +352,17 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == ["w.safetensors"]
 
 
-def with_branch(weight: PackedWeight, rank: int = 3) -> PackedWeight:
+def with_residual(weight: PackedWeight, rank: int = 3) -> PackedWeight:
     rows, columns = weight.shape
     return replace(weight, up=torch.randn(rows, rank).bfloat16(), down=torch.randn(rank, columns).bfloat16())
 
 
-def test_a_low_rank_branch_round_trips(tmp_path: Path) -> None:
+def test_a_low_rank_residual_round_trips(tmp_path: Path) -> None:
     """Version 2, with "rank" for the layers that have one; group size and scheme from layer to layer."""
     weights = {
-        "a.weight": with_branch(packed("ternary", "trit5")),
+        "a.weight": with_residual(packed("ternary", "trit5")),
         "b.weight": packed("binary", "bit", group=128),
-        "c.weight": with_branch(packed("affine", "nibble", group=32), 1),
+        "c.weight": with_residual(packed("affine", "nibble", group=32), 1),
     }
     write(tmp_path / "w.safetensors", weights)
     found = read(tmp_path / "w.safetensors")
@@ -406,8 +406,8 @@ def test_another_architecture_is_recorded(tmp_path: Path) -> None:
         ({"z.weight_up": torch.zeros(3, 3)}, r"z\.weight_up: stands alone"),
     ],
 )
-def test_a_broken_branch_is_refused(tmp_path: Path, change: dict, message: str) -> None:
-    weights = {"a.weight": with_branch(packed("ternary", "trit5"))}
+def test_a_broken_residual_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    weights = {"a.weight": with_residual(packed("ternary", "trit5"))}
     tensors = {n: t for n, t in (native.to_tensors(weights) | change).items() if t is not None}
     save_file(tensors, tmp_path / "w.safetensors", {"bonsai": native.make_record(weights).to_json()})
     with pytest.raises(PackError, match=message):

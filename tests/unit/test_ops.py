@@ -121,15 +121,15 @@ def test_gradients_are_those_of_the_dense_layer(scheme: str, name: str, dtype: t
     assert error(bias.grad, grad.double().sum((0, 1))) < TOLERANCE[dtype]
 
 
-def branched() -> PackedWeight:
-    """A ternary weight with a low-rank branch of rank 5."""
+def with_residual() -> PackedWeight:
+    """A ternary weight with a low-rank residual of rank 5."""
     up, down = torch.randn(136, 5, generator=torch.Generator().manual_seed(4)), torch.full((5, 256), 0.5)
     return dataclasses.replace(random_weight("ternary", "trit5"), up=up, down=down)
 
 
-def test_the_gradient_of_a_low_rank_branch() -> None:
+def test_the_gradient_of_a_low_rank_residual() -> None:
     """fp32, 5e-6."""
-    weight, x, grad = branched(), torch.randn(3, 256, requires_grad=True), torch.randn(3, 136)
+    weight, x, grad = with_residual(), torch.randn(3, 256, requires_grad=True), torch.randn(3, 136)
     ops.linear(x, weight).backward(grad)
     assert error(x.grad, grad.double() @ weight.dequantize().double()) < TOLERANCE[torch.float32]
 
@@ -168,11 +168,11 @@ def test_the_operators_are_registered_soundly(scheme: str, name: str, bias: bool
     )
 
 
-@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_torch_compile_has_no_graph_break(backend: str, branch: bool) -> None:
+def test_torch_compile_has_no_graph_break(backend: str, residual: bool) -> None:
     """Values and gradient as without it, also for a second number of tokens."""
-    weight, bias = branched() if branch else random_weight("ternary", "trit5"), torch.randn(136)
+    weight, bias = with_residual() if residual else random_weight("ternary", "trit5"), torch.randn(136)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.gelu(ops.linear(x * 2, weight, bias)) + 1

@@ -10,9 +10,16 @@ import torch
 
 from bonsai_ops.kernels import custom_op as ops
 from bonsai_ops.tools.synthetic import KLEIN_4B
-from bonsai_ops.weights import codec
-from bonsai_ops.weights import flux2 as klein
-from bonsai_ops.weights.packed_weight import LAYOUTS, SCHEMES, PackedWeight, in_layout, narrow_exact, pack_signs, recode
+from bonsai_ops.weights import codec, flux2
+from bonsai_ops.weights.packed_weight import (
+    DENSITIES,
+    SCHEMES,
+    PackedWeight,
+    at_density,
+    narrow_exact,
+    pack_signs,
+    recode,
+)
 
 RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16, "byte": 256}
 """Of a codec; a ternary weight has codes below 3 in any."""
@@ -226,12 +233,12 @@ def test_size_of_an_attention_layer(scheme: str, name: str, nbytes: int, bits: f
 
 def test_size_of_the_whole_ternary_model() -> None:
     """Codes 737,280,000 B and bf16 scales 57,507,840 B: 794.8 MB; 1.185 GB with 195,042,816 dense bf16 weights."""
-    shapes = klein.expected_shapes(KLEIN_4B)
-    packed = [shape for name, shape in shapes.items() if klein.is_block_linear(name)]
+    shapes = flux2.expected_shapes(KLEIN_4B)
+    packed = [shape for name, shape in shapes.items() if flux2.is_block_linear(name)]
     codes = sum(codec.get_codec("trit5").nbytes(*shape) for shape in packed)
     scales = sum(2 * rows * columns // 128 for rows, columns in packed)
     assert (codes, scales, codes + scales) == (737_280_000, 57_507_840, 794_787_840)
-    dense = sum(2 * int(np.prod(shape)) for name, shape in shapes.items() if not klein.is_block_linear(name))
+    dense = sum(2 * int(np.prod(shape)) for name, shape in shapes.items() if not flux2.is_block_linear(name))
     assert dense == 390_085_632
     assert round((codes + scales + dense) / 1e9, 3) == 1.185
 
@@ -241,17 +248,17 @@ def test_layouts_hold_the_same_codes(rows: int, monkeypatch: pytest.MonkeyPatch)
     """There and back, in many small steps: the same bytes."""
     monkeypatch.setattr(codec, "SCRATCH_BYTES", 6 * 5 * 256 * 8)
     weight, _ = random_weight("ternary", "trit5", (rows, 256), 64)
-    fast = in_layout(weight, "fast")
-    assert (fast.codec, fast.scheme, fast.shape) == (LAYOUTS["fast"], "ternary", weight.shape)
+    fast = at_density(weight, "fast")
+    assert (fast.codec, fast.scheme, fast.shape) == (DENSITIES["fast"], "ternary", weight.shape)
     assert torch.equal(fast.codes, codec.encode("crumb", codec.decode("trit5", weight.codes, rows)))
     assert torch.equal(fast.dequantize(), weight.dequantize())
-    assert torch.equal(in_layout(fast, "compact").codes, weight.codes)
-    assert in_layout(weight, "compact") is weight
+    assert torch.equal(at_density(fast, "compact").codes, weight.codes)
+    assert at_density(weight, "compact") is weight
 
 
 def test_what_cannot_be_recoded_is_refused() -> None:
     binary, _ = random_weight("binary", "bit", (41, 256), 64)
-    assert in_layout(binary, "fast") is binary
+    assert at_density(binary, "fast") is binary
     with pytest.raises(ValueError, match="scheme 'binary' with codec 'crumb'"):
         recode(binary, "crumb")
     fourth = PackedWeight(
@@ -262,7 +269,7 @@ def test_what_cannot_be_recoded_is_refused() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["ternary", "binary"])
-def test_low_rank_branch(scheme: str) -> None:
+def test_low_rank_residual(scheme: str) -> None:
     """up down is added by every way to the values: dequantize, pieces, rows and the product with its gradient."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 2, (40, 64), generator=generator, dtype=torch.uint8)
@@ -281,5 +288,5 @@ def test_low_rank_branch(scheme: str) -> None:
     (found,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(found, truth.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
     for wrong in ({"up": None}, {"up": up[:3]}, {"down": down[:, :9]}, {"down": down[:2]}):
-        with pytest.raises(ValueError, match="low-rank branch"):
+        with pytest.raises(ValueError, match="residual is "):
             dataclasses.replace(weight, **wrong)

@@ -241,7 +241,7 @@ def test_linear_takes_any_shape_stride_and_bias(mode: str, codec: str) -> None:
 
 @interpreter
 @pytest.mark.parametrize("mode", backend.MODES)
-def test_a_low_rank_branch_is_added_by_dispatch(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_low_rank_residual_is_added_by_dispatch(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend alone refuses it."""
     monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.Backend("triton", lambda call: None, backend.linear),))
     up, down = torch.randn(41, 3, dtype=torch.float16), torch.randn(3, 128, dtype=torch.float16)
@@ -249,7 +249,7 @@ def test_a_low_rank_branch_is_added_by_dispatch(mode: str, monkeypatch: pytest.M
     x = torch.randn(4, 128, dtype=torch.float16)
     truth = x.double() @ weight.dequantize(torch.float64).t()
     assert error(dispatch.linear(x, weight, mode=mode), truth) < (0.02 if mode == "a8" else 2e-3)
-    with pytest.raises(ValueError, match=r"low-rank branch \(rank 3\), which dispatch.linear adds"):
+    with pytest.raises(ValueError, match=r"residual \(rank 3\), which dispatch.linear adds"):
         backend.linear(x, weight, mode=mode)
 
 

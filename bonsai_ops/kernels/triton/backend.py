@@ -159,15 +159,13 @@ def linear(
     """y = x W^T + bias: x [.., K] fp16 or bf16 -> [.., N] in x's dtype. Ask `declines` first.
 
     Raises BackendError, which names the cure, when Triton is unavailable and when a kernel cannot be built or started
-    or computes wrong values; ValueError for a mode that MODES does not list and a weight with a low-rank branch. Errors
+    or computes wrong values; ValueError for a mode that MODES does not list and a weight with a residual. Errors
     of the device (memory, a lost context) are raised as they are.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     if weight.rank:
-        raise ValueError(
-            f"the weight has a low-rank branch (rank {weight.rank}), which dispatch.linear adds: call that"
-        )
+        raise ValueError(f"the weight has a residual (rank {weight.rank}), which dispatch.linear adds: call that")
     if (unusable := _unusable()) is not None:
         raise unusable
     rows, columns = weight.shape

@@ -132,12 +132,12 @@ def _with_lora(model: object, rank: int) -> object:
     import comfy.sd
     import torch
 
-    from ...weights import flux2 as klein
+    from ...weights import flux2
 
     generator = torch.Generator().manual_seed(1)
     lora = {}
     for name, module in model.model.diffusion_model.named_modules():
-        if klein.is_block_linear(f"{name}.weight"):
+        if flux2.is_block_linear(f"{name}.weight"):
             rows, columns = module.weight.shape
             layer = f"diffusion_model.{name}"
             lora[f"{layer}.lora_A.weight"] = 0.01 * torch.randn(rank, columns, generator=generator).bfloat16()

@@ -3,7 +3,7 @@
     <layer>.weight        u8 [n, K]      codes, byte layout of codec.py (n byte rows of N rows)
     <layer>.weight_scale  bf16, fp16 or fp32 [N, K / g]: the narrowest that is exact
     <layer>.weight_zero   like weight_scale; only schemes affine and zero_point (packed_weight.py has the formulas)
-    <layer>.weight_up     bf16, fp16 or fp32 [N, r], version 2: with weight_down [r, K] the layer's low-rank branch;
+    <layer>.weight_up     bf16, fp16 or fp32 [N, r], version 2: with weight_down [r, K] the layer's low-rank residual;
     <layer>.weight_down   up down is added to the values of the codes
     anything else         a dense tensor as it was in the source
 
@@ -14,7 +14,7 @@
      "layers": {"<layer>": {"scheme": "ternary", "codec": "trit5", "group_size": 128, "shape": [N, K]}, ..}}
 
 Scheme, codec and group size may differ from layer to layer (variant "mixed"). Version 2 is written where version 1 does
-not suffice: for the codec byte, for a low-rank branch ("rank": r in the layer's description) and for a model that is no
+not suffice: for the codec byte, for a residual ("rank": r in the layer's description) and for a model that is no
 Bonsai. There "architecture" is the name of ComfyUI's model configuration, keys are as ComfyUI names the weights of its
 transformer or UNet, and "model" holds that configuration: {"class", "model_type", "unet_config", "sampling_settings"},
 plain values.
@@ -174,17 +174,17 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
             zero,
         )
 
-    branch = _branch(file, weight, shape, 0 if described is None else described.get("rank", 0))
+    residual = _residual(file, weight, shape, 0 if described is None else described.get("rank", 0))
 
     def load() -> PackedWeight:
-        up, down = (file.get(name) for name in branch) if branch else (None, None)
+        up, down = (file.get(name) for name in residual) if residual else (None, None)
         table = file.get(zero) if has_zero else None
         return PackedWeight(file.get(weight), file.get(scale), shape, scheme, codec, group_size, table, up, down)
 
     return PackedTensor(file.path, weight, shape, load)
 
 
-def _branch(file: SafetensorsFile, weight: str, shape: tuple[int, int], rank: int) -> tuple[str, str] | None:
+def _residual(file: SafetensorsFile, weight: str, shape: tuple[int, int], rank: int) -> tuple[str, str] | None:
     """The names of a layer's low-rank matrices, None without. Raises PackError if they do not fit record and weight."""
     names = (f"{weight}_up", f"{weight}_down")
     if not rank and not any(name in file.tensors for name in names):
@@ -197,7 +197,7 @@ def _branch(file: SafetensorsFile, weight: str, shape: tuple[int, int], rank: in
             raise PackError(
                 file.path,
                 f"is {dtype} {list(found)}" if dtype else "is missing",
-                f"Expected bf16, fp16 or fp32 {list(expected)}, a low-rank branch. {DOWNLOAD_AGAIN}",
+                f"Expected bf16, fp16 or fp32 {list(expected)}, a low-rank residual. {DOWNLOAD_AGAIN}",
                 name,
             )
     return names

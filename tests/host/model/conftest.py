@@ -24,12 +24,11 @@ from safetensors.torch import save_file
 
 from bonsai_ops.tools import synthetic
 from bonsai_ops.tools.environment import NEWEST, comfyui_version
-from bonsai_ops.weights import codec
-from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights import codec, flux2
 from bonsai_ops.weights.formats import native
 from bonsai_ops.weights.packed_weight import PackedWeight
 
-SMALL = klein.Geometry(hidden=128, context=128, in_channels=128, double_blocks=2, single_blocks=3)
+SMALL = flux2.Geometry(hidden=128, context=128, in_channels=128, double_blocks=2, single_blocks=3)
 VARIANTS = ("binary", "ternary", "affine")
 TOLERANCE = 1e-5
 """Relative L2 distance to the dense twin, fp32."""
@@ -56,15 +55,15 @@ def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found - truth).norm() / truth.norm())
 
 
-def write_pack(path: Path, variant: str, geometry: klein.Geometry = SMALL, seed: int = 0) -> Path:
+def write_pack(path: Path, variant: str, geometry: flux2.Geometry = SMALL, seed: int = 0) -> Path:
     """A transformer file of random codes: MLX for binary and ternary, native for affine."""
     if variant != "affine":
         synthetic.write_mlx(path, variant, geometry, seed)
         return path
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, PackedWeight | torch.Tensor] = {}
-    for name, shape in klein.expected_shapes(geometry).items():
-        if klein.is_block_linear(name):
+    for name, shape in flux2.expected_shapes(geometry).items():
+        if flux2.is_block_linear(name):
             codes = torch.randint(0, 4, shape, dtype=torch.uint8, generator=generator)
             scale = synthetic.magnitudes(*shape, generator).bfloat16()
             weights[name] = PackedWeight(
@@ -278,8 +277,8 @@ def low_rank(
 H = SMALL.hidden
 SHAPES = {
     f"diffusion_model.{n}": s
-    for n, s in klein.expected_shapes(SMALL).items()
-    if klein.is_block_linear(n) or n.endswith("lin.weight")
+    for n, s in flux2.expected_shapes(SMALL).items()
+    if flux2.is_block_linear(n) or n.endswith("lin.weight")
 }
 """{key: (rows, columns)} of every packed layer and of the dense modulation layers."""
 

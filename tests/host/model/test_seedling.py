@@ -16,7 +16,7 @@ import torch
 
 from bonsai_ops.kernels import dispatch
 from bonsai_ops.tools.environment import PLUGIN
-from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights import flux2
 from bonsai_ops.weights.read import open_transformer, read_weights
 from training.judge import judge
 from training.measure import held_out
@@ -103,7 +103,7 @@ def test_what_ships_is_small_and_has_a_card() -> None:
 def test_every_block_layer_is_packed(path: Path, scheme: str) -> None:
     weights = read_weights(*open_transformer(path))
     packed = {name for name, weight in weights.items() if hasattr(weight, "scheme")}
-    assert packed == {name for name in weights if klein.is_block_linear(name)}
+    assert packed == {name for name in weights if flux2.is_block_linear(name)}
     assert {weights[name].scheme for name in packed} == {scheme}
     assert {weights[name].group_size for name in packed} == {128}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bonsai_ops.tools.synthetic import KLEIN_4B, TINY
-from bonsai_ops.weights import flux2 as klein
+from bonsai_ops.weights import flux2
 from bonsai_ops.weights.errors import PackError
 from bonsai_ops.weights.flux2 import Geometry
 from bonsai_ops.weights.formats.entries import DenseTensor, Entry, PackedTensor
@@ -106,15 +106,15 @@ def is_packed_name(diffusers: str) -> bool:
 def test_number_of_tensors(g: Geometry, diffusers: int, bfl: int) -> None:
     """149 and 169 are counted in the published 4B files; the rest follows from 16 and 12 a double block, 4 a single."""
     assert len(diffusers_list(g)) == diffusers and len(bfl_list(g)) == bfl
-    assert len(klein.expected_shapes(g)) == bfl
-    assert sum(len(parts) for parts in klein.diffusers_sources(g).values()) == diffusers
+    assert len(flux2.expected_shapes(g)) == bfl
+    assert sum(len(parts) for parts in flux2.diffusers_sources(g).values()) == diffusers
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_names_and_shapes(name: str) -> None:
     g = GEOMETRIES[name]
-    assert klein.expected_shapes(g) == bfl_list(g)
-    sources, shapes = klein.diffusers_sources(g), klein.expected_shapes(g)
+    assert flux2.expected_shapes(g) == bfl_list(g)
+    sources, shapes = flux2.diffusers_sources(g), flux2.expected_shapes(g)
     assert sources.keys() == shapes.keys()
     assert {
         part: (shapes[bfl][0] // len(parts), *shapes[bfl][1:]) for bfl, parts in sources.items() for part in parts
@@ -128,16 +128,16 @@ def test_parameters_of_the_4b_model() -> None:
     assert sum(sizes.values()) == 3_875_544_576
     assert len(packed) == 100 and sum(sizes[n] for n in packed) == 3_680_501_760
     assert sum(sizes[n] for n in sizes if n not in packed) == 195_042_816
-    shapes = klein.expected_shapes(KLEIN_4B)
+    shapes = flux2.expected_shapes(KLEIN_4B)
     assert sum(math.prod(s) for s in shapes.values()) == 3_875_544_576
-    assert sum(math.prod(s) for n, s in shapes.items() if klein.is_block_linear(n)) == 3_680_501_760
+    assert sum(math.prod(s) for n, s in shapes.items() if flux2.is_block_linear(n)) == 3_680_501_760
 
 
 def test_packed_names() -> None:
     """80 BFL layers hold the 100 packed ones: 20 of them are three in one."""
-    names = [name for name in bfl_list(KLEIN_4B) if klein.is_block_linear(name)]
+    names = [name for name in bfl_list(KLEIN_4B) if flux2.is_block_linear(name)]
     assert len(names) == 80
-    sources = klein.diffusers_sources(KLEIN_4B)
+    sources = flux2.diffusers_sources(KLEIN_4B)
     assert {part for name in names for part in sources[name]} == {
         n for n in diffusers_list(KLEIN_4B) if is_packed_name(n)
     }
@@ -145,10 +145,10 @@ def test_packed_names() -> None:
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("names", LISTS)
-@pytest.mark.parametrize("prefix", ["", *klein.PREFIXES])
+@pytest.mark.parametrize("prefix", ["", *flux2.PREFIXES])
 def test_sizes_are_measured_from_the_file(names: str, name: str, prefix: str) -> None:
     g = GEOMETRIES[name]
-    found, entries = klein.to_bfl(FILE, tensors({prefix + n: shape for n, shape in LISTS[names](g).items()}))
+    found, entries = flux2.to_bfl(FILE, tensors({prefix + n: shape for n, shape in LISTS[names](g).items()}))
     assert found == g
     assert {n: tuple(entry.shape) for n, entry in entries.items()} == bfl_list(g)
 
@@ -162,7 +162,7 @@ def test_norms_may_be_called_weight() -> None:
     shapes = {
         n.removesuffix(".scale") + ".weight" if n.endswith(".scale") else n: s for n, s in bfl_list(SMALL).items()
     }
-    _, entries = klein.to_bfl(FILE, tensors(shapes))
+    _, entries = flux2.to_bfl(FILE, tensors(shapes))
     assert entries.keys() == bfl_list(SMALL).keys()
 
 
@@ -177,7 +177,7 @@ def filled(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Entry], dict[s
 def test_values_go_where_they_belong() -> None:
     """q, k, v one after another; the halves of norm_out swapped; everything else as it is."""
     entries, old = filled(diffusers_list(SMALL))
-    _, renamed = klein.to_bfl(FILE, entries)
+    _, renamed = flux2.to_bfl(FILE, entries)
     new = {name: entry.load() for name, entry in renamed.items()}
     for i in range(SMALL.double_blocks):
         a, b = f"transformer_blocks.{i}", f"double_blocks.{i}"
@@ -218,7 +218,7 @@ def test_values_go_where_they_belong() -> None:
 
 def test_values_with_bfl_names_stay_as_they_are() -> None:
     entries, old = filled(bfl_list(SMALL))
-    _, renamed = klein.to_bfl(FILE, entries)
+    _, renamed = flux2.to_bfl(FILE, entries)
     for name, entry in renamed.items():
         assert torch.equal(entry.load(), old[name]), name
 
@@ -229,7 +229,7 @@ def test_any_missing_tensor_is_named(names: str) -> None:
         entries = tensors(LISTS[names](SMALL))
         del entries[name]
         with pytest.raises(PackError) as refusal:
-            klein.to_bfl(FILE, entries)
+            flux2.to_bfl(FILE, entries)
         assert name in str(refusal.value) and str(FILE) in str(refusal.value)
 
 
@@ -241,7 +241,7 @@ def test_a_missing_block_is_named(names: str) -> None:
     with pytest.raises(
         PackError, match=rf"{block}.*: is missing \({lost} of .* tensors are\)\. The file is incomplete"
     ):
-        klein.to_bfl(FILE, tensors(shapes))
+        flux2.to_bfl(FILE, tensors(shapes))
 
 
 @pytest.mark.parametrize("names", LISTS)
@@ -252,7 +252,7 @@ def test_an_extra_tensor_is_named(names: str, extra: str) -> None:
         rf"{extra}: does not belong to a FLUX\.2 transformer of 2 \+ 1 blocks and hidden size 128 \(1 such tensors\)"
     )
     with pytest.raises(PackError, match=message):
-        klein.to_bfl(FILE, tensors(shapes))
+        flux2.to_bfl(FILE, tensors(shapes))
 
 
 @pytest.mark.parametrize("number", [10**6, 10**12, 10**30])
@@ -260,7 +260,7 @@ def test_an_absurd_block_number_is_refused_at_once(number: int) -> None:
     """Without listing the tensors of a billion blocks first."""
     shapes = {**bfl_list(SMALL), f"single_blocks.{number}.linear1.weight": (4,)}
     with pytest.raises(PackError, match=r"single_blocks\.\d+\."):
-        klein.to_bfl(FILE, tensors(shapes))
+        flux2.to_bfl(FILE, tensors(shapes))
 
 
 @pytest.mark.parametrize("names", LISTS)
@@ -269,7 +269,7 @@ def test_any_wrong_shape_is_refused(names: str) -> None:
     for name, shape in LISTS[names](SMALL).items():
         wrong = (shape[0] + 128, *shape[1:])
         with pytest.raises(PackError) as refusal:
-            klein.to_bfl(FILE, tensors({**LISTS[names](SMALL), name: wrong}))
+            flux2.to_bfl(FILE, tensors({**LISTS[names](SMALL), name: wrong}))
         if name not in ("img_in.weight", "x_embedder.weight"):
             assert f"{FILE}: {name}: has shape {list(wrong)}. Expected {list(shape)}" in str(refusal.value)
 
@@ -279,7 +279,7 @@ def test_any_wrong_shape_is_refused(names: str) -> None:
 )
 def test_an_impossible_width_is_refused(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(PackError, match=rf"img_in\.weight: has .*{message.removeprefix('has ')}"):
-        klein.to_bfl(FILE, tensors({**bfl_list(SMALL), "img_in.weight": shape}))
+        flux2.to_bfl(FILE, tensors({**bfl_list(SMALL), "img_in.weight": shape}))
 
 
 def test_tensors_must_be_floats() -> None:
@@ -288,11 +288,11 @@ def test_tensors_must_be_floats() -> None:
     with pytest.raises(
         PackError, match=r"img_in\.weight: is torch\.float8_e4m3fn \[128, 64\]\. Expected bf16, fp16 or fp32"
     ):
-        klein.to_bfl(FILE, entries)
+        flux2.to_bfl(FILE, entries)
 
 
 def test_only_block_layers_may_be_packed() -> None:
     entries = tensors(bfl_list(SMALL))
     entries["final_layer.linear.weight"] = PackedTensor(FILE, "final_layer.linear.weight", (64, 128), lambda: None)
     with pytest.raises(PackError, match=r"final_layer\.linear\.weight: is packed\. Expected a dense tensor"):
-        klein.to_bfl(FILE, entries)
+        flux2.to_bfl(FILE, entries)
