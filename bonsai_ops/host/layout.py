@@ -21,7 +21,7 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 
 from ..kernels import custom_op as ops
 from ..kernels import dispatch
-from ..weights.packed_weight import PackedWeight
+from ..weights.packed_weight import FORM, TABLES, PackedWeight
 
 LAYOUT = "BonsaiPackedLayout"
 
@@ -40,7 +40,7 @@ class PackedParams(BaseLayoutParams):
     mode: str = dispatch.EXACT
 
     def _tensor_fields(self) -> list[str]:
-        return ["scale", *(name for name in ("zero", "up", "down") if getattr(self, name) is not None)]
+        return [name for name in TABLES if getattr(self, name) is not None]
 
 
 class BonsaiPackedLayout(QuantizedLayout):
@@ -71,18 +71,7 @@ class BonsaiPackedLayout(QuantizedLayout):
 
 def wrap(weight: PackedWeight, dtype: torch.dtype, mode: str = dispatch.EXACT) -> QuantizedTensor:
     """The packed weight as a tensor of shape [N, K] that computes in `dtype` and is multiplied in `mode`."""
-    params = PackedParams(
-        scale=weight.scale,
-        orig_dtype=dtype,
-        orig_shape=tuple(weight.shape),
-        scheme=weight.scheme,
-        codec=weight.codec,
-        group_size=weight.group_size,
-        zero=weight.zero,
-        mode=mode,
-        up=weight.up,
-        down=weight.down,
-    )
+    params = PackedParams(orig_dtype=dtype, orig_shape=tuple(weight.shape), mode=mode, **_described(weight))
     return QuantizedTensor(weight.codes, LAYOUT, params)
 
 
@@ -103,17 +92,12 @@ def mode_of(tensor: QuantizedTensor) -> str:
 
 def _weight(codes: torch.Tensor, params: PackedParams) -> PackedWeight:
     shape = tuple(params.orig_shape)
-    return PackedWeight(
-        codes,
-        params.scale,
-        shape[::-1] if params.transposed else shape,
-        params.scheme,
-        params.codec,
-        params.group_size,
-        params.zero,
-        params.up,
-        params.down,
-    )
+    return PackedWeight(codes, shape=shape[::-1] if params.transposed else shape, **_described(params))
+
+
+def _described(weight: PackedWeight | PackedParams) -> dict[str, object]:
+    """Everything of a packed weight but its codes and shape."""
+    return {name: getattr(weight, name) for name in (*TABLES, *FORM)}
 
 
 def _dense(value: object) -> object:

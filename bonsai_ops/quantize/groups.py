@@ -22,12 +22,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..weights.packed_weight import narrow_exact
+from ..weights.levels import groups_of, signed_levels
+from ..weights.packed_weight import SCHEMES, narrow_exact
 
 STEP_WEIGHTS = 1 << 20
 """Weights worked on at a time; about 60 bytes each are in use then."""
 SCALE_DTYPE = torch.bfloat16
-LEVELS = ("binary", "ternary")
 
 
 def quantize_groups(
@@ -41,7 +41,7 @@ def quantize_groups(
     """
     exact = existing_scale(weight, scheme, group_size)
     scales, codes = [], []
-    for lo, rows in _steps(weight, group_size):
+    for lo, rows in _finite_groups(weight, group_size):
         if exact is None:
             scale = best_scale(rows, scheme, None if importance is None else importance.view(-1, group_size))
         else:
@@ -54,17 +54,8 @@ def quantize_groups(
 
 def existing_scale(weight: torch.Tensor, scheme: str, group_size: int) -> torch.Tensor | None:
     """The scales float32 [N, K / group] of a weight whose every group has the scheme's levels already, else None."""
-    tables = []
-    for _, rows in _steps(weight, group_size):
-        size = rows.abs()
-        top = size.amax(-1, keepdim=True)
-        fits = size == top
-        if scheme == "ternary":
-            fits |= size == 0
-        if not bool(fits.all()):
-            return None
-        tables.append(top.squeeze(-1))
-    return torch.cat(tables)
+    found = signed_levels(weight, group_size)
+    return None if found is None or found[1] > SCHEMES[scheme].levels else found[0]
 
 
 def best_scale(
@@ -110,8 +101,7 @@ def to_codes(groups: torch.Tensor, scale: torch.Tensor, scheme: str) -> torch.Te
 
 def values(codes: torch.Tensor, scale: torch.Tensor, scheme: str) -> torch.Tensor:
     """Codes [.., g] and scales [..] -> values [.., g] in the dtype of the scales."""
-    signs = 1 - (codes.to(torch.int8) if scheme == "ternary" else 2 * codes.to(torch.int8))
-    return signs.to(scale.dtype) * scale.unsqueeze(-1)
+    return SCHEMES[scheme].values(codes, scale, None, scale.dtype)
 
 
 def quantize_affine(
@@ -122,7 +112,7 @@ def quantize_affine(
     Starts from the range of a group and refits both tables to the codes twice, keeping the best of the three.
     """
     codes, scales, zeros, top = [], [], [], radix - 1
-    for _, rows in _steps(weight, group_size):
+    for _, rows in _finite_groups(weight, group_size):
         low, high = rows.amin(-1), rows.amax(-1)
         scale, zero = ((high - low) / top).to(SCALE_DTYPE).float(), low.to(SCALE_DTYPE).float()
         best_scale_, best_zero, best_error = scale, zero, torch.full_like(scale, torch.inf)
@@ -146,14 +136,12 @@ def quantize_affine(
     return torch.cat(codes), torch.cat(scales), torch.cat(zeros)
 
 
-def _steps(weight: torch.Tensor, group_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+def _finite_groups(weight: torch.Tensor, group_size: int) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, float32 [n, K / group, group]) until every row was seen. Raises ValueError if one is not finite."""
-    step = max(1, STEP_WEIGHTS // weight.shape[1])
-    for lo in range(0, weight.shape[0], step):
-        rows = weight[lo : lo + step].float()
+    for lo, rows in groups_of(weight, group_size, STEP_WEIGHTS):
         if not bool(torch.isfinite(rows).all()):
             raise ValueError(f"rows {lo}..{lo + rows.shape[0] - 1} hold a value that is not finite")
-        yield lo, rows.reshape(rows.shape[0], -1, group_size)
+        yield lo, rows
 
 
 def _descending(size: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from ..weights import codec as codecs
 from ..weights.packed_weight import PackedWeight, narrow_exact, pack_signs
 from . import lowrank
 from .compensate import compensate, output_error
-from .groups import existing_scale, quantize_affine, quantize_groups
+from .groups import existing_scale, quantize_affine, quantize_groups, values
 
 GROUP_SIZES = (256, 128, 64, 32)
 AFFINE = {"4bit": "nibble", "8bit": "byte"}
@@ -141,18 +141,13 @@ def _codes(target: torch.Tensor, settings: Settings, statistics: Statistics | No
     if statistics.gram is not None:
         tried.append(compensate(target, statistics.gram, scheme, group_size))
     scale = scale.float()
-    error = squared_error(target - _values(codes, scale, settings), statistics)
+    error = squared_error(target - values(codes, scale, scheme), statistics)
     for other_codes, other_scale in tried:
-        other_error = squared_error(target - _values(other_codes, other_scale.float(), settings), statistics)
+        other_error = squared_error(target - values(other_codes, other_scale.float(), scheme), statistics)
         better = (other_error < error).unsqueeze(-1)
         codes, scale = torch.where(better, other_codes, codes), torch.where(better, other_scale.float(), scale)
         error = torch.minimum(error, other_error)
     return pack_signs(codes, narrow_exact(scale), group_size, scheme)
-
-
-def _values(codes: torch.Tensor, scale: torch.Tensor, settings: Settings) -> torch.Tensor:
-    signs = 1.0 - (codes.float() if settings.scheme == "ternary" else 2 * codes.float())
-    return (signs.view(*scale.shape, -1) * scale.unsqueeze(-1)).view(codes.shape)
 
 
 def measured(dense: torch.Tensor, packed: PackedWeight, statistics: Statistics | None = None) -> Quantized:

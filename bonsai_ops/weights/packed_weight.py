@@ -14,20 +14,66 @@ A weight may have a low-rank residual, matrices up [N, r] and down [r, K]: then 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from . import codec as codecs
 
+FORM = ("scheme", "codec", "group_size")
+"""What says how the codes of a weight are read; a native file records it."""
+TABLES = ("scale", "zero", "up", "down")
+"""The tensors that may stand beside the codes."""
+
+Formula = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor]
+"""(integer codes [.., g], scale [.., 1], zero [.., 1] or None, dtype) -> values [.., g] in that dtype."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What codes mean. codecs: those it may have, the smallest first. levels: of a group, None where the codec decides.
+
+    has_zero: whether a zero table belongs to it.
+    """
+
+    name: str
+    codecs: tuple[str, ...]
+    formula: Formula
+    levels: int | None = None
+    has_zero: bool = False
+
+    def values(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Integer codes -> values in `dtype`, both [R, K], or [.., g]; tables [R, K / group], or [..]."""
+        tables = (None if table is None else table.unsqueeze(-1) for table in (scale, zero))
+        return self.formula(codes.reshape(*scale.shape, -1), *tables, dtype).view(codes.shape)
+
+
+def _signed(step: int) -> Formula:
+    return lambda codes, scale, _, dtype: (
+        torch.rsub(codes.to(torch.int16), 1, alpha=step).to(dtype).mul_(scale.to(dtype))
+    )
+
+
+def _affine(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return codes.to(torch.float32).mul_(scale.to(torch.float32)).add_(zero.to(torch.float32)).to(dtype)
+
+
+def _zero_point(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return codes.to(torch.float32).sub_(zero.to(torch.float32)).mul_(scale.to(torch.float32)).to(dtype)
+
+
 SCHEMES = {
-    "binary": ("bit",),
-    "ternary": ("trit5", "crumb"),
-    "affine": ("bit", "crumb", "nibble", "byte"),
-    "zero_point": ("nibble",),
+    scheme.name: scheme
+    for scheme in (
+        Scheme("binary", ("bit",), _signed(2), levels=2),
+        Scheme("ternary", ("trit5", "crumb"), _signed(1), levels=3),
+        Scheme("affine", ("bit", "crumb", "nibble", "byte"), _affine, has_zero=True),
+        Scheme("zero_point", ("nibble",), _zero_point, has_zero=True),
+    )
 }
-"""Allowed codecs of each scheme, the smallest first."""
 
 DENSITIES = {"compact": "trit5", "fast": "crumb"}
 """How a ternary weight lies in memory: density -> codec. Every other scheme has one form."""
@@ -58,8 +104,7 @@ class PackedWeight:
     down: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.codec not in SCHEMES.get(self.scheme, ()):
-            raise ValueError(f"scheme {self.scheme!r} with codec {self.codec!r} is not a packed weight")
+        scheme = find_scheme(self.scheme, self.codec)
         rows, columns = self.shape
         if self.group_size < 32 or self.group_size % 32 or columns % self.group_size:
             raise ValueError(
@@ -70,7 +115,7 @@ class PackedWeight:
         if self.codes.dtype != torch.uint8 or tuple(self.codes.shape) != expected:
             raise ValueError(f"codes are {self.codes.dtype} {tuple(self.codes.shape)}, expected torch.uint8 {expected}")
         table = (rows, columns // self.group_size)
-        if (self.zero is None) != (self.scheme in ("binary", "ternary")):
+        if (self.zero is not None) != scheme.has_zero:
             raise ValueError(f"scheme {self.scheme} {'has no' if self.zero is not None else 'needs a'} zero table")
         for name, found in (("scale", self.scale), ("zero", self.zero)):
             if found is not None and (tuple(found.shape) != table or found.dtype not in TABLE_DTYPES):
@@ -92,7 +137,11 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(t.nbytes for t in (self.codes, self.scale, self.zero, self.up, self.down) if t is not None)
+        return self.codes.nbytes + sum(table.nbytes for table in self.tables().values())
+
+    def tables(self) -> dict[str, torch.Tensor]:
+        """{name of TABLES: tensor} of those it has."""
+        return {name: table for name in TABLES if (table := getattr(self, name)) is not None}
 
     @property
     def rank(self) -> int:
@@ -105,12 +154,9 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on `device`."""
-        moved = {
-            name: tensor.to(device)
-            for name in ("codes", "scale", "zero", "up", "down")
-            if (tensor := getattr(self, name)) is not None
-        }
-        return replace(self, **moved)
+        return replace(
+            self, codes=self.codes.to(device), **{name: table.to(device) for name, table in self.tables().items()}
+        )
 
     def pieces(self, dtype: torch.dtype, scratch_bytes: int = SCRATCH_BYTES) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yields (first row, last row + 1, values [rows, K] in `dtype`) until every row was seen once.
@@ -145,18 +191,15 @@ class PackedWeight:
         if self.up is not None:
             values = self.without_residual()._values(codes, rows, torch.float32)
             return values.addmm_(self.up[rows].float(), self.down.float()).to(dtype)
-        grouped = (codes.shape[0], -1, self.group_size)
-        scale = self.scale[rows].unsqueeze(-1)
-        if self.zero is None:
-            sign = 1 - (codes.to(torch.int16) if self.scheme == "ternary" else codes.to(torch.int16) * 2)
-            return sign.to(dtype).view(grouped).mul_(scale.to(dtype)).view(codes.shape)
-        zero = self.zero[rows].unsqueeze(-1).to(torch.float32)
-        values = codes.to(torch.float32).view(grouped)
-        if self.scheme == "affine":
-            values = values.mul_(scale.to(torch.float32)).add_(zero)
-        else:
-            values = values.sub_(zero).mul_(scale.to(torch.float32))
-        return values.view(codes.shape).to(dtype)
+        zero = None if self.zero is None else self.zero[rows]
+        return SCHEMES[self.scheme].values(codes, self.scale[rows], zero, dtype)
+
+
+def find_scheme(name: str, codec: str) -> Scheme:
+    """The scheme of that name. Raises ValueError if there is none or it has no such codec."""
+    if name not in SCHEMES or codec not in SCHEMES[name].codecs:
+        raise ValueError(f"scheme {name!r} with codec {codec!r} is not a packed weight")
+    return SCHEMES[name]
 
 
 def recode(weight: PackedWeight, codec: str) -> PackedWeight:
@@ -166,8 +209,7 @@ def recode(weight: PackedWeight, codec: str) -> PackedWeight:
     """
     if codec == weight.codec:
         return weight
-    if codec not in SCHEMES[weight.scheme]:
-        raise ValueError(f"scheme {weight.scheme!r} with codec {codec!r} is not a packed weight")
+    find_scheme(weight.scheme, codec)
     rows, columns = weight.shape
     n = codecs.get_codec(weight.codec).byte_rows(rows)
 
@@ -202,7 +244,7 @@ def narrow_exact(table: torch.Tensor) -> torch.Tensor:
 
 def pack_signs(codes: torch.Tensor, scale: torch.Tensor, group_size: int, scheme: str) -> PackedWeight:
     """A binary or ternary weight from codes uint8 [N, K] as the table above defines them and scale [N, K/group]."""
-    codec = SCHEMES[scheme][0]
+    codec = SCHEMES[scheme].codecs[0]
     return PackedWeight(
         codecs.encode(codec, codes), narrow_exact(scale), (codes.shape[0], codes.shape[1]), scheme, codec, group_size
     )

@@ -18,7 +18,7 @@ from bonsai_ops.weights.formats import native, open_pack
 from bonsai_ops.weights.formats.safetensors_file import SafetensorsFile
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
-PAIRS = [(scheme, name) for scheme, names in SCHEMES.items() for name in names]
+PAIRS = [(scheme.name, codec) for scheme in SCHEMES.values() for codec in scheme.codecs]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16, "byte": 256}
 """Of a codec; a ternary weight has codes below 3 in any."""

@@ -18,7 +18,7 @@ from bonsai_ops.weights import codec
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAIRS = [(scheme, name) for scheme, names in SCHEMES.items() for name in names]
+PAIRS = [(scheme.name, codec) for scheme in SCHEMES.values() for codec in scheme.codecs]
 RADIX = {"binary": 2, "ternary": 3}
 """Code values of the schemes whose codecs have room for more."""
 # relative to the largest output: rounding of the output, and for fp32 the order of the sum

@@ -23,7 +23,7 @@ from bonsai_ops.weights.packed_weight import (
 
 RADIX = {"bit": 2, "crumb": 4, "trit5": 3, "nibble": 16, "byte": 256}
 """Of a codec; a ternary weight has codes below 3 in any."""
-PAIRS = [(scheme, name) for scheme, names in SCHEMES.items() for name in names]
+PAIRS = [(scheme.name, codec) for scheme in SCHEMES.values() for codec in scheme.codecs]
 SHAPES = [(1, 64), (7, 128), (41, 256), (83, 96), (130, 512)]
 GROUPS = {64: 32, 96: 96, 128: 64, 256: 128, 512: 256}
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -166,7 +166,7 @@ def test_pack_signs(scheme: str) -> None:
     codes = torch.randint(0, 2 if scheme == "binary" else 3, (45, 128), dtype=torch.uint8)
     scale = torch.rand(45, 2).bfloat16().float()
     weight = pack_signs(codes, scale, 64, scheme)
-    assert (weight.codec, weight.scale.dtype, weight.zero) == (SCHEMES[scheme][0], torch.bfloat16, None)
+    assert (weight.codec, weight.scale.dtype, weight.zero) == (SCHEMES[scheme].codecs[0], torch.bfloat16, None)
     assert np.array_equal(weight.dequantize().numpy(), evaluate(weight, codes.numpy()))
 
 

@@ -12,7 +12,7 @@ import os
 import torch
 
 from ...weights.codec import encode, get_codec
-from ...weights.packed_weight import PackedWeight
+from ...weights.packed_weight import SCHEMES, PackedWeight
 from .. import eager
 from ..failure import BackendError, is_the_devices
 from . import configs
@@ -194,7 +194,7 @@ def _verify(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ch
     """
     rows, columns, tokens = 160, 256, 17
     values = torch.arange(rows * columns, device=x.device).view(rows, columns) * 37 % 101
-    codes = encode(weight.codec, (values % (3 if weight.scheme == "ternary" else 2)).to(torch.uint8))
+    codes = encode(weight.codec, (values % SCHEMES[weight.scheme].levels).to(torch.uint8))
     scale = 0.5 + torch.arange(rows * 2, device=x.device).view(rows, 2) % 7 / 8
     probe = PackedWeight(codes, scale.to(weight.scale.dtype), (rows, columns), weight.scheme, weight.codec, GROUP)
     inputs = torch.arange(tokens * columns, device=x.device).view(tokens, columns) * 29 % 61 - 30

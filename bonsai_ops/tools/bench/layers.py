@@ -72,7 +72,7 @@ class Way:
 
 def random_weight(scheme: str, rows: int, columns: int) -> PackedWeight:
     """Random codes and bf16 scales around 1 / sqrt(columns)."""
-    name = SCHEMES[scheme][0]
+    name = SCHEMES[scheme].codecs[0]
     generator = torch.Generator().manual_seed(rows + columns)
     codes = torch.randint(0, codec.get_codec(name).radix, (rows, columns), dtype=torch.uint8, generator=generator)
     scale = ((torch.rand(rows, columns // GROUP_SIZE, generator=generator) + 0.5) / columns**0.5).bfloat16()

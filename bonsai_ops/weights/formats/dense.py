@@ -12,18 +12,16 @@ with the largest g of 128, 64 and 32 for which it holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from ..errors import PackError
+from ..levels import groups_of, signed_levels
 from .entries import CodedTensor, DenseTensor, Entry
 from .safetensors_file import SafetensorsFile
 
 GROUP_SIZES = (128, 64, 32)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 PROBE_ROWS = 64
-STEP_WEIGHTS = 2 << 20
 CURE = 'Load a dense model with "Load Diffusion Model", or quantize it with "Patch to BitLinear".'
 
 
@@ -62,10 +60,10 @@ def find_levels(entry: DenseTensor) -> CodedTensor:
     for group_size in GROUP_SIZES:
         if weight.shape[1] % group_size:
             continue
-        if _symmetric_tables(weight[:PROBE_ROWS], group_size) is not None:
-            tables = _symmetric_tables(weight, group_size)
-            if tables is not None:
-                return _symmetric(entry, weight, group_size, *tables)
+        if signed_levels(weight[:PROBE_ROWS], group_size) is not None:
+            found = signed_levels(weight, group_size)
+            if found is not None:
+                return _symmetric(entry, weight, group_size, *found)
         for bits in (1, 2):
             if _spaced_tables(weight[:PROBE_ROWS], group_size, bits) is not None:
                 spaced = _spaced_tables(weight, group_size, bits)
@@ -76,31 +74,11 @@ def find_levels(entry: DenseTensor) -> CodedTensor:
     )
 
 
-def _steps(weight: torch.Tensor, group_size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, float32 [n, K / group, group]) until every row was seen."""
-    step = max(1, STEP_WEIGHTS // weight.shape[1])
-    for lo in range(0, weight.shape[0], step):
-        rows = weight[lo : lo + step].float()
-        yield lo, rows.view(rows.shape[0], -1, group_size)
-
-
-def _symmetric_tables(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, bool] | None:
-    """(s [N, K / group], whether a zero occurs beside nonzero values) if every group is {-s, 0, s}, else None."""
-    magnitudes, zeros = [], False
-    for _, groups in _steps(weight, group_size):
-        size = groups.abs()
-        top = size.amax(-1, keepdim=True)
-        empty = size == 0
-        if not bool(((size == top) | empty).all()):
-            return None
-        zeros = zeros or bool((empty & (top > 0)).any())
-        magnitudes.append(top.squeeze(-1))
-    return torch.cat(magnitudes), zeros
-
-
 def _symmetric(
-    entry: DenseTensor, weight: torch.Tensor, group_size: int, magnitude: torch.Tensor, ternary: bool
+    entry: DenseTensor, weight: torch.Tensor, group_size: int, magnitude: torch.Tensor, levels: int
 ) -> CodedTensor:
+    ternary = levels == 3
+
     def read(lo: int, hi: int) -> torch.Tensor:
         rows = weight[lo:hi]
         return (rows.sign() + 1).to(torch.uint8) if ternary else (rows > 0).to(torch.uint8)
@@ -120,7 +98,7 @@ def _symmetric(
 def _spaced_tables(weight: torch.Tensor, group_size: int, bits: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(spacing, lowest level) if every group has at most 2 (1 bit) or 3 (2 bit) equally spaced levels, else None."""
     scales, lows = [], []
-    for _, groups in _steps(weight, group_size):
+    for _, groups in groups_of(weight, group_size):
         low = groups.amin(-1, keepdim=True)
         scale = (groups.amax(-1, keepdim=True) - low) / bits
         rebuilt = (_nearest(groups, scale, low) * scale + low).to(weight.dtype).float()

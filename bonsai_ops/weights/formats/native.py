@@ -39,16 +39,14 @@ import torch
 from ... import __version__
 from .. import codec as codecs
 from ..errors import PackError
-from ..packed_weight import SCHEMES, PackedWeight
+from ..packed_weight import FORM, SCHEMES, TABLE_DTYPES, TABLES, PackedWeight
 from .entries import DOWNLOAD_AGAIN, DenseTensor, Entry, PackedTensor
 from .safetensors_file import DTYPES, SafetensorsFile
 
 VERSION = 2
 NEWER_CODECS = ("byte",)
 """Codecs that a reader of version 1 does not know."""
-TABLES = ("scale", "zero", "up", "down")
 RECORD = "bonsai"
-SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WRITE_BYTES = 16 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -134,7 +132,7 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
     has_zero = zero in file.tensors
     if code_dtype != torch.uint8 or len(code_shape) != 2:
         raise PackError(file.path, f"is {code_dtype} {list(code_shape)}", "Expected u8 codes [n, K].", weight)
-    if len(table) != 2 or table_dtype not in SCALE_DTYPES or not table[1] or code_shape[1] % table[1]:
+    if len(table) != 2 or table_dtype not in TABLE_DTYPES or not table[1] or code_shape[1] % table[1]:
         raise PackError(
             file.path,
             f"is {table_dtype} {list(table)}",
@@ -150,7 +148,7 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
             told = (tuple(described["shape"]), described["group_size"])
         except (KeyError, TypeError) as error:
             raise PackError(file.path, f"is described by {described!r}", DOWNLOAD_AGAIN, weight) from error
-        if told != (shape, group_size) or codec not in SCHEMES.get(str(scheme), ()):
+        if told != (shape, group_size) or str(scheme) not in SCHEMES or codec not in SCHEMES[scheme].codecs:
             raise PackError(
                 file.path,
                 f"is {shape} in groups of {group_size} by its tensors, but {scheme} {codec} "
@@ -158,7 +156,7 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
                 DOWNLOAD_AGAIN,
                 weight,
             )
-    if has_zero != (scheme in ("affine", "zero_point")) or codecs.get_codec(codec).byte_rows(shape[0]) != code_shape[0]:
+    if has_zero != SCHEMES[scheme].has_zero or codecs.get_codec(codec).byte_rows(shape[0]) != code_shape[0]:
         raise PackError(
             file.path,
             f"has {code_shape[0]} byte rows {'with' if has_zero else 'without'} a zero table",
@@ -166,7 +164,7 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
             weight,
         )
 
-    if has_zero and (file.tensors[zero][0] != table or file.tensors[zero][1] not in SCALE_DTYPES):
+    if has_zero and (file.tensors[zero][0] != table or file.tensors[zero][1] not in TABLE_DTYPES):
         raise PackError(
             file.path,
             f"is {file.tensors[zero][1]} {list(file.tensors[zero][0])}",
@@ -193,7 +191,7 @@ def _residual(file: SafetensorsFile, weight: str, shape: tuple[int, int], rank: 
         found, dtype = file.tensors.get(name, ((), None))
         rank = rank or (found[-1 if is_up else 0] if len(found) == 2 else 0)
         expected = (shape[0], rank) if is_up else (rank, shape[1])
-        if found != expected or dtype not in SCALE_DTYPES:
+        if found != expected or dtype not in TABLE_DTYPES:
             raise PackError(
                 file.path,
                 f"is {dtype} {list(found)}" if dtype else "is missing",
@@ -209,7 +207,7 @@ def _guess(file: SafetensorsFile, weight: str, rows: int, byte_rows: int, has_ze
     fitting = [
         (scheme, codec)
         for scheme in schemes
-        for codec in SCHEMES[scheme]
+        for codec in SCHEMES[scheme].codecs
         if codecs.get_codec(codec).byte_rows(rows) == byte_rows
     ]
     ternary = [codec for scheme, codec in fitting if scheme == "ternary"]
@@ -240,7 +238,8 @@ def make_record(
     schemes = {w.scheme for w in packed.values()}
     variant = schemes.pop() if len(schemes) == 1 else "mixed"
     layers = {
-        layer: {"scheme": w.scheme, "codec": w.codec, "group_size": w.group_size, "shape": list(w.shape)}
+        layer: {name: getattr(w, name) for name in FORM}
+        | {"shape": list(w.shape)}
         | ({"rank": w.rank} if w.rank else {})
         for layer, w in packed.items()
     }
@@ -255,8 +254,7 @@ def to_tensors(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, 
     for name, weight in weights.items():
         if isinstance(weight, PackedWeight):
             tensors[name] = weight.codes
-            tables = {table: getattr(weight, table) for table in TABLES}
-            tensors |= {f"{name}_{table}": tensor for table, tensor in tables.items() if tensor is not None}
+            tensors |= {f"{name}_{table}": tensor for table, tensor in weight.tables().items()}
         else:
             tensors[name] = weight
     return tensors
