@@ -1,7 +1,8 @@
 """Shared fixtures, and the order in which modules are found.
 
 ComfyUI owns the top-level names `nodes`, `server`, `utils` and `tests`, so its folder comes before this repository:
-`import nodes` finds ComfyUI's, `import bonsai_ops` ours. The folder of the tests comes third, for `import peers`.
+`import nodes` finds ComfyUI's, `import bonsai_ops` ours. The folder of the tests comes third, for `import peers`
+and `import twins`.
 ComfyUI's options are set here, before anything imports comfy: processor only, files in a temporary base directory.
 BONSAI_TEST_DEVICE=cuda lets the ComfyUI inside this process use the GPU.
 """
@@ -26,6 +27,8 @@ from bonsai_ops.tools.server import ComfyServer
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
+
+pytest.register_assert_rewrite("twins", "peers.families")
 
 
 def _put_first(folders: list[Path]) -> None:

@@ -1,55 +1,16 @@
-"""Tiny Klein pipelines and what diffusers and transformers make of them."""
+"""Fixtures: the families of peers/families.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: run the tests with `python -m tests`")
 pytest.importorskip("transformers", reason="transformers is not installed: run the tests with `python -m tests`")
 
-from peers import gemlite_pack, mlx_pack, reference, tiny_klein
-
-PROMPT = "a bonsai tree in a blue pot, morning light"
-WIDTH, HEIGHT, SEED = 192, 128, 7
-GEOMETRIES = {
-    "narrow": {"heads": 2, "depth": 1, "depth_single": 2},
-    "wide": {"heads": 3, "depth": 2, "depth_single": 3},
-}
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The peer's result: latent [1, 128, H/16, W/16] fp32, picture uint8 [H, W, 3], embeddings [1, 512, D] fp32."""
-
-    latent: torch.Tensor
-    picture: np.ndarray
-    embeds: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Family:
-    """One tiny model in every published layout, made by the packers' own code. `variant`: binary or ternary."""
-
-    variant: str
-    unpacked: Path
-    gemlite: Path
-    mlx: Path
-    truth: Truth
-
-    @property
-    def gemlite_file(self) -> Path:
-        return next(self.gemlite.glob("transformer-gemlite-int*/state_dict.pt"))
-
-
-def truth_of(folder: Path, embeds: torch.Tensor | None = None) -> Truth:
-    """diffusers' pipeline on an unpacked folder, 4 steps, fp32."""
-    prompt = PROMPT if embeds is None else None
-    return Truth(*reference.reference_latent(folder, prompt, WIDTH, HEIGHT, 4, SEED, prompt_embeds=embeds))
+from peers.families import GEOMETRIES, Family, make_family
+from peers.tiny_klein import VARIANTS
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +19,8 @@ def tokenizer_folder(comfyui_path: Path) -> Path:
     return comfyui_path / "comfy" / "text_encoders" / "qwen25_tokenizer"
 
 
-@pytest.fixture(scope="session", params=[(v, g) for g in GEOMETRIES for v in tiny_klein.VARIANTS], ids="-".join)
+@pytest.fixture(scope="session", params=[(v, g) for g in GEOMETRIES for v in VARIANTS], ids="-".join)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Family:
     """Binary and ternary, two widths and depths; the single blocks' second layer looks square when packed to 2 bits."""
     variant, geometry = request.param
-    root = tmp_path_factory.mktemp(f"{variant}-{geometry}")
-    unpacked, gemlite, mlx = root / "unpacked", root / "gemlite", root / "mlx"
-    tiny_klein.write_pipeline(unpacked, tokenizer=tokenizer_folder, variant=variant, **GEOMETRIES[geometry])
-    gemlite_pack.write_gemlite_pack(unpacked, gemlite, variant)
-    mlx_pack.write_mlx_pack(unpacked, mlx, variant)
-    return Family(variant, unpacked, gemlite, mlx, truth_of(unpacked))
+    return make_family(tmp_path_factory.mktemp(f"{variant}-{geometry}"), variant, geometry, tokenizer_folder)

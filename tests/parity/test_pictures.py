@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 from peers import mlx_pack, reference, tiny_klein
+from peers.families import HEIGHT, PROMPT, SEED, WIDTH, Family, Truth, truth_of
 from PIL import Image
 from safetensors.torch import load_file
 
 from bonsai_ops import convert
 from bonsai_ops.tools import synthetic
 from bonsai_ops.tools.server import ComfyServer
-
-from .conftest import HEIGHT, PROMPT, SEED, WIDTH, Family, Truth, truth_of
 
 pytestmark = [pytest.mark.parity, pytest.mark.host]
 

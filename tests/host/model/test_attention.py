@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from .conftest import draw, load_stock, read_dense
+from twins import draw, load_stock, read_dense
 
 pytestmark = pytest.mark.host
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from .conftest import (
+from twins import (
+    HIDDEN,
     LATENT,
     LINEAR1,
     QKV,
@@ -41,7 +41,6 @@ from .conftest import (
     with_lora,
     write_pack,
 )
-from .conftest import H as HIDDEN
 
 pytestmark = pytest.mark.host
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from .conftest import SMALL, Pair, bfl_lora, draw, latent, relative, run_node, text, with_lora
+from twins import SMALL, Pair, bfl_lora, draw, latent, loaded, predict, relative, run_node, text, unloaded, with_lora
 
 pytestmark = pytest.mark.host
 
@@ -191,8 +190,6 @@ def test_interrupt_at_any_step_then_again(pair: Pair, comfy: Any, lora_file: Any
 @pytest.mark.parametrize("memory", [0, 1], ids=["resident", "offloaded"])
 def test_interrupt_inside_a_layer(pair: Pair, comfy: Any, lora_file: Any, layer: str, memory: int) -> None:
     """An exception while a packed layer works leaves no hook, patch or changed attribute behind."""
-    from .conftest import loaded, predict, unloaded
-
     model = loaded(with_lora(pair.packed, lora_file(bfl_lora()), 0.5), memory)
     whole = predict(model)
     module = model.model.diffusion_model.get_submodule(layer)

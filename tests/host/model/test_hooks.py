@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from .conftest import (
+from twins import (
     QKV,
     SHAPES,
     Pair,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-
-from .conftest import (
+from twins import (
     DENSE,
+    HIDDEN,
     LINEAR1,
     LINEAR2,
     PROJ,
@@ -32,7 +32,6 @@ from .conftest import (
     unloaded,
     with_lora,
 )
-from .conftest import H as HIDDEN
 
 pytestmark = pytest.mark.host
 

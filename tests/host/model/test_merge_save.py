@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from .conftest import (
+from twins import (
     LINEAR1,
     QKV,
     SHAPES,

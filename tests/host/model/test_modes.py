@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from .conftest import QKV, bfl_lora, draw, module_of, relative, with_lora
+from twins import QKV, bfl_lora, draw, module_of, relative, with_lora
 
 pytestmark = pytest.mark.host
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from .conftest import (
+from twins import (
     absent,
     draw,
     load_stock,

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from .conftest import draw
+from twins import draw
 
 pytestmark = pytest.mark.host
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from twins import with_lora
 
 from bonsai_ops.kernels import dispatch
 from bonsai_ops.tools.environment import PLUGIN
@@ -21,8 +22,6 @@ from bonsai_ops.weights.read import open_transformer, read_weights
 from training.judge import judge
 from training.measure import held_out
 from training.scene import JUDGED
-
-from .conftest import with_lora
 
 pytestmark = pytest.mark.host
 

@@ -8,6 +8,7 @@ import comfy.model_management
 import pytest
 import torch
 from safetensors.torch import load_file
+from twins import relative
 
 from bonsai_ops.host.loader import load_bonsai_model
 from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
@@ -15,8 +16,6 @@ from bonsai_ops.host.vae import load_vae
 from bonsai_ops.tools.environment import PLUGIN
 from training import export, text_encoder, transformer, unpack, vae
 from training.checkpoint import Checkpoint
-
-from .conftest import relative
 
 pytestmark = pytest.mark.host
 PROMPTS = (

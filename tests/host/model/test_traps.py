@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from .conftest import (
+from twins import (
+    HIDDEN,
     LINEAR1,
     QKV,
     SHAPES,
@@ -35,7 +35,6 @@ from .conftest import (
     unloaded,
     with_lora,
 )
-from .conftest import H as HIDDEN
 
 pytestmark = pytest.mark.host
 

@@ -1,0 +1,258 @@
+"""Tiny packed models inside a real ComfyUI, each beside a dense twin: the same weights in fp32, loaded by ComfyUI.
+
+Everything runs in this process, through ComfyUI's own nodes where there is one. The device is the processor, so that
+"offloaded" means what ComfyUI's lowvram code does to a module, without a second memory; dynamic VRAM needs CUDA and is
+only imitated, by the attributes that its `load` sets.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bonsai_ops.tools import synthetic
+from bonsai_ops.tools.environment import NEWEST, comfyui_version
+from bonsai_ops.weights import codec, flux2
+from bonsai_ops.weights.formats import native
+from bonsai_ops.weights.packed_weight import PackedWeight
+
+SMALL = flux2.Geometry(hidden=128, context=128, in_channels=128, double_blocks=2, single_blocks=3)
+VARIANTS = ("binary", "ternary", "affine")
+TOLERANCE = 1e-5
+"""Relative L2 distance to the dense twin, fp32."""
+TOKENS, LATENT = 12, (1, 128, 4, 6)
+QKV = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+PROJ = "diffusion_model.double_blocks.1.txt_attn.proj.weight"
+LINEAR1 = "diffusion_model.single_blocks.0.linear1.weight"
+LINEAR2 = "diffusion_model.single_blocks.2.linear2.weight"
+DENSE = "diffusion_model.double_stream_modulation_img.lin.weight"
+
+
+def absent(what: str) -> None:
+    """Skips the test in an older ComfyUI, which has no `what`; fails in the newest, which is known to have it."""
+    import comfy
+
+    version = comfyui_version(Path(comfy.__path__[0]).parent)
+    assert version != NEWEST, f"ComfyUI {version} has lost {what}: adapt the test"
+    pytest.skip(f"ComfyUI {version} has no {what}")
+
+
+def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """L2 distance relative to the truth."""
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).norm() / truth.norm())
+
+
+def write_pack(path: Path, variant: str, geometry: flux2.Geometry = SMALL, seed: int = 0) -> Path:
+    """A transformer file of random codes: MLX for binary and ternary, native for affine."""
+    if variant != "affine":
+        synthetic.write_mlx(path, variant, geometry, seed)
+        return path
+    generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, PackedWeight | torch.Tensor] = {}
+    for name, shape in flux2.expected_shapes(geometry).items():
+        if flux2.is_block_linear(name):
+            codes = torch.randint(0, 4, shape, dtype=torch.uint8, generator=generator)
+            scale = synthetic.magnitudes(*shape, generator).bfloat16()
+            weights[name] = PackedWeight(
+                codec.encode("crumb", codes), scale, shape, "affine", "crumb", 128, (-1.5 * scale.float()).bfloat16()
+            )
+        else:
+            weights[name] = synthetic.dense_tensor(shape, generator)
+    native.write(path, weights, native.make_record(weights))
+    return path
+
+
+def read_dense(path: Path) -> dict[str, torch.Tensor]:
+    """{BFL name: fp32 weight} of a pack."""
+    from bonsai_ops.weights.read import open_transformer, read_weights
+
+    weights = read_weights(*open_transformer(path))
+    return {n: w.dequantize() if isinstance(w, PackedWeight) else w.float() for n, w in weights.items()}
+
+
+def load_stock(state_dict: Mapping[str, torch.Tensor]) -> Any:
+    """ComfyUI's own ModelPatcher around these weights, in fp32."""
+    import comfy.sd
+
+    model = comfy.sd.load_diffusion_model_state_dict(
+        {name: tensor.clone() for name, tensor in state_dict.items()}, model_options={"dtype": torch.float32}
+    )
+    return model
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A packed model and its dense twin, freshly loaded. `path`: the pack."""
+
+    path: Path
+    packed: Any
+    dense: Any
+
+    def both(self, change: Callable[[Any], Any]) -> Pair:
+        """The pair of what `change` makes of each."""
+        return Pair(self.path, change(self.packed), change(self.dense))
+
+    def check(self, tolerance: float = TOLERANCE, **settings: Any) -> torch.Tensor:
+        """Samples both, compares them and returns what the packed model drew."""
+        found, truth = draw(self.packed, **settings), draw(self.dense, **settings)
+        assert relative(found, truth) < tolerance
+        return found
+
+
+def text(seed: int = 1, batch: int = 1) -> list:
+    """A CONDITIONING of random text states. ComfyUI before 0.24 asks for the key "pooled_output"."""
+    states = torch.randn(batch, TOKENS, SMALL.context, generator=torch.Generator().manual_seed(seed))
+    return [[states, {"pooled_output": None}]]
+
+
+def latent(seed: int | None = None, batch: int = 1) -> dict[str, torch.Tensor]:
+    """An empty LATENT, or one with random content."""
+    shape = (batch, *LATENT[1:])
+    return {
+        "samples": torch.zeros(shape)
+        if seed is None
+        else torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    }
+
+
+def draw(
+    model: Any,
+    *,
+    positive: list | None = None,
+    negative: list | None = None,
+    start: dict | None = None,
+    steps: int = 2,
+    cfg: float = 1.0,
+    denoise: float = 1.0,
+) -> torch.Tensor:
+    """What ComfyUI's KSampler node makes of the latent `start`."""
+    return run_node(
+        "nodes.KSampler",
+        model=model,
+        seed=5,
+        steps=steps,
+        cfg=cfg,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=positive or text(),
+        negative=negative or text(2),
+        latent_image=start or latent(),
+        denoise=denoise,
+    )["samples"]
+
+
+def run_node(name: str, /, **inputs: Any) -> Any:
+    """Calls a node of ComfyUI, such as "comfy_extras.nodes_flux.Flux2Scheduler", and returns its first output.
+
+    Skips the test where an older ComfyUI has no such node.
+    """
+    return run_node_outputs(name, **inputs)[0]
+
+
+def run_node_outputs(name: str, /, **inputs: Any) -> tuple:
+    """All outputs of a node, V1 or V3."""
+    module_name, _, class_name = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError):
+        absent(f"node {name}")
+    if hasattr(found, "define_schema"):
+        outputs = found.execute(**inputs).result
+    else:
+        method = getattr(found(), found.FUNCTION)
+        known = inspect.signature(method).parameters
+        outputs = method(**{name: value for name, value in inputs.items() if name in known})
+    return tuple(outputs or ())
+
+
+def with_lora(model: Any, name: str, strength: float = 1.0) -> Any:
+    """The model behind ComfyUI's LoraLoaderModelOnly."""
+    return run_node("nodes.LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)
+
+
+def low_rank(
+    layers: Mapping[str, tuple[int, int]],
+    *,
+    names: tuple[str, str] = ("lora_B.weight", "lora_A.weight"),
+    rank: int = 4,
+    alpha: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA on `layers` {prefix in the file: (rows, columns)}; its effect is about that of the weight.
+
+    names: what up and down are called.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, (rows, columns) in layers.items():
+        tensors[f"{prefix}.{names[0]}"] = torch.randn(rows, rank, generator=generator).to(dtype)
+        tensors[f"{prefix}.{names[1]}"] = (torch.randn(rank, columns, generator=generator) / columns**0.5 / 2).to(dtype)
+        if alpha is not None:
+            tensors[f"{prefix}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+HIDDEN = SMALL.hidden
+SHAPES = {
+    f"diffusion_model.{n}": s
+    for n, s in flux2.expected_shapes(SMALL).items()
+    if flux2.is_block_linear(n) or n.endswith("lin.weight")
+}
+"""{key: (rows, columns)} of every packed layer and of the dense modulation layers."""
+
+
+def bfl_lora(**options: Any) -> dict[str, torch.Tensor]:
+    """A LoRA on every block layer and on the dense modulation, BFL names."""
+    return low_rank({key.removesuffix(".weight"): shape for key, shape in SHAPES.items()}, **options)
+
+
+def loaded(model: Any, memory: float = 0) -> Any:
+    """The model loaded through ComfyUI's patcher. memory: 0 resident, else bytes that may be resident."""
+    model.patch_model(torch.device("cpu"), lowvram_model_memory=memory)
+    return model
+
+
+def unloaded(model: Any) -> Any:
+    """The model after ComfyUI took it off the device."""
+    model.detach()
+    return model
+
+
+def predict(model: Any, seed: int = 3) -> torch.Tensor:
+    """One step of a model that is loaded already: no sampler, no model management in between."""
+    x = torch.randn(LATENT, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        return model.model.apply_model(x, torch.tensor([0.7]), c_crossattn=text()[0][0])
+
+
+def module_of(model: Any, key: str) -> torch.nn.Module:
+    """The module whose weight has this key."""
+    return model.model.get_submodule(key.rpartition(".")[0])
+
+
+def state_bytes(model: Any) -> dict[str, torch.Tensor]:
+    """A deep copy of the model's state dict."""
+    return {name: copy.deepcopy(tensor.detach()) for name, tensor in model.model.state_dict().items()}
+
+
+def same_state(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    """Equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+
+
+def packed_layers(model: Any) -> int:
+    """How many modules hold a packed weight now."""
+    from bonsai_ops.host.layout import is_packed
+
+    return sum(is_packed(getattr(m, "weight", None)) for m in model.model.modules())
