@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..bonsai_ops.host.patch.calibrate import MODES
-from ..bonsai_ops.host.sampling import Sampling, sample_recorded
+from ..bonsai_ops.host.patch.calibrate import MODES, sample_recorded
+from ..bonsai_ops.host.sampling import Sampling
 from . import inputs
 
 Calibration = io.Custom("BONSAI_CALIBRATION")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..bonsai_ops.host.sampling import Sampling, sample_measured
+from ..bonsai_ops.host.patch.measure import sample_measured
+from ..bonsai_ops.host.sampling import Sampling
 from . import inputs
 
 

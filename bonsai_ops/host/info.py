@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..kernels import dispatch
-from ..weights.packed_weight import PackedWeight
-from .layout import is_packed, mode_of, unwrap
-from .loader import ATTACHMENT
+from .inventory import take_inventory
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 BF16_BYTES = 2
 FONT_SIZE, LINE, MARGIN, LABEL, WIDTH, BAR = 16, 26, 20, 190, 760, 18
@@ -20,35 +21,25 @@ COLORS = {"packed": "#3f8f4f", "dense": "#c08a3e", "bf16": "#9aa0a6"}
 Line = tuple[str, str]
 
 
-def describe(model: object) -> list[Line]:
-    """[(label, text)] about a ModelPatcher from our loaders. Raises ValueError if no layer of it is packed."""
-    packed, dense = _weights(model)
-    modes = {mode_of(p) for p in model.model.diffusion_model.parameters() if is_packed(p)}
-    if not packed:
-        raise ValueError('this model has no packed layer: connect a model from "Load Bonsai Model"')
-    report = model.get_attachment(ATTACHMENT)
-    device, dtype = model.load_device, model.model.get_dtype_inference()
-    choice = dispatch.resolve(dispatch.call_of(device, dtype, packed[0], modes.pop()))
-    packed_bytes, dense_bytes = sum(w.nbytes for w in packed), sum(t.nbytes for t in dense)
-    numbers = sum(w.shape[0] * w.shape[1] for w in packed)
-    whole = numbers + sum(t.numel() for t in dense)
-    schemes = sorted({w.scheme for w in packed})
+def describe(model: ModelPatcher) -> list[Line]:
+    """[(label, text)] about a model from our loaders. Raises ValueError if no layer of it is packed."""
+    found = take_inventory(model)
     lines = [
-        ("model", f"{', '.join(schemes)}, {whole / 1e9:.3f} billion weights"),
+        ("model", f"{', '.join(found.schemes)}, {found.weights / 1e9:.3f} billion weights"),
         (
             "packed layers",
-            f"{len(packed)} as {', '.join(sorted({w.codec for w in packed}))}, {_mb(packed_bytes)}, "
-            f"{8 * packed_bytes / numbers:.3f} bits a weight",
+            f"{found.packed_layers} as {', '.join(found.codecs)}, {_mb(found.packed_bytes)}, "
+            f"{8 * found.packed_bytes / found.packed_weights:.3f} bits a weight",
         ),
-        ("dense tensors", f"{len(dense)}, {_mb(dense_bytes)}"),
-        ("in memory", f"{_mb(packed_bytes + dense_bytes)}; as dense bf16 it would be {_mb(BF16_BYTES * whole)}"),
-        ("computes in", f"{str(dtype).removeprefix('torch.')} on {device}"),
-        ("backend", f"{choice.backend.name}, {choice.mode}"),
+        ("dense tensors", f"{found.dense_tensors}, {_mb(found.dense_bytes)}"),
+        ("in memory", f"{_mb(found.resident_bytes)}; as dense bf16 it would be {_mb(BF16_BYTES * found.weights)}"),
+        ("computes in", f"{found.dtype} on {found.device}"),
+        ("backend", f"{found.backend}, {found.mode}"),
     ]
-    lines += [(f"not {name}", reason) for name, reason in choice.declined.items()]
+    lines += [(f"not {name}", reason) for name, reason in found.declined.items()]
     lines.append(("patched layers", str(len(model.patches))))
-    if report is not None:
-        lines.append(("file", f"{report.format}, {Path(report.path).name}"))
+    if found.origin is not None:
+        lines.append(("file", f"{found.origin.format}, {Path(found.origin.path).name}"))
     return lines
 
 
@@ -58,11 +49,11 @@ def to_text(lines: Sequence[Line]) -> str:
     return "\n".join(f"{label.ljust(width)}  {text}" for label, text in lines)
 
 
-def draw(model: object, lines: Sequence[Line]) -> torch.Tensor:
+def draw(model: ModelPatcher, lines: Sequence[Line]) -> torch.Tensor:
     """The lines and bars of the memory, packed beside bf16: an IMAGE [1, H, W, 3] float in 0 .. 1."""
-    packed, dense = _weights(model)
-    parts = {"packed": sum(w.nbytes for w in packed), "dense": sum(t.nbytes for t in dense)}
-    whole = BF16_BYTES * (sum(w.shape[0] * w.shape[1] for w in packed) + sum(t.numel() for t in dense))
+    found = take_inventory(model)
+    parts = {"packed": found.packed_bytes, "dense": found.dense_bytes}
+    whole = BF16_BYTES * found.weights
     height = 2 * MARGIN + LINE * (len(lines) + 1) + 2 * (BAR + 8)
     picture = Image.new("RGB", (WIDTH, height), "#202124")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
@@ -79,17 +70,6 @@ def draw(model: object, lines: Sequence[Line]) -> torch.Tensor:
     pen.rectangle((MARGIN, y + BAR + 8, MARGIN + round(whole * scale), y + 2 * BAR + 8), fill=COLORS["bf16"])
     pen.text((MARGIN + 8, y + BAR + 8), "the same model in bf16", fill="#202124", font=font)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0).unsqueeze(0)
-
-
-def _weights(model: object) -> tuple[list[PackedWeight], list[torch.Tensor]]:
-    """(packed weights, dense tensors) of the transformer as it stands."""
-    packed, dense = [], []
-    for parameter in model.model.diffusion_model.parameters():
-        if is_packed(parameter):
-            packed.append(unwrap(parameter))
-        else:
-            dense.append(parameter)
-    return packed, dense
 
 
 def _fit(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, width: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import comfy.model_management
@@ -20,6 +20,7 @@ from ..weights.packed_weight import DENSITIES, PackedWeight
 from ..weights.read import open_transformer, read_weights
 from . import model_class as build
 from .attention import attend_in_parts
+from .inventory import Origin, attach_inventory
 from .layout import wrap
 from .linear import make_bonsai_ops
 from .patcher import adopt
@@ -28,7 +29,6 @@ from .precision import compute_dtype
 logger = logging.getLogger(__name__)
 
 MEMORY_MODES = ("auto", "classic")
-ATTACHMENT = "bonsai"
 
 
 @dataclass(frozen=True)
@@ -50,34 +50,6 @@ class LoadOptions:
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown, expected {' or '.join(known)}")
         dispatch.check_mode(self.mode)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What was loaded, kept on the model as attachment `bonsai`. Sizes in bytes, time in seconds."""
-
-    path: str
-    format: str
-    variant: str
-    packed_layers: int
-    packed_bytes: int
-    dense_bytes: int
-    seconds: float
-    dtype: str
-    backend: str
-    declined: Mapping[str, str]
-    """{backend, mode or dtype that would be faster: why it is not used}."""
-    source: Mapping[str, str]
-    mode: str = dispatch.EXACT
-    """The mode in use, which is exact if the one that was asked for is declined."""
-    architecture: str = "flux2"
-    """flux2, or the ComfyUI class of a model of any kind that was patched."""
-    model: Mapping[str, object] = field(default_factory=dict)
-    """That class's configuration (build.describe), empty for flux2."""
-
-    @property
-    def resident_bytes(self) -> int:
-        return self.packed_bytes + self.dense_bytes
 
 
 def load_bonsai_model(
@@ -108,7 +80,6 @@ def load_bonsai_model(
             supported_dtypes=[torch.bfloat16, torch.float16, torch.float32],
         )
         dtype = comfy.model_management.unet_manual_cast(dtype, device) or dtype
-    report = _report(pack, weights, device, dtype, settings.mode, started)
     state_dict = {
         name: wrap(w, dtype, settings.mode) if isinstance(w, PackedWeight) else w for name, w in weights.items()
     }
@@ -119,19 +90,20 @@ def load_bonsai_model(
     adopt(model)
     attend_in_parts(model)
     model.cached_patcher_init = (load_bonsai_model, (str(path), asdict(settings)))
-    model.set_attachments(ATTACHMENT, report)
+    origin = Origin(str(pack.path), pack.format, pack.source, pack.architecture, pack.model)
+    inventory = attach_inventory(model, origin)
     logger.info(
         "Bonsai: %s %s, %d layers packed, %.1f MB resident, computes in %s, backend %s, %s%s, %.1f s from %s",
-        report.variant,
-        report.format,
-        report.packed_layers,
-        report.resident_bytes / 1e6,
-        report.dtype,
-        report.backend,
-        report.mode,
-        "".join(f" (not {name}: {reason})" for name, reason in report.declined.items()),
-        report.seconds,
-        report.path,
+        inventory.scheme,
+        pack.format,
+        inventory.packed_layers,
+        inventory.resident_bytes / 1e6,
+        inventory.dtype,
+        inventory.backend,
+        inventory.mode,
+        inventory.not_faster,
+        time.perf_counter() - started,
+        pack.path,
     )
     return model
 
@@ -164,33 +136,3 @@ def _make(pack: Pack, state_dict: dict, dtype: torch.dtype, disable_dynamic: boo
             pack.path, f"does not fit this ComfyUI ({error})", "Update ComfyUI, or patch and save the model again."
         ) from error
     return patcher
-
-
-def _report(
-    pack: Pack,
-    weights: Mapping[str, PackedWeight | torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    mode: str,
-    started: float,
-) -> LoadReport:
-    packed = [w for w in weights.values() if isinstance(w, PackedWeight)]
-    schemes = sorted({w.scheme for w in packed})
-    dense = sum(w.nbytes for w in weights.values() if not isinstance(w, PackedWeight))
-    choice = dispatch.resolve(dispatch.call_of(device, dtype, packed[0], mode))
-    return LoadReport(
-        str(pack.path),
-        pack.format,
-        schemes[0] if len(schemes) == 1 else "mixed",
-        len(packed),
-        sum(w.nbytes for w in packed),
-        dense,
-        time.perf_counter() - started,
-        str(dtype).removeprefix("torch."),
-        choice.backend.name,
-        choice.declined,
-        pack.source,
-        choice.mode,
-        pack.architecture,
-        pack.model,
-    )

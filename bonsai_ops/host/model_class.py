@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import comfy.model_base
 import comfy.model_patcher
@@ -78,24 +78,6 @@ def config_from(described: Mapping[str, object]) -> tuple[object, object] | None
     except (KeyError, TypeError, AttributeError, ValueError):
         return None
     return config, types[described["model_type"]]
-
-
-def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """{name: parameter or persistent buffer} as the modules hold them; packed weights stay one tensor each."""
-    found: dict[str, torch.Tensor] = {}
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        found |= {prefix + n: t for n, t in {**module._parameters, **kept}.items() if t is not None}
-    return found
-
-
-def linear_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) of every linear layer in model order, whoever made it and however its weight is stored."""
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(module, "in_features") and isinstance(weight, torch.Tensor) and weight.ndim == 2:
-            yield name, module
 
 
 def fill(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], assign: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -12,9 +11,6 @@ import comfy.utils
 import latent_preview
 import torch
 
-from .patch.calibrate import Calibration, Recorder
-from .patch.measure import Meter
-from .patch.report import Report
 from .schedule import official_sigmas
 
 
@@ -100,28 +96,3 @@ class Sampling:
             seed=self.seed,
         )
         return out
-
-
-def sample_recorded(model: object, sampling: Sampling, mode: str) -> tuple[Calibration, dict]:
-    """(what went into every linear layer, LATENT). mode: power or full.
-
-    Raises ValueError for an unknown mode or if no linear layer was called.
-    """
-    recorder = Recorder(mode)
-    with recorder.recording(model.model):
-        out = sampling.run(model)
-    return recorder.result(model.model), out
-
-
-def sample_measured(
-    original: object, patched: object, sampling: Sampling, progress: Callable[[int, int], None] | None = None
-) -> tuple[Report, dict]:
-    """(errors of the packed layers against those of the original, LATENT of the packed model).
-
-    progress(weights done, weights in all) follows the comparison of the weights after the sampling. Raises ValueError
-    if nothing is packed, the models differ or no packed layer was called.
-    """
-    meter = Meter(original, patched)
-    with meter.measuring():
-        out = sampling.run(patched)
-    return meter.report(progress), out

@@ -6,23 +6,25 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..weights.formats import native
 from ..weights.packed_weight import PackedWeight, at_density, narrow_exact
 from ..weights.read import source_record
+from .inventory import attached_inventory
 from .layout import is_packed, unwrap
-from .loader import ATTACHMENT
 from .lora import merges_models
-from .model_class import tensors_of
+from .tensors import base_tensors
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 logger = logging.getLogger(__name__)
 
-MODEL_PREFIX = "diffusion_model."
 
-
-def base_weights(model: object) -> dict[str, PackedWeight | torch.Tensor]:
+def base_weights(model: ModelPatcher) -> dict[str, PackedWeight | torch.Tensor]:
     """{name: packed (compact) or dense weight} of a ModelPatcher's transformer as it was loaded, patches undone.
 
     FLUX names are BFL's. Persistent buffers are among them.
@@ -32,9 +34,7 @@ def base_weights(model: object) -> dict[str, PackedWeight | torch.Tensor]:
     if any(merges_models(patches) for patches in model.patches.values()):
         raise ValueError("this model is a merge, which is dense: save it with Save Model")
     weights: dict[str, PackedWeight | torch.Tensor] = {}
-    for name, parameter in tensors_of(model.model.diffusion_model).items():
-        backup = model.backup.get(MODEL_PREFIX + name)
-        tensor = parameter if backup is None else backup.weight
+    for name, tensor in base_tensors(model).items():
         name = re.sub(r"(norm\.(?:query|key)_norm)\.weight$", r"\1.scale", name)
         if is_packed(tensor):
             weights[name] = at_density(unwrap(tensor), "compact")
@@ -49,7 +49,7 @@ def base_weights(model: object) -> dict[str, PackedWeight | torch.Tensor]:
 
 
 def save_bonsai_model(
-    model: object,
+    model: ModelPatcher,
     path: Path,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -64,10 +64,11 @@ def save_bonsai_model(
         logger.warning(
             "Bonsai: %d layers carry patches (LoRAs); the file holds the base model without them", len(model.patches)
         )
-    report = model.get_attachment(ATTACHMENT)
-    if report is None:
+    inventory = attached_inventory(model)
+    if inventory is None:
         record = native.make_record(weights)
     else:
-        source = source_record(Path(report.path), report.format, report.source)
-        record = native.make_record(weights, source, report.architecture, report.model)
+        origin = inventory.origin
+        source = source_record(Path(origin.path), origin.format, origin.source)
+        record = native.make_record(weights, source, origin.architecture, origin.configuration)
     native.write(path, weights, record, progress, extra=extra)

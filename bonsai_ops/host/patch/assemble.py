@@ -10,14 +10,13 @@ import comfy.model_management
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...kernels import dispatch
 from ...weights.packed_weight import PackedWeight
 from .. import model_class as build
 from ..attention import attend_in_parts
-from ..layout import is_packed, unwrap, wrap
-from ..loader import ATTACHMENT, LoadReport
+from ..inventory import Origin, attach_inventory
+from ..layout import is_packed, wrap
 from ..patcher import adopt
-from .layers import base_tensors
+from ..tensors import base_tensors, tensors_of
 
 _patched: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 """{name: patched ModelPatcher} while one is alive, so that ComfyUI can ask for it again by plain arguments."""
@@ -25,18 +24,20 @@ _patched: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary
 
 def empty_twin(base: torch.nn.Module) -> torch.nn.Module:
     """A BaseModel like `base` of our operations, without weights. Raises ValueError if its class forbids that."""
-    names = dict.fromkeys(build.tensors_of(base.diffusion_model))
+    names = dict.fromkeys(tensors_of(base.diffusion_model))
     return build.build(build.config_of(base), base.model_type, names)
 
 
-def assemble(source: object, twin: torch.nn.Module, packed: Mapping[str, PackedWeight], scheme: str) -> object:
+def assemble(source: object, twin: torch.nn.Module, packed: Mapping[str, PackedWeight]) -> object:
     """The packed ModelPatcher: weights into the twin, everything that was set on the source beside it."""
     tensors: dict[str, object] = {**base_tensors(source), **packed}
     patcher = _around(source, twin, tensors, dynamic=build.is_dynamic(source))
     name = uuid.uuid4().hex
     _patched[name] = patcher
     patcher.cached_patcher_init = (rebuild_patched, (name,))
-    patcher.set_attachments(ATTACHMENT, _load_report(patcher, scheme))
+    kind = type(twin).__name__
+    origin = Origin("", f"patched {kind}", {"patched": kind}, type(twin.model_config).__name__, build.describe(twin))
+    attach_inventory(patcher, origin)
     return patcher
 
 
@@ -64,31 +65,6 @@ def _around(source: object, twin: torch.nn.Module, tensors: Mapping[str, object]
     adopt(patcher)
     attend_in_parts(patcher)
     return patcher
-
-
-def _load_report(patcher: object, scheme: str) -> LoadReport:
-    base = patcher.model
-    tensors = build.tensors_of(base.diffusion_model).values()
-    packed = [unwrap(t) for t in tensors if is_packed(t)]
-    dtype = base.get_dtype_inference()
-    choice = dispatch.resolve(dispatch.call_of(patcher.load_device, dtype, packed[0]))
-    schemes = {weight.scheme for weight in packed}
-    return LoadReport(
-        "",
-        f"patched {type(base).__name__}",
-        scheme if len(schemes) == 1 else "mixed",
-        len(packed),
-        sum(w.nbytes for w in packed),
-        sum(t.nbytes for t in tensors if not is_packed(t)),
-        0.0,
-        str(dtype).removeprefix("torch."),
-        choice.backend.name,
-        choice.declined,
-        {"patched": type(base).__name__},
-        choice.mode,
-        type(base.model_config).__name__,
-        build.describe(base),
-    )
 
 
 def rebuild_patched(name: str, disable_dynamic: bool = False) -> object:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...quantize import Statistics
-from ..model_class import linear_modules
+from ..tensors import linear_modules
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from ..sampling import Sampling
 
 MODES = ("power", "full")
 GRAM_BYTES = 4 << 30
@@ -98,3 +104,14 @@ class Recorder:
             some = thinned(x).to(sums.gram.device, torch.float32)
             sums.gram.addmm_(some.T, some)
             sums.gram_count += some.shape[0]
+
+
+def sample_recorded(model: ModelPatcher, sampling: Sampling, mode: str) -> tuple[Calibration, dict]:
+    """(what went into every linear layer, LATENT). mode: power or full.
+
+    Raises ValueError for an unknown mode or if no linear layer was called.
+    """
+    recorder = Recorder(mode)
+    with recorder.recording(model.model):
+        out = sampling.run(model)
+    return recorder.result(model.model), out

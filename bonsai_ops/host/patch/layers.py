@@ -13,13 +13,11 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ...quantize import Settings, Statistics, budget, fitting_group, quantize_layer
 from ...quantize.layer import GROUP_SIZES, Quantized
-from .. import model_class as build
 from ..layout import is_packed, unwrap
 from ..linear import PackedLinear
 from ..lora import merges_models
+from ..tensors import PREFIX, base_tensor, base_tensors, linear_modules
 from .options import PatchOptions
-
-PREFIX = "diffusion_model."
 
 
 @dataclass
@@ -34,8 +32,14 @@ class Layer:
     options: list[budget.Option] = field(default_factory=list)
 
     @property
+    def weight(self) -> str:
+        """The name of its weight in the transformer."""
+        return f"{self.name}.weight"
+
+    @property
     def key(self) -> str:
-        return f"{PREFIX}{self.name}.weight"
+        """ComfyUI's key of its weight, for patches."""
+        return PREFIX + self.weight
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,7 +50,7 @@ def linear_layers(source: object, twin: torch.nn.Module, options: PatchOptions) 
     """Every linear layer of the source in model order, with the reason for those that stay."""
     ours = dict(twin.diffusion_model.named_modules())
     layers = []
-    for name, module in build.linear_modules(source.model.diffusion_model):
+    for name, module in linear_modules(source.model.diffusion_model):
         weight = module.weight
         layer = Layer(name, module)
         excluded = next((p for p in options.exclude if fnmatch.fnmatchcase(name, p)), None)
@@ -67,19 +71,9 @@ def linear_layers(source: object, twin: torch.nn.Module, options: PatchOptions) 
     return layers
 
 
-def base_tensors(source: object) -> dict[str, torch.Tensor]:
-    """{name: tensor} of the source's transformer as it was loaded, patches undone."""
-    tensors = build.tensors_of(source.model.diffusion_model)
-    for name in tensors:
-        kept = source.backup.get(PREFIX + name)
-        if kept is not None:
-            tensors[name] = kept.weight
-    return tensors
-
-
 def other_tensors(source: object, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
     """{name: tensor} of the source's transformer that is no weight of `layers`."""
-    weights = {f"{layer.name}.weight" for layer in layers}
+    weights = {layer.weight for layer in layers}
     return {name: tensor for name, tensor in base_tensors(source).items() if name not in weights}
 
 
@@ -90,9 +84,7 @@ def convolutions(source: object) -> int:
 
 def dense_weight(source: object, layer: Layer, device: torch.device) -> torch.Tensor:
     """The float32 weight of a layer on `device`, a merge carried out, LoRAs left out."""
-    kept = source.backup.get(layer.key)
-    weight = layer.module.weight if kept is None else kept.weight
-    weight = weight.detach().to(device)
+    weight = base_tensor(source, layer.weight).detach().to(device)
     if isinstance(weight, QuantizedTensor):
         weight = weight.dequantize()
     patches = source.patches.get(layer.key, ())
@@ -104,8 +96,7 @@ def dense_weight(source: object, layer: Layer, device: torch.device) -> torch.Te
 
 def stored_bytes(source: object, layer: Layer) -> int:
     """Bytes of a kept layer's weight."""
-    kept = source.backup.get(layer.key)
-    weight = layer.module.weight if kept is None else kept.weight
+    weight = base_tensor(source, layer.weight)
     return unwrap(weight).nbytes if is_packed(weight) else weight.nbytes
 
 

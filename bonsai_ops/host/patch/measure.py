@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,10 +19,15 @@ from ...kernels import custom_op as ops
 from ...quantize import LayerError, measured
 from ...quantize.layer import form_of
 from ..layout import is_packed, mode_of, unwrap
-from ..model_class import linear_modules
+from ..tensors import linear_modules
 from .calibrate import thinned
 from .layers import Layer, convolutions, dense_weight, other_tensors, stored_bytes
 from .report import LayerReport, Report
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from ..sampling import Sampling
 
 STEP_ROWS = 4096
 """Rows of a weight that are compared at a time."""
@@ -33,7 +39,7 @@ class Meter:
     Of each call it takes up to calibrate.TOKENS inputs. Raises ValueError if nothing is packed or the models differ.
     """
 
-    def __init__(self, original: object, patched: object) -> None:
+    def __init__(self, original: ModelPatcher, patched: ModelPatcher) -> None:
         self._original, self._patched = original, patched
         self._layers = [Layer(name, module) for name, module in linear_modules(patched.model.diffusion_model)]
         self._packed = [layer for layer in self._layers if is_packed(layer.module.weight)]
@@ -126,3 +132,20 @@ class Meter:
         return LayerReport(
             layer.name, form_of(weight), layer.shape, weight.nbytes, LayerError(relative, output), rank=weight.rank
         )
+
+
+def sample_measured(
+    original: ModelPatcher,
+    patched: ModelPatcher,
+    sampling: Sampling,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Report, dict]:
+    """(errors of the packed layers against those of the original, LATENT of the packed model).
+
+    progress(weights done, weights in all) follows the comparison of the weights after the sampling. Raises ValueError
+    if nothing is packed, the models differ or no packed layer was called.
+    """
+    meter = Meter(original, patched)
+    with meter.measuring():
+        out = sampling.run(patched)
+    return meter.report(progress), out

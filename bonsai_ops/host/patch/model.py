@@ -84,7 +84,7 @@ def patch_model(
     )
     if options.dry_run or not packed:
         return source, report
-    patcher = assemble(source, twin, packed, settings.scheme)
+    patcher = assemble(source, twin, packed)
     baked = [layer.key for layer in chosen if merges_models(source.patches.get(layer.key, ()))]
     for key in baked:
         patcher.patches.pop(key, None)

@@ -145,14 +145,14 @@ def _keys(module: Any) -> list:
 
 def test_the_accounts_hold_true_bytes(pair: Pair, comfy: Any) -> None:
     """model_size is the sum of codes, tables and dense tensors; a loaded model counts as loaded by that size."""
-    from bonsai_ops.host.loader import ATTACHMENT
+    from bonsai_ops.host.inventory import attached_inventory
 
     parameters = dict(pair.packed.model.named_parameters())
     true = sum(
         sum(t.nbytes for t in p.state_dict("").values()) if hasattr(p, "_qdata") else p.nbytes
         for p in parameters.values()
     ) + sum(b.nbytes for b in pair.packed.model.buffers())
-    report = pair.packed.get_attachment(ATTACHMENT)
+    report = attached_inventory(pair.packed)
     assert pair.packed.model_size() == true == comfy.model_management.module_size(pair.packed.model)
     assert report.packed_bytes == sum(
         sum(t.nbytes for t in p.state_dict("").values()) for p in parameters.values() if hasattr(p, "_qdata")

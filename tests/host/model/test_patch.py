@@ -188,7 +188,7 @@ KINDS = {
 
 def random_tensors(model: Any, seed: int = 0) -> dict[str, torch.Tensor]:
     """Values that keep activations near 1."""
-    from bonsai_ops.host.model_class import tensors_of
+    from bonsai_ops.host.tensors import tensors_of
 
     generator = torch.Generator().manual_seed(seed)
     values = {}
@@ -220,7 +220,7 @@ def stock(kind: str, tensors: Mapping[str, torch.Tensor] | None = None) -> Any:
 def twin_of(kind: str, patched: Any) -> Any:
     """A stock model with the dequantized weights of a patched one."""
     from bonsai_ops.host.layout import is_packed
-    from bonsai_ops.host.model_class import tensors_of
+    from bonsai_ops.host.tensors import tensors_of
 
     weights = tensors_of(patched.model.diffusion_model)
     return stock(kind, {n: t.dequantize() if is_packed(t) else t.detach() for n, t in weights.items()})
@@ -303,7 +303,7 @@ def test_an_unpacked_bonsai_becomes_the_pack(comfy: Any, variant: str, tmp_path:
     """Dense bf16 weights of a pack, loaded by ComfyUI and patched with defaults: codes and scales of the pack."""
     from bonsai_ops.host.layout import is_packed, unwrap
     from bonsai_ops.host.loader import load_bonsai_model
-    from bonsai_ops.host.model_class import tensors_of
+    from bonsai_ops.host.tensors import tensors_of
     from bonsai_ops.weights.packed_weight import PackedWeight
     from bonsai_ops.weights.read import open_transformer, read_weights
 
@@ -367,7 +367,7 @@ def test_lora_and_settings_on_the_source_go_along(unload: Callable[[], None], lo
 
 def test_a_merge_is_carried_out(unload: Callable[[], None]) -> None:
     """The result of ModelMergeSimple is what is packed."""
-    from bonsai_ops.host.model_class import tensors_of
+    from bonsai_ops.host.tensors import tensors_of
 
     first, second = stock("flux"), stock("flux", random_tensors(stock("flux").model, seed=3))
     merged = run_node("comfy_extras.nodes_model_merging.ModelMergeSimple", model1=first, model2=second, ratio=0.25)
@@ -452,7 +452,7 @@ def test_target_size(unload: Callable[[], None]) -> None:
 
 def test_calibration(unload: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
     """What the node records is the mean of x x^T; hooks are gone afterwards; the model's output error falls."""
-    from bonsai_ops.host.sampling import sample_recorded
+    from bonsai_ops.host.patch.calibrate import sample_recorded
 
     source = stock("flux")
     seen: list[torch.Tensor] = []
@@ -487,7 +487,7 @@ def test_measuring_a_sampling(unload: Callable[[], None], lora_file: Callable[..
     """Each layer's error is that of its inputs as they come, LoRA or not; what is drawn stays the same."""
     from bonsai_ops.host.layout import unwrap
     from bonsai_ops.host.loader import load_bonsai_model
-    from bonsai_ops.host.sampling import sample_measured
+    from bonsai_ops.host.patch.measure import sample_measured
     from bonsai_ops.host.save import save_bonsai_model
 
     source, layer = stock("flux"), KINDS["flux"].layer

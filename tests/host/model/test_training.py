@@ -79,7 +79,7 @@ def test_transformer(scheme: str, tmp_path: Path) -> None:
     Checkpoint(tmp_path / f"{scheme}.pt", average=model).save(1)
     export.export_transformer(tmp_path, scheme, tmp_path / "model.safetensors")
     patcher = load_bonsai_model(tmp_path / "model.safetensors", {"compute_dtype": "fp32"})
-    assert patcher.get_attachment("bonsai").variant == scheme
+    assert patcher.get_attachment("bonsai").scheme == scheme
     generator = torch.Generator().manual_seed(1)
     width, height, sigma = 96, 64, torch.tensor([0.7])
     tokens = torch.randn(1, width * height // 256, 128, generator=generator)
