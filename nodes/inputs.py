@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ..bonsai_ops.host.loader import MEMORY_MODES
 from ..bonsai_ops.host.patch.report import Report
 from ..bonsai_ops.host.precision import DTYPES
-from ..bonsai_ops.kernels.dispatch import EXACT, MODES
+from ..bonsai_ops.kernels import EXACT, MODES
 from ..bonsai_ops.weights.packed_weight import DENSITIES
 
 CATEGORY = "Bonsai"

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -211,9 +211,9 @@ def _knowing_no_layout(get_layout_class: Callable) -> Callable:
     return changed
 
 
-def _without_operators(torch: ModuleType) -> SimpleNamespace:
-    """As much of torch as registers operators, before any is registered."""
-    return SimpleNamespace(ops=SimpleNamespace(bonsai=SimpleNamespace()), library=torch.library)
+def _never(found: Callable) -> Callable:
+    """Answers no."""
+    return lambda: False
 
 
 def _always_dynamic(make: Callable) -> Callable:
@@ -299,7 +299,7 @@ GUARDS = (
     Guard("17", "cached_patcher_init", LOADER, "load_bonsai_model", MADE_AGAIN, _without_maker),
     Guard("18", "512 tokens", TEXT_ENCODER, "TruncatingTokenizer.tokenize_with_weights", TOKENS),
     Guard("19", "layout once", LAYOUT, "get_layout_class", TWICE, _knowing_no_layout, again="_register"),
-    Guard("19", "operators once", OPS, "torch", TWICE, _without_operators, again="_register"),
+    Guard("19", "operators once", OPS, "_is_registered", TWICE, _never, again="_register"),
     Guard("20", "memory = classic", LOADER, "_make", CLASSIC, _always_dynamic),
     Guard("lora", "matrices leave with the layer", LORA, "LayerPatches.forget", MATRICES, _nothing),
     Guard("lora", "ModelSave refuses a LoRA", PATCHER, "_refuse_loras", MODEL_SAVE, _nothing),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..kernels import dispatch
+from .. import kernels
 from .layout import is_packed, mode_of, unwrap
 from .tensors import tensors_of
 
@@ -82,7 +82,7 @@ def take_inventory(patcher: ModelPatcher, origin: Origin | None = None) -> Inven
         raise ValueError('this model has no packed layer: connect a model from "Load Bonsai Model"')
     packed = [unwrap(tensor) for tensor in wrapped]
     dtype = patcher.model.get_dtype_inference()
-    choice = dispatch.resolve(dispatch.call_of(patcher.load_device, dtype, packed[0], mode_of(wrapped[0])))
+    choice = kernels.resolve(kernels.call_of(patcher.load_device, dtype, packed[0], mode_of(wrapped[0])))
     if origin is None and (attached := attached_inventory(patcher)) is not None:
         origin = attached.origin
     return Inventory(
@@ -96,7 +96,7 @@ def take_inventory(patcher: ModelPatcher, origin: Origin | None = None) -> Inven
         dense_bytes=sum(t.nbytes for t in dense),
         device=str(patcher.load_device),
         dtype=str(dtype).removeprefix("torch."),
-        backend=choice.backend.name,
+        backend=choice.backend.NAME,
         mode=choice.mode,
         declined=choice.declined,
         origin=origin,

@@ -19,8 +19,7 @@ from comfy_kitchen.tensor import (
 )
 from comfy_kitchen.tensor.base import BaseLayoutParams
 
-from ..kernels import custom_op as ops
-from ..kernels import dispatch
+from .. import kernels
 from ..weights.packed_weight import FORM, TABLES, PackedWeight
 
 LAYOUT = "BonsaiPackedLayout"
@@ -28,7 +27,7 @@ LAYOUT = "BonsaiPackedLayout"
 
 @dataclass(frozen=True)
 class PackedParams(BaseLayoutParams):
-    """Everything of a PackedWeight but its codes, and the mode of dispatch.py. `transposed`: it is seen as [K, N]."""
+    """Everything of a PackedWeight but its codes, and the mode of kernels.MODES. `transposed`: it is seen as [K, N]."""
 
     scheme: str = "ternary"
     codec: str = "trit5"
@@ -37,7 +36,7 @@ class PackedParams(BaseLayoutParams):
     up: torch.Tensor | None = None
     down: torch.Tensor | None = None
     transposed: bool = False
-    mode: str = dispatch.EXACT
+    mode: str = kernels.EXACT
 
     def _tensor_fields(self) -> list[str]:
         return [name for name in TABLES if getattr(self, name) is not None]
@@ -69,7 +68,7 @@ class BonsaiPackedLayout(QuantizedLayout):
         return {"": qdata} | {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
 
 
-def wrap(weight: PackedWeight, dtype: torch.dtype, mode: str = dispatch.EXACT) -> QuantizedTensor:
+def wrap(weight: PackedWeight, dtype: torch.dtype, mode: str = kernels.EXACT) -> QuantizedTensor:
     """The packed weight as a tensor of shape [N, K] that computes in `dtype` and is multiplied in `mode`."""
     params = PackedParams(orig_dtype=dtype, orig_shape=tuple(weight.shape), mode=mode, **_described(weight))
     return QuantizedTensor(weight.codes, LAYOUT, params)
@@ -107,14 +106,14 @@ def _dense(value: object) -> object:
 def _linear(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     x, weight, bias = (*args, None)[:3]
     if is_packed(weight) and not weight._params.transposed and not isinstance(x, QuantizedTensor):
-        return ops.linear(x, unwrap(weight), bias, mode_of(weight))
+        return kernels.linear(x, unwrap(weight), bias, mode_of(weight))
     return torch.nn.functional.linear(_dense(x), _dense(weight), _dense(bias))
 
 
 def _mm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     x, weight = args[:2]
     if is_packed(weight) and weight._params.transposed and not isinstance(x, QuantizedTensor):
-        return ops.linear(x, unwrap(weight), None, mode_of(weight))
+        return kernels.linear(x, unwrap(weight), None, mode_of(weight))
     return torch.mm(_dense(x), _dense(weight))
 
 
@@ -122,7 +121,7 @@ def _addmm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     bias, x, weight = args[:3]
     plain = kwargs.get("alpha", 1) == 1 and kwargs.get("beta", 1) == 1
     if plain and is_packed(weight) and weight._params.transposed and not isinstance(x, QuantizedTensor):
-        return ops.linear(x, unwrap(weight), None, mode_of(weight)) + bias
+        return kernels.linear(x, unwrap(weight), None, mode_of(weight)) + bias
     return torch.addmm(_dense(bias), _dense(x), _dense(weight), **kwargs)
 
 

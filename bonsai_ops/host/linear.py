@@ -11,7 +11,7 @@ import comfy.ops
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..kernels import custom_op as ops
+from .. import kernels
 from .layout import is_packed, mode_of, unwrap
 from .lora import LOWVRAM_PATCH, LayerPatches, patches_of
 
@@ -189,7 +189,7 @@ class PackedLinear(_PackedModule):
             dense = self._patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
             y = torch.nn.functional.linear(x, dense.to(x.dtype), bias)
         else:
-            y = ops.linear(x, unwrap(weight), bias, mode_of(weight))
+            y = kernels.linear(x, unwrap(weight), bias, mode_of(weight))
             resident = self.weight.device == x.device
             for patch in patches:
                 y = patch.add_to(y, x, keep=resident)

@@ -13,7 +13,7 @@ import comfy.sd
 import torch
 from comfy.cli_args import args
 
-from ..kernels import dispatch
+from .. import kernels
 from ..weights.errors import PackError
 from ..weights.formats import Pack
 from ..weights.packed_weight import DENSITIES, PackedWeight
@@ -36,20 +36,20 @@ class LoadOptions:
     """How to load.
 
     compute_dtype: auto, bf16, fp16 or fp32. memory: auto or classic (no dynamic VRAM). mode: how packed layers are
-    multiplied (dispatch.MODES). layout: how ternary weights lie in memory (packed_weight.DENSITIES). Raises ValueError
+    multiplied (kernels.MODES). layout: how ternary weights lie in memory (packed_weight.DENSITIES). Raises ValueError
     for any other value of the last three.
     """
 
     compute_dtype: str = "auto"
     memory: str = "auto"
-    mode: str = dispatch.EXACT
+    mode: str = kernels.EXACT
     layout: str = "compact"
 
     def __post_init__(self) -> None:
         for name, value, known in (("memory mode", self.memory, MEMORY_MODES), ("layout", self.layout, DENSITIES)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown, expected {' or '.join(known)}")
-        dispatch.check_mode(self.mode)
+        kernels.check_mode(self.mode)
 
 
 def load_bonsai_model(

@@ -9,7 +9,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import torch
 
-from ..kernels.failure import is_the_devices
+from ..kernels import is_the_devices
 from .linear import make_bonsai_ops
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -3,7 +3,7 @@
 `PackedPatcher` is mixed into ComfyUI's ModelPatcher: it leaves the patch list of a packed layer on the layer instead of
 merging it into the weight. The layer finds its patches wherever ComfyUI put them: there (resident), in a LowVramPatch
 among its weight functions (offloaded) or in `weight_lowvram_function` (dynamic VRAM). While the model is sampled the
-patcher also lets the CPU backend keep memory (kernels/reuse.py).
+patcher also lets the kernels keep memory from step to step.
 
 Merges of whole models (a strength on the base weight other than 1) turn the layer dense until the patches are removed,
 as ComfyUI does.
@@ -22,7 +22,7 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
-from ..kernels.cpu import reuse
+from .. import kernels
 from .layout import is_packed
 from .lora import LayerPatches, merges_models, plain_terms
 
@@ -124,11 +124,11 @@ class PackedPatcher(Mixed):
     def pre_run(self) -> None:
         super().pre_run()
         if not torch.is_grad_enabled():  # training keeps results for its backward pass
-            reuse.open()
+            kernels.keep_memory()
 
     def cleanup(self) -> None:
         super().cleanup()
-        reuse.close()
+        kernels.release_memory()
 
     def patch_hooks(self, hooks: HookGroup | None) -> None:
         self.cached_hook_patches.clear()  # ComfyUI's cache holds merged weights; a packed layer has none to cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..kernels.machine import cpu_has_fast_bf16
+from ..kernels import cpu_has_fast_bf16
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

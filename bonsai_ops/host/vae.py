@@ -15,7 +15,7 @@ import comfy.sd
 import comfy.taesd.taesd
 import torch
 
-from ..kernels.failure import is_the_devices
+from ..kernels import is_the_devices
 from ..weights.errors import PackError
 from ..weights.formats.json_file import is_count, read_json
 from ..weights.formats.safetensors_file import SafetensorsFile

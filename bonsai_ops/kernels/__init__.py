@@ -1,1 +1,43 @@
-"""Implementations of the packed matmul. Each knows tensors only: no files, no ComfyUI."""
+"""How packed weights are multiplied. Knows tensors only: no files, no ComfyUI.
+
+call.py        Call, Choice and the Backend protocol
+dispatch.py    which backend multiplies a call, and why the others do not
+custom_op.py   the product as an operator of torch: `linear`, for everyone outside
+eager.py       the reference; cpu.py, triton/: the fast ones
+"""
+
+from .call import EXACT, MODES, Call, Choice, call_of, check_mode
+from .custom_op import linear
+from .dispatch import (
+    backend_names,
+    forget_failures,
+    keep_memory,
+    keeping_memory,
+    kept_bytes,
+    release_memory,
+    resolve,
+    use_backend,
+)
+from .failure import BackendError, is_the_devices
+from .machine import cpu_has_fast_bf16
+
+__all__ = [
+    "EXACT",
+    "MODES",
+    "BackendError",
+    "Call",
+    "Choice",
+    "backend_names",
+    "call_of",
+    "check_mode",
+    "cpu_has_fast_bf16",
+    "forget_failures",
+    "is_the_devices",
+    "keep_memory",
+    "keeping_memory",
+    "kept_bytes",
+    "linear",
+    "release_memory",
+    "resolve",
+    "use_backend",
+]

@@ -20,7 +20,13 @@ import torch
 
 from ..weights import codec as codecs
 from ..weights.packed_weight import PackedWeight
+from . import machine
+from .call import EXACT, Call, Limits, refuse_residual
 from .reuse import Reuse
+
+NAME = "cpu"
+MODES = (EXACT, "a8")
+LIMITS = Limits(("cpu",), (torch.bfloat16, torch.float32), {"binary": ("bit",), "ternary": ("trit5", "crumb")})
 
 SCRATCH_BYTES = 32_000_000
 """Bound on what a call allocates beside its result."""
@@ -30,9 +36,6 @@ PIECE_BYTES = 2 << 20
 """Bound on what unpacking takes beside it. Smaller pieces would stay in the fastest cache, but have more operations."""
 ROW_STEP = 64
 """Granularity of the rows in one product: the columns of its result start on a cache line."""
-SCHEMES = ("binary", "ternary")
-MODES = ("exact", "a8")
-DTYPES = (torch.bfloat16, torch.float32)
 
 LEVELS = 127
 INPUT_BYTES = 18 << 20
@@ -48,36 +51,26 @@ reuse = Reuse()
 """Memory of results and buffers, open while ComfyUI samples one of our models."""
 
 
-def declines(
-    device: torch.device, dtype: torch.dtype, scheme: str, fast_bf16: bool, mode: str, fast_int8: bool
-) -> str | None:
+def declines(call: Call) -> str | None:
     """Why this backend cannot take a call, None if it can."""
-    name = str(dtype).removeprefix("torch.")
-    if device.type != "cpu":
-        return f"the weight is on {device.type}"
-    if scheme not in SCHEMES:
-        return f"scheme {scheme} keeps a second table"
-    if mode not in MODES:
-        return f"no CPU is faster in mode {mode}"
-    if dtype not in DTYPES:
-        return f"it computes in bfloat16 and float32, not {name}"
-    if mode == "a8" and not fast_int8:
+    if (unmet := LIMITS.unmet(call)) is not None:
+        return unmet
+    if call.mode == "a8" and not machine.cpu_has_fast_int8():
         return "this CPU has no AVX-512 VNNI or AMX"
-    if mode == "exact" and dtype == torch.bfloat16 and not fast_bf16:
+    if call.mode == EXACT and call.dtype == torch.bfloat16 and not machine.cpu_has_fast_bf16():
         return "this CPU has no AVX-512 BF16 or AMX; compute_dtype fp32 is faster"
     return None
 
 
-def linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
+def multiply(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT
 ) -> torch.Tensor:
     """y = x W^T + bias for x [.., K] bf16 or fp32; y [.., N] in x's dtype.
 
     exact: the values of W in x's dtype, fp32 sums. a8: both factors rounded to int8, as above. Raises ValueError for a
-    weight with a low-rank residual.
+    weight with a residual.
     """
-    if weight.rank:
-        raise ValueError(f"the weight has a residual (rank {weight.rank}), which dispatch.linear adds: call that")
+    refuse_residual(weight)
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
     reuse.next_turn()

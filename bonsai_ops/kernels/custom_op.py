@@ -12,20 +12,20 @@ import torch
 
 from ..weights.packed_weight import PackedWeight
 from . import dispatch, eager
+from .call import EXACT
 
 NAMESPACE = "bonsai"
 
 
-def linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = dispatch.EXACT
-) -> torch.Tensor:
-    """y = x W^T + bias: x [.., K] bf16, fp16 or fp32 -> [.., N] in the same dtype. mode: one of dispatch.MODES.
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT) -> torch.Tensor:
+    """y = x W^T + bias: x [.., K] bf16, fp16 or fp32 -> [.., N] in the same dtype. mode: one of call.MODES.
 
-    A low-rank residual of the weight is added in x's dtype, whatever the mode.
+    The product of the codes is the best backend's, in `mode` where one offers it, else exact. The residual of the
+    weight is multiplied here, in x's dtype, whatever the mode.
 
     Raises ValueError if x has not K columns, the bias not N values, or one lies on another device than the weight.
     """
-    dispatch.check_arguments(x, weight, bias)
+    _check_arguments(x, weight, bias)
     y = torch.ops.bonsai.linear(
         x,
         weight.codes,
@@ -38,7 +38,26 @@ def linear(
         weight.group_size,
         mode,
     )
-    return dispatch.add_residual(y, x, weight)
+    return _add_residual(y, x, weight)
+
+
+def _check_arguments(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> None:
+    rows, columns = weight.shape
+    if x.shape[-1] != columns:
+        raise ValueError(f"input has {x.shape[-1]} columns, the packed weight {columns}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, the packed weight {rows} rows")
+    for name, tensor in (("input", x), ("bias", bias)):
+        if tensor is not None and tensor.device != weight.codes.device:
+            raise ValueError(f"{name} is on {tensor.device}, the packed weight on {weight.codes.device}")
+
+
+def _add_residual(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """y [.., N] + x down^T up^T in x's dtype; y itself where the weight has no residual."""
+    if weight.up is None:
+        return y
+    inner = torch.nn.functional.linear(x, weight.down.to(x.dtype))
+    return y + torch.nn.functional.linear(inner, weight.up.to(x.dtype))
 
 
 def _linear(
@@ -54,7 +73,7 @@ def _linear(
     mode: str,
 ) -> torch.Tensor:
     weight = PackedWeight(codes, scale, (rows, codes.shape[1]), scheme, codec, group_size, zero)
-    return dispatch.linear(x, weight, bias, mode=mode)
+    return dispatch.multiply(x, weight, bias, mode)
 
 
 def _linear_transposed(
@@ -68,7 +87,7 @@ def _linear_transposed(
     group_size: int,
 ) -> torch.Tensor:
     weight = PackedWeight(codes, scale, (rows, codes.shape[1]), scheme, codec, group_size, zero)
-    return eager.linear_transposed(grad, weight)
+    return eager.multiply_transposed(grad, weight)
 
 
 def _save_for_backward(ctx, inputs: tuple, output: torch.Tensor) -> None:
@@ -85,8 +104,12 @@ def _backward(ctx, grad: torch.Tensor) -> tuple:
     return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
+def _is_registered() -> bool:
+    return hasattr(torch.ops.bonsai, "linear")
+
+
 def _register() -> None:
-    if hasattr(torch.ops.bonsai, "linear"):
+    if _is_registered():
         return
     op = torch.library.custom_op(f"{NAMESPACE}::linear", _linear, mutates_args=())
     op.register_fake(

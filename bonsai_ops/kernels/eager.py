@@ -5,17 +5,26 @@ from __future__ import annotations
 import torch
 
 from ..weights.packed_weight import SCRATCH_BYTES, PackedWeight
+from .call import EXACT, Call
+
+NAME = "eager"
+MODES = (EXACT,)
 
 GPU_SCRATCH_BYTES = 128 << 20
 """Bound on the unpacked piece on a GPU: a few launches a layer instead of dozens."""
 
 
-def linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
+def declines(call: Call) -> str | None:
+    """None: it takes every weight, dtype and device."""
+    return None
+
+
+def multiply(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT
 ) -> torch.Tensor:
     """y = x W^T + bias for x [.., K] in bf16, fp16 or fp32; y [.., N] in x's dtype, accumulated in fp32.
 
-    It computes exactly, whatever the mode. W in x's dtype is exact (float32 formula, one rounding); at most one piece
+    W in x's dtype is exact (float32 formula, one rounding), the residual of the weight included; at most one piece
     of it exists at a time.
     """
     rows, columns = weight.shape
@@ -29,8 +38,8 @@ def linear(
     return out.view(*x.shape[:-1], rows)
 
 
-def linear_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """x = y W for y [.., N]; x [.., K] in y's dtype: the gradient of `linear` with respect to its input.
+def multiply_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x = y W for y [.., N]; x [.., K] in y's dtype: the gradient of `multiply` with respect to its input.
 
     The products of the pieces are summed in fp32.
     """

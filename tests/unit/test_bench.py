@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bonsai_ops.kernels import dispatch
+from bonsai_ops import kernels
 from bonsai_ops.tools.bench import energy, layers, picture, plot, report, sweep, timer
 from bonsai_ops.tools.bench.run_profile import StepProfile, kind_of
 
@@ -163,7 +163,7 @@ def test_an_unknown_mode_is_a_mistake_not_a_gap() -> None:
     weight = layers.random_weight("ternary", 256, 256)
     with pytest.raises(ValueError, match="unknown"):
         layers.offers(torch.zeros(1, 256), weight, "a7")
-    assert layers.offers(torch.zeros(1, 256), weight, dispatch.EXACT) is None
+    assert layers.offers(torch.zeros(1, 256), weight, kernels.EXACT) is None
 
 
 def test_sweep_is_relative_to_1536(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bonsai_ops.kernels import custom_op as ops
+from bonsai_ops import kernels
 from bonsai_ops.tools.synthetic import KLEIN_4B
 from bonsai_ops.weights import codec, flux2
 from bonsai_ops.weights.packed_weight import (
@@ -283,7 +283,7 @@ def test_low_rank_residual(scheme: str) -> None:
     assert weight.nbytes == plain.nbytes + 2 * 3 * (40 + 64) and (weight.rank, plain.rank) == (3, 0)
     assert weight.to("cpu").up is not None
     x = torch.randn(5, 64, generator=generator, requires_grad=True)
-    y = ops.linear(x, weight, torch.ones(40))
+    y = kernels.linear(x, weight, torch.ones(40))
     torch.testing.assert_close(y, x @ truth.T + 1, rtol=1e-4, atol=1e-4)
     (found,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(found, truth.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)

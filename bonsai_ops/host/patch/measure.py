@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...kernels import custom_op as ops
+from ... import kernels
 from ...quantize import LayerError, measured
 from ...quantize.layer import form_of
 from ..layout import is_packed, mode_of, unwrap
@@ -111,7 +111,7 @@ class Meter:
         return compare
 
     def _compare(self, name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-        y = ops.linear(x, unwrap(weight).to(x.device), None, mode_of(weight))
+        y = kernels.linear(x, unwrap(weight).to(x.device), None, mode_of(weight))
         dense = dense_weight(self._original, self._dense[name], x.device)
         wide = x.float()
         error, whole = self._sums.get(name, (0.0, 0.0))

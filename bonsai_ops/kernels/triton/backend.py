@@ -14,6 +14,7 @@ import torch
 from ...weights.codec import encode, get_codec
 from ...weights.packed_weight import SCHEMES, PackedWeight
 from .. import eager
+from ..call import EXACT, refuse_residual
 from ..failure import BackendError, is_the_devices
 from . import configs
 from .configs import GROUP, Config
@@ -29,15 +30,6 @@ except Exception as error:  # a half-installed Triton raises nearly anything: Im
 else:
     _IMPORT_ERROR = None
 
-NAME = "triton"
-MODES = ("exact", "fp16_accumulate", "a8")
-"""exact: fp32 sums. fp16_accumulate: fp16 sums of 64 or 128 products, then fp32; x fp16, relative error about 5e-4.
-a8: x as int8 with a scale for each token and group of 128 columns, exact int32 sums of a group, then fp32; relative
-error 6.5e-3 for normal x, up to 2.4e-2 with outliers."""
-
-CODECS = {"binary": ("bit",), "ternary": ("trit5", "crumb")}
-
-DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_PRODUCT_SUM = 2.0**15
 """What a fp16 sum may reach in fp16_accumulate mode; half of fp16's range."""
 
@@ -53,8 +45,13 @@ CURES = (
 )
 """Words in an error of Triton -> what a user can do. The first that fits is shown."""
 
-verified: set[tuple] = set()
+_verified: set[tuple] = set()
 """Kernels that gave the reference's answer in this process."""
+
+
+def forget_verified() -> None:
+    """Every kernel is compared with the reference again before its next product."""
+    _verified.clear()
 
 
 def _explained(error: Exception) -> BackendError:
@@ -92,47 +89,6 @@ def _unusable() -> BackendError | None:
     return None
 
 
-def declines(
-    device: torch.device,
-    capability: tuple[int, int] | None,
-    dtype: torch.dtype,
-    rows: int,
-    columns: int,
-    scheme: str,
-    codec: str,
-    group_size: int,
-    mode: str,
-) -> str | None:
-    """Why this backend does not multiply such a weight [rows, columns] by x of `dtype`; None if it does.
-
-    `capability`: (major, minor) of a CUDA device; None on ROCm and on devices without one.
-    """
-    hip = torch.version.hip is not None
-    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
-        return f"Triton needs a CUDA or ROCm device, not {device.type}"
-    if device.type == "cuda" and not hip and (capability is None or capability < (8, 0)):
-        shown = "unknown" if capability is None else f"{capability[0]}.{capability[1]}"
-        return f"Triton has no tensor-core code for compute capability {shown}, only for 8.0 and newer"
-    if mode not in MODES:
-        return f"Triton has no mode {mode!r}, only {', '.join(MODES)}"
-    if dtype not in DTYPES:
-        return f"Triton multiplies float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if codec not in CODECS.get(scheme, ()):
-        return f"Triton has no kernel for {scheme} weights stored as {codec}"
-    if group_size != GROUP or columns % GROUP:
-        return f"Triton needs groups of {GROUP} columns, not {group_size} in {columns}"
-    if rows * (columns // GROUP) >= 2**31 or rows >= 2**27:
-        return f"a weight of {rows} rows is too large for Triton's 32-bit scale index"
-    if mode == "fp16_accumulate":
-        if dtype != torch.float16:
-            return f"fp16 accumulation needs float16 input, not {str(dtype).removeprefix('torch.')}"
-        if device.type == "cuda" and (hip or capability is None or capability in configs.DATA_CENTER):
-            return "fp16 accumulation is not faster than exact on this GPU"
-    if mode == "a8" and codec == "trit5":
-        return "int8 activations need ternary weights as 2-bit planes; choose the layout fast in the loader"
-    return None
-
-
 def config(target: int | str, codec: str, mode: str = "exact") -> Config:
     """The kernel configuration for a target: compute capability as 86, or an AMD architecture such as "gfx1100".
 
@@ -153,19 +109,16 @@ def _target(device: torch.device) -> int | str:
     return 10 * major + minor
 
 
-def linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = "exact"
+def multiply(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT
 ) -> torch.Tensor:
-    """y = x W^T + bias: x [.., K] fp16 or bf16 -> [.., N] in x's dtype. Ask `declines` first.
+    """y = x W^T + bias: x [.., K] fp16 or bf16 -> [.., N] in x's dtype, for a call that was not declined.
 
     Raises BackendError, which names the cure, when Triton is unavailable and when a kernel cannot be built or started
-    or computes wrong values; ValueError for a mode that MODES does not list and a weight with a residual. Errors
-    of the device (memory, a lost context) are raised as they are.
+    or computes wrong values; ValueError for a weight with a residual. Errors of the device (memory, a lost
+    context) are raised as they are.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-    if weight.rank:
-        raise ValueError(f"the weight has a residual (rank {weight.rank}), which dispatch.linear adds: call that")
+    refuse_residual(weight)
     if (unusable := _unusable()) is not None:
         raise unusable
     rows, columns = weight.shape
@@ -175,9 +128,9 @@ def linear(
         chosen = config(_target(x.device), weight.codec, mode)
         try:
             key = (x.device, x.dtype, weight.codec, weight.scale.dtype, mode, None if bias is None else bias.dtype)
-            if key not in verified:
+            if key not in _verified:
                 _verify(x, weight, bias, chosen, mode)
-                verified.add(key)
+                _verified.add(key)
             launch(flat, weight, bias, out, chosen, mode)
         except Exception as error:  # what a broken Triton raises at first launch has no common class
             if isinstance(error, BackendError) or is_the_devices(error):
@@ -203,7 +156,7 @@ def _verify(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ch
     shift = None if bias is None else torch.arange(rows, device=x.device).to(bias.dtype)
     out = torch.zeros(tokens, rows, dtype=x.dtype, device=x.device)
     launch(inputs, probe, shift, out, chosen, mode)
-    expected = eager.linear(inputs, probe, shift).float()
+    expected = eager.multiply(inputs, probe, shift).float()
     if not (out.float() - expected).norm() <= 0.01 * expected.norm():
         name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else x.device.type
         raise BackendError(

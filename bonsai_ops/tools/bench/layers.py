@@ -11,7 +11,7 @@ unpack           the whole layer unpacked at each call, as loaders of GGUF files
 fp32             dense weight in fp32, what stock ComfyUI computes with on a CPU
 gemlite          gemlite's own kernel on 2-bit weights (GPU)
 
-On a CPU ours works as while ComfyUI samples a model: on memory that is used again (backends/reuse.py). The dense
+On a CPU ours works as while ComfyUI samples a model: on memory that is used again (kernels/reuse.py). The dense
 products get theirs from torch, as in ComfyUI; bf16_kept tells what that costs them.
 """
 
@@ -24,8 +24,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels import dispatch
-from ...kernels.cpu import reuse
+from ... import kernels
 from ...weights import codec
 from ...weights.packed_weight import SCHEMES, PackedWeight, recode
 from .report import show_table
@@ -84,9 +83,9 @@ def activations(tokens: int, columns: int, device: str) -> torch.Tensor:
     return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
 
 
-def ours(x: torch.Tensor, weight: PackedWeight, timer: Timer, mode: str = dispatch.EXACT) -> list[Callable]:
+def ours(x: torch.Tensor, weight: PackedWeight, timer: Timer, mode: str = kernels.EXACT) -> list[Callable]:
     """Calls of our product, one a copy of the weight."""
-    return [lambda w=w: dispatch.linear(x, w, mode=mode) for w in _copies(weight, timer)]
+    return [lambda w=w: kernels.linear(x, w, mode=mode) for w in _copies(weight, timer)]
 
 
 def dense(x: torch.Tensor, weight: torch.Tensor, timer: Timer) -> list[Callable]:
@@ -102,7 +101,7 @@ def _into_kept_memory(x: torch.Tensor, weight: torch.Tensor, timer: Timer) -> li
 
 def offers(x: torch.Tensor, weight: PackedWeight, mode: str) -> str | None:
     """Why `mode` is not computed for this weight here, None if it is."""
-    choice = dispatch.resolve(dispatch.call_of(x.device, x.dtype, weight, mode))
+    choice = kernels.resolve(kernels.call_of(x.device, x.dtype, weight, mode))
     return None if choice.mode == mode else choice.declined[mode]
 
 
@@ -188,8 +187,8 @@ def measure(tokens: int, device: str = "cpu", rounds: int = 5, shapes: tuple[Sha
     """
     timer = make_timer(device)
     weight = random_weight("ternary", 256, 256).to(device)
-    choice = dispatch.resolve(dispatch.call_of(torch.device(device), torch.bfloat16, weight))
-    print(f"linear layers, {tokens} tokens, {device}, backend {choice.backend.name} {choice.declined or ''}")
+    choice = kernels.resolve(kernels.call_of(torch.device(device), torch.bfloat16, weight))
+    print(f"linear layers, {tokens} tokens, {device}, backend {choice.backend.NAME} {choice.declined or ''}")
     print("speed relative to dense bf16 (1 = as fast, 2 = twice as fast)")
     rows = []
     for shape in shapes:
@@ -215,7 +214,7 @@ def _row(shape: Shape, tokens: int, device: str, timer: Timer, rounds: int) -> t
     """(the row of one shape, {way: why it is not measured here})."""
     found = dict(_ways(shape, tokens, device, timer))
     ways = {name: way for name, way in found.items() if isinstance(way, Way)}
-    with reuse.opened():
+    with kernels.keeping_memory():
         seconds = time_in_turns({name: way.calls for name, way in ways.items()}, timer, rounds)
     row: dict = {"m": tokens, "k": shape.k, "n": shape.n, "scratch_bytes": 0, "bf16_spread": spread(seconds["bf16"])}
     for name in ("bf16", *OURS, *RIVALS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from ...kernels.cpu import reuse
+from ... import kernels
 from ...weights.packed_weight import recode
 from . import layers
 from .report import show_table
@@ -32,7 +32,7 @@ def measure(device: str = "cpu", tokens: tuple[int, ...] = TOKENS, rounds: int =
             ways = {"bf16": layers.dense(x, values, timer), "trit5": layers.ours(x, weight, timer)}
             if layers.offers(x, planes, "a8") is None:
                 ways["a8"] = layers.ours(x, planes, timer, "a8")
-            with reuse.opened():  # as while ComfyUI samples
+            with kernels.keeping_memory():  # as while ComfyUI samples
                 found = time_in_turns(ways, timer, rounds)
             for name, seconds in found.items():
                 row[f"{name}_s"] = row.get(f"{name}_s", 0.0) + statistics.median(seconds)

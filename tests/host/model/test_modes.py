@@ -19,9 +19,9 @@ LAYERS = {"compact": "trit5", "fast": "crumb"}
 def load(comfy: Any, packs: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A function that loads the ternary pack, or a file, in fp32. Every processor has int8 here, fast or not."""
     from bonsai_ops.host.loader import load_bonsai_model
-    from bonsai_ops.kernels import dispatch
+    from bonsai_ops.kernels import machine
 
-    monkeypatch.setattr(dispatch, "cpu_has_fast_int8", lambda: True)
+    monkeypatch.setattr(machine, "cpu_has_fast_int8", lambda: True)
     return lambda path=None, **options: load_bonsai_model(
         path or packs["ternary"], {"compute_dtype": "fp32", **options}
     )
@@ -101,7 +101,7 @@ def test_a_declined_mode_is_explained(load: Callable[..., Any], caplog: pytest.L
 
     with caplog.at_level("INFO"):
         model = load(mode="fp16_accumulate")
-    report, reason = model.get_attachment("bonsai"), "no CPU is faster in mode fp16_accumulate"
+    report, reason = model.get_attachment("bonsai"), "it has no mode fp16_accumulate"
     assert report.mode == "exact" and reason in report.declined["fp16_accumulate"]
     assert any("not fp16_accumulate: " in r.getMessage() and reason in r.getMessage() for r in caplog.records)
     lines = dict(describe(model))

@@ -39,20 +39,20 @@ def kept(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_the_same_picture_on_used_memory(model: Any, kept: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Inference mode, as ComfyUI runs nodes. Two prompts at once, so that results of several sizes live together."""
-    from bonsai_ops.kernels import cpu
+    from bonsai_ops import kernels
 
     with torch.inference_mode():
         found = [draw(model.clone(), steps=3, cfg=cfg) for cfg in (1.0, 3.0)]
         assert min(kept) > 0 and len(kept) == 2
-        assert cpu.reuse.nbytes == 0
-        monkeypatch.setattr(cpu.reuse, "open", lambda: None)
+        assert kernels.kept_bytes() == 0
+        monkeypatch.setattr(kernels, "keep_memory", lambda: None)
         plain = [draw(model.clone(), steps=3, cfg=cfg) for cfg in (1.0, 3.0)]
     assert kept[2:] == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
 def test_an_error_gives_the_memory_back(model: Any, kept: list[int]) -> None:
-    from bonsai_ops.kernels import cpu
+    from bonsai_ops import kernels
 
     def fail(*_: Any) -> None:
         raise RuntimeError("in the middle of a step")
@@ -63,7 +63,7 @@ def test_an_error_gives_the_memory_back(model: Any, kept: list[int]) -> None:
             draw(model)
     finally:
         handle.remove()
-    assert kept[0] > 0 and cpu.reuse.nbytes == 0
+    assert kept[0] > 0 and kernels.kept_bytes() == 0
 
 
 def test_training_keeps_nothing(model: Any, kept: list[int]) -> None:

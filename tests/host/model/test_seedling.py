@@ -15,7 +15,8 @@ import pytest
 import torch
 from twins import with_lora
 
-from bonsai_ops.kernels import dispatch
+from bonsai_ops import kernels
+from bonsai_ops.kernels import machine
 from bonsai_ops.tools.environment import PLUGIN
 from bonsai_ops.weights import flux2
 from bonsai_ops.weights.read import open_transformer, read_weights
@@ -123,7 +124,7 @@ def test_the_binary_sibling_draws_too(load: Callable, paint: Callable) -> None:
 def test_exact_backends_draw_the_same(load: Callable, paint: Callable) -> None:
     """fp32 by the reference, fp32 and bf16 by the processor's own path, both layouts."""
     for i, (_, prompt) in enumerate(CASES[:4]):
-        with dispatch.use_backend("eager"):
+        with kernels.use_backend("eager"):
             truth = paint(load(compute_dtype="fp32"), prompt, seed=i)
         for options in ({"compute_dtype": "fp32"}, {"compute_dtype": "fp32", "layout": "fast"}):
             found = psnr(paint(load(**options), prompt, seed=i), truth)
@@ -132,7 +133,7 @@ def test_exact_backends_draw_the_same(load: Callable, paint: Callable) -> None:
 
 def test_int8_activations_draw_as_well(load: Callable, paint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The named approximate mode of the processor loses no attribute beyond one picture in fifty."""
-    monkeypatch.setattr(dispatch, "cpu_has_fast_int8", lambda: True)
+    monkeypatch.setattr(machine, "cpu_has_fast_int8", lambda: True)
     exact, rounded = load(), load(mode="a8", layout="fast")
     assert rounded.get_attachment("bonsai").mode == "a8"
     before, after = shares(paint, exact), shares(paint, rounded)

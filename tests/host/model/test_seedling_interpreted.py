@@ -15,12 +15,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from bonsai_ops import kernels
 from bonsai_ops.kernels import dispatch
 from bonsai_ops.kernels.triton import backend
 from bonsai_ops.tools.environment import PLUGIN
@@ -74,7 +76,7 @@ if INTERPRETED:
     @pytest.fixture(scope="module")
     def truth(paint: Callable[[str], np.ndarray]) -> np.ndarray:
         """The picture by the reference."""
-        with dispatch.use_backend("eager"):
+        with kernels.use_backend("eager"):
             return paint("compact")
 
     @pytest.fixture(autouse=True)
@@ -92,13 +94,13 @@ if INTERPRETED:
         """Exact: the same picture. Approximate: a picture that shows the same."""
         calls = 0
 
-        def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+        def multiply(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
             nonlocal calls
             calls += 1
-            return backend.linear(x.half(), weight, bias, mode=mode).to(x.dtype)
+            return backend.multiply(x.half(), weight, bias, mode=mode).to(x.dtype)
 
-        kernels = dispatch.Backend("triton", lambda call: None, linear)
-        monkeypatch.setattr(dispatch, "BACKENDS", (kernels, *dispatch.BACKENDS[1:]))
+        forced = SimpleNamespace(NAME="triton", MODES=kernels.MODES, declines=lambda call: None, multiply=multiply)
+        monkeypatch.setattr(dispatch, "BACKENDS", (forced, *dispatch.BACKENDS[1:]))
         picture = paint(layout)
         decibels = 10 * np.log10(255**2 / max(1e-9, np.square(picture.astype(np.float64) - truth).mean()))
         print(f"{mode}, {layout}: {decibels:.1f} dB")
