@@ -17,10 +17,13 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from comfy.ldm.modules import attention
+
+from . import comfyui
 
 OVERRIDE = "optimized_attention_override"
-SUB_QUADRATIC = inspect.unwrap(attention.attention_sub_quad)
+_WRAPPED = comfyui.optional("comfy.ldm.modules.attention.attention_sub_quad")
+SUB_QUADRATIC = None if _WRAPPED is None else inspect.unwrap(_WRAPPED)
+"""ComfyUI's function; None if this version has none, and its attention stays as it is."""
 SCORE_BYTES = 8_000_000
 """Bound on the scores of one part. From 6 to 24 MB the speed is the same; above 32 MB the C library gives the memory
 back."""
@@ -30,7 +33,7 @@ LEAST_QUERIES = 64
 
 def attend_in_parts(patcher: object) -> None:
     """Lets a ModelPatcher whose model computes on a CPU attend in parts; clones inherit it with its options."""
-    if comfy.model_management.is_device_cpu(patcher.load_device):
+    if SUB_QUADRATIC is not None and comfy.model_management.is_device_cpu(patcher.load_device):
         patcher.model_options.setdefault("transformer_options", {}).setdefault(OVERRIDE, in_parts)
 
 

@@ -15,16 +15,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import comfy.lora
-import comfy.model_patcher
-import comfy.weight_adapter
 import torch
+
+from . import comfyui
 
 if TYPE_CHECKING:
     from comfy.model_patcher import LowVramPatch
 
 logger = logging.getLogger(__name__)
 
-LOWVRAM_PATCH = comfy.model_patcher.LowVramPatch
+LOWVRAM_PATCH = comfyui.optional("comfy.model_patcher.LowVramPatch") or ()
+PLAIN_LORA = comfyui.optional("comfy.weight_adapter.LoRAAdapter") or ()
+"""Classes for isinstance, () where this ComfyUI has none."""
 Span = tuple[int, int] | None
 """(start, length) of a slice of rows or columns, None for all of them."""
 
@@ -112,7 +114,7 @@ def plain_terms(patches: Sequence[tuple]) -> list[LowRank] | None:
     """The patches as low-rank terms, None if one of them is something else."""
     terms = []
     for strength, value, strength_model, offset, function in patches:
-        if strength_model != 1.0 or function is not None or not isinstance(value, comfy.weight_adapter.LoRAAdapter):
+        if strength_model != 1.0 or function is not None or not isinstance(value, PLAIN_LORA):
             return None
         up, down, alpha, middle, dora_scale, reshape = value.weights
         if middle is not None or dora_scale is not None or reshape is not None:

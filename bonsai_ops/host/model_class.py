@@ -10,6 +10,7 @@ import comfy.supported_models
 import torch
 
 from ..kernels import is_the_devices
+from . import comfyui
 from .linear import make_bonsai_ops
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,13 +94,14 @@ def fill(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], assign: bo
 
 def patcher_of(model: torch.nn.Module, load_device: object, offload_device: object, dynamic: bool) -> object:
     """A ModelPatcher around an empty or filled BaseModel."""
-    core = comfy.model_patcher.CoreModelPatcher
-    return (core if dynamic else comfy.model_patcher.ModelPatcher)(model, load_device, offload_device)
+    core = comfyui.optional("comfy.model_patcher.CoreModelPatcher") if dynamic else None
+    return (core or comfy.model_patcher.ModelPatcher)(model, load_device, offload_device)
 
 
 def is_dynamic(patcher: object) -> bool:
     """True if ComfyUI's dynamic VRAM manages this ModelPatcher."""
-    return bool(getattr(patcher, "is_dynamic", lambda: False)())
+    known = comfyui.optional("comfy.model_patcher.ModelPatcher.is_dynamic")
+    return known is not None and bool(patcher.is_dynamic())
 
 
 def _has_place(transformer: torch.nn.Module, name: str) -> bool:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.sd
-import comfy.taesd.taesd
 import torch
 
 from ..kernels import is_the_devices
 from ..weights.errors import PackError
 from ..weights.formats.json_file import is_count, read_json
 from ..weights.formats.safetensors_file import SafetensorsFile
+from . import comfyui
 
 PATCH = 2
 """Latent positions are patches of PATCH x PATCH positions of the convolutional latent."""
@@ -67,7 +67,8 @@ def _load_tiny(file: SafetensorsFile) -> comfy.sd.VAE:
     shape, dtype = file.tensors[TINY_KEY]
     if len(shape) != 4 or not shape[1] or not dtype.is_floating_point:
         raise PackError(file.path, f"is {dtype} {list(shape)}, expected floats [width, latent, 3, 3]", cure, TINY_KEY)
-    filled = dict(comfy.taesd.taesd.TAESD(latent_channels=shape[1]).state_dict())
+    tiny = comfyui.needed("comfy.taesd.taesd.TAESD")
+    filled = dict(tiny(latent_channels=shape[1]).state_dict())
     for name, tensor in filled.items():
         if tensor.ndim:  # vae_scale and vae_shift keep the values that change nothing
             filled[name] = torch.zeros(tensor.shape, dtype=dtype)

@@ -11,6 +11,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...weights.packed_weight import PackedWeight
+from .. import comfyui
 from .. import model_class as build
 from ..attention import attend_in_parts
 from ..inventory import Origin, attach_inventory
@@ -58,8 +59,7 @@ def _around(source: object, twin: torch.nn.Module, tensors: Mapping[str, object]
     build.fill(twin, weights, assign=build.is_dynamic(fresh))
     patcher = source.clone(disable_dynamic=not dynamic, model_override=fresh.get_clone_model_override())
     patcher.size, patcher.parent = 0, None
-    if hasattr(patcher, "clone_base_uuid"):
-        patcher.clone_base_uuid = fresh.clone_base_uuid
+    comfyui.share_clone_base(patcher, fresh)
     patcher.cached_hook_patches, patcher.hook_backup, patcher.current_hooks = {}, {}, None
     patcher.is_injected = False
     adopt(patcher)

@@ -1,0 +1,107 @@
+"""What each ComfyUI has of the names that the plugin leans on, and what happens if one of them goes.
+
+A ComfyUI named by BONSAI_COMFYUI is looked through beside the pinned ones. `-rA` also shows which optional names it
+lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bonsai_ops.host import comfyui
+from bonsai_ops.host.contract import NEEDS, Need
+from bonsai_ops.tools.environment import COMFYUI_VERSIONS, NEWEST, clean_environment, comfyui_path
+
+pytestmark = pytest.mark.host
+
+CHILD = Path(__file__).resolve().parents[1] / "contract_child.py"
+PINNED = [comfyui_path(version) for version in COMFYUI_VERSIONS]
+CHOSEN = [Path(folder).resolve() for folder in [os.environ.get("BONSAI_COMFYUI")] if folder]
+
+
+def inside(folder: Path, base: Path, what: str, **options: object) -> dict:
+    """What contract_child.py prints in a process of its own with the ComfyUI in `folder`."""
+    if not (folder / "main.py").is_file():
+        pytest.skip(f"{folder.name} is not here: run the tests with `python -m tests`")
+    done = subprocess.run(
+        [sys.executable, str(CHILD), str(folder), str(base), what, json.dumps(options, default=str)],
+        env=clean_environment({**os.environ, "OMP_NUM_THREADS": "1"}),
+        cwd=base,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("folder", [*PINNED, *(f for f in CHOSEN if f not in PINNED)], ids=lambda folder: folder.name)
+def test_every_name_is_there(folder: Path, tmp_path: Path) -> None:
+    found = inside(folder, tmp_path, "look")
+    print(found["versions"])
+    required = [text for text, costs in found["gaps"] if costs is None]
+    print(*(f"optional, gone: {text}" for text, costs in found["gaps"] if costs is not None), sep="\n")
+    assert not required, f"{found['versions']} lacks:\n" + "\n".join(required)
+    if folder == comfyui_path(NEWEST):
+        assert found["gaps"] == []
+
+
+def test_the_versions_are_the_pinned_ones() -> None:
+    assert (COMFYUI_VERSIONS[-1], COMFYUI_VERSIONS[0]) == (comfyui.OLDEST, comfyui.NEWEST)
+
+
+FEATURES = {name: need for need in NEEDS if need.costs for name in need.names}
+NOT_WITHOUT = {"comfy.model_patcher.CoreModelPatcher", "comfy.model_patcher.ModelPatcher.is_dynamic"}
+"""Names without which ComfyUI itself falls over: they are hidden from us alone."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ternary transformer."""
+    from bonsai_ops.tools import synthetic
+    from bonsai_ops.weights.flux2 import Geometry
+
+    path = tmp_path_factory.mktemp("pack") / "model.safetensors"
+    geometry = Geometry(hidden=128, context=128, in_channels=128, double_blocks=1, single_blocks=1)
+    synthetic.write_mlx(path, "ternary", geometry, 0)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FEATURES))
+def test_an_optional_name_costs_its_feature(name: str, model: Path, comfyui_path: Path, tmp_path: Path) -> None:
+    found = inside(comfyui_path, tmp_path, "without", name=name, hide=name in NOT_WITHOUT, model=model)
+    assert "error" not in found, found["error"]
+    assert (found["nodes"], found["drawn"]) == (9, True)
+    assert len(found["lines"]) == 1 and FEATURES[name].costs in found["lines"][0]
+
+
+def test_a_required_name_is_named_in_one_sentence(model: Path, comfyui_path: Path, tmp_path: Path) -> None:
+    name = "comfy.samplers.sampler_object"
+    found = inside(comfyui_path, tmp_path, "without", name=name, hide=False, model=model)
+    assert "nodes" not in found
+    assert found["error"].startswith("MissingNameError: Bonsai: ComfyUI ")
+    for part in (f"has no {name}, which host/sampling.py needs to take Euler steps", "Update this plugin"):
+        assert part in found["error"]
+    assert "\n" not in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("here", "cure"),
+    [
+        ("0.9.2", "Update ComfyUI to 0.16.3 or newer."),
+        ("0.31.0", "Update this plugin, or use a ComfyUI between 0.16.3 and 0.30.0"),
+        ("of an unknown version", "Update this plugin, or use"),
+    ],
+)
+def test_the_cure_fits_the_version(here: str, cure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comfyui, "version", lambda: here)
+    error = comfyui.MissingNameError([comfyui.Gap("comfy.nowhere", Need("host/x.py", "comfy.nowhere", "to fly"))])
+    assert str(error).startswith(f"Bonsai: ComfyUI {here} has no comfy.nowhere, which host/x.py needs to fly. {cure}")
