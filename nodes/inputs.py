@@ -1,20 +1,13 @@
-"""Inputs and outputs that several nodes share, and the bridge from progress to ComfyUI's bar and Cancel button."""
+"""Inputs and outputs that several nodes share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import comfy.model_management
 import comfy.samplers
-import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..bonsai_ops.host.loader import MEMORY_MODES
+from ..bonsai_ops.host.loader import CHOICES, LoadOptions
 from ..bonsai_ops.host.patch.report import Report
-from ..bonsai_ops.host.precision import DTYPES
-from ..bonsai_ops.kernels import EXACT, MODES
-from ..bonsai_ops.weights.packed_weight import DENSITIES
 
 CATEGORY = "Bonsai"
 
@@ -22,8 +15,8 @@ CATEGORY = "Bonsai"
 def compute_dtype() -> io.Combo.Input:
     return io.Combo.Input(
         "compute_dtype",
-        options=["auto", *DTYPES],
-        default="auto",
+        options=list(CHOICES["compute_dtype"]),
+        default=LoadOptions.compute_dtype,
         tooltip="Number format of the activations. auto: ComfyUI's choice for this GPU; bf16 on a CPU that has it in "
         "hardware, else fp32. The packed weights stay the same in every format.",
     )
@@ -32,8 +25,8 @@ def compute_dtype() -> io.Combo.Input:
 def memory() -> io.Combo.Input:
     return io.Combo.Input(
         "memory",
-        options=list(MEMORY_MODES),
-        default="auto",
+        options=list(CHOICES["memory"]),
+        default=LoadOptions.memory,
         tooltip="auto: ComfyUI's own memory management, dynamic VRAM where it is on. classic: no dynamic VRAM for this "
         "model; try it if a driver or an extension misbehaves.",
     )
@@ -42,8 +35,8 @@ def memory() -> io.Combo.Input:
 def mode() -> io.Combo.Input:
     return io.Combo.Input(
         "mode",
-        options=list(MODES),
-        default=EXACT,
+        options=list(CHOICES["mode"]),
+        default=LoadOptions.mode,
         optional=True,
         tooltip="How packed layers are multiplied. exact: the weights' values, fp32 sums. fp16_accumulate: sums of up "
         "to 128 products in fp16; for GeForce cards, with compute_dtype fp16. a8: activations rounded to 8 bit; the "
@@ -54,8 +47,8 @@ def mode() -> io.Combo.Input:
 def layout() -> io.Combo.Input:
     return io.Combo.Input(
         "layout",
-        options=list(DENSITIES),
-        default="compact",
+        options=list(CHOICES["layout"]),
+        default=LoadOptions.layout,
         optional=True,
         tooltip="How ternary weights lie in memory. compact: five to a byte. fast: four to a byte, which takes a "
         "quarter more memory for them and unpacks faster. The values are the same; 1-bit models are not affected.",
@@ -98,17 +91,3 @@ def sampling() -> list[io.Input]:
 def report(found: Report) -> tuple[str, str, torch.Tensor]:
     """A report as text, CSV and IMAGE."""
     return found.to_text(), found.to_csv(), torch.from_numpy(found.draw()).unsqueeze(0)
-
-
-def progress() -> Callable[[int, int], None]:
-    """A callback (done, total) that moves ComfyUI's progress bar and raises when the user cancels."""
-    bar: comfy.utils.ProgressBar | None = None
-
-    def move(done: int, total: int) -> None:
-        nonlocal bar
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if bar is None:
-            bar = comfy.utils.ProgressBar(1000)
-        bar.update_absolute(done * 1000 // max(total, 1), 1000)
-
-    return move

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..bonsai_ops.host import folders
 from ..bonsai_ops.host.loader import load_bonsai_model
+from ..bonsai_ops.host.progress import comfyui_bar
 from . import inputs
 
 
@@ -43,4 +44,4 @@ class LoadBonsaiModel(io.ComfyNode):
         layout: str = "compact",
     ) -> io.NodeOutput:
         options = {"compute_dtype": compute_dtype, "memory": memory, "mode": mode, "layout": layout}
-        return io.NodeOutput(load_bonsai_model(folders.model_path(model_name), options, progress=inputs.progress()))
+        return io.NodeOutput(load_bonsai_model(folders.model_path(model_name), options, progress=comfyui_bar()))

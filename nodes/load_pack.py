@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..bonsai_ops.host import folders
 from ..bonsai_ops.host.loader import load_bonsai_model
+from ..bonsai_ops.host.progress import comfyui_bar
 from ..bonsai_ops.host.text_encoder import find_text_encoder, load_bonsai_text_encoder
 from ..bonsai_ops.host.vae import load_vae
 from . import inputs
@@ -51,6 +52,6 @@ class LoadBonsaiPack(io.ComfyNode):
         options = {"compute_dtype": compute_dtype, "memory": memory, "mode": mode, "layout": layout}
         find_text_encoder(folder)  # a missing one is told before the transformer is repacked
         vae = load_vae(folder)
-        model = load_bonsai_model(folder, options, progress=inputs.progress())
-        clip = load_bonsai_text_encoder(folder, folder_paths.get_folder_paths("embeddings"), progress=inputs.progress())
+        model = load_bonsai_model(folder, options, progress=comfyui_bar())
+        clip = load_bonsai_text_encoder(folder, folder_paths.get_folder_paths("embeddings"), progress=comfyui_bar())
         return io.NodeOutput(model, clip, vae)

@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..bonsai_ops.host import folders
+from ..bonsai_ops.host.progress import comfyui_bar
 from ..bonsai_ops.host.text_encoder import load_bonsai_text_encoder
 from . import inputs
 
@@ -34,4 +35,4 @@ class LoadBonsaiTextEncoder(io.ComfyNode):
     def execute(cls, text_encoder_name: str) -> io.NodeOutput:
         path = folders.text_encoder_path(text_encoder_name)
         embeddings = folder_paths.get_folder_paths("embeddings")
-        return io.NodeOutput(load_bonsai_text_encoder(path, embeddings, progress=inputs.progress()))
+        return io.NodeOutput(load_bonsai_text_encoder(path, embeddings, progress=comfyui_bar()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..bonsai_ops.host.patch.measure import sample_measured
+from ..bonsai_ops.host.progress import comfyui_bar
 from ..bonsai_ops.host.sampling import Sampling
 from . import inputs
 
@@ -46,6 +47,6 @@ class MeasureBitLinear(io.ComfyNode):
         scheduler: str = "simple",
     ) -> io.NodeOutput:
         sampling = Sampling(positive, negative, latent, seed, steps, cfg, sampler_name, scheduler)
-        report, drawn = sample_measured(original, patched, sampling, inputs.progress())
+        report, drawn = sample_measured(original, patched, sampling, comfyui_bar())
         shown = inputs.report(report)
         return io.NodeOutput(*shown, drawn, ui={"text": [shown[0]]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..bonsai_ops.host.patch import EXCLUDED, PatchOptions, patch_model, patterns
+from ..bonsai_ops.host.progress import comfyui_bar
 from ..bonsai_ops.quantize import SCHEMES
 from . import inputs
 from .calibrate import Calibration
@@ -103,6 +104,6 @@ class PatchToBitLinear(io.ComfyNode):
             dry_run,
         )
         statistics = None if calibration is None else calibration.layers
-        patched, report = patch_model(model, options, statistics, inputs.progress())
+        patched, report = patch_model(model, options, statistics, comfyui_bar())
         shown = inputs.report(report)
         return io.NodeOutput(patched, *shown, ui={"text": [shown[0]]})

@@ -9,6 +9,7 @@ import comfy.cli_args
 import folder_paths
 from comfy_api.latest import io
 
+from ..bonsai_ops.host.progress import comfyui_bar
 from ..bonsai_ops.host.save import save_bonsai_model
 from . import inputs
 
@@ -46,5 +47,5 @@ class SaveBonsaiModel(io.ComfyNode):
             if cls.hidden.prompt is not None:
                 extra["prompt"] = json.dumps(cls.hidden.prompt)
             extra |= {key: json.dumps(value) for key, value in (cls.hidden.extra_pnginfo or {}).items()}
-        save_bonsai_model(model, path, progress=inputs.progress(), extra=extra)
+        save_bonsai_model(model, path, progress=comfyui_bar(), extra=extra)
         return io.NodeOutput(ui={"text": [str(path)]})

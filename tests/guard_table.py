@@ -291,7 +291,7 @@ GUARDS = (
     Guard("10", "one parameter", LINEAR, "_PackedModule._load_from_state_dict", ONE_PARAMETER, _second_tensor),
     Guard("11", "uncast_bias_weight", LINEAR, "PackedLinear.forward", CASTS, _keeping_casts),
     Guard("11", "offloadable=True", LINEAR, "PackedLinear.forward", CASTS, _waiting_for_casts),
-    Guard("12", "logical dtype", LOADER, "wrap", DTYPE, _as_codes),
+    Guard("12", "logical dtype", LAYOUT, "wrap", DTYPE, _as_codes),
     Guard("13", "silence about the bypass loader", "pathlib", "Path.read_text", BYPASS, _recommending),
     Guard("14", "complete layout", LAYOUT, "BonsaiPackedLayout.get_plain_tensors", COMPLETE),
     Guard("15", "halves swapped", KLEIN, "_swap_halves", SWAPPED, _argument),

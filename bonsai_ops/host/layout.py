@@ -7,7 +7,9 @@ are never cast to uint8; codes, scale, zero and the low-rank residual travel tog
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy_kitchen.tensor import (
@@ -48,7 +50,7 @@ class BonsaiPackedLayout(QuantizedLayout):
     Params = PackedParams
 
     @classmethod
-    def quantize(cls, tensor: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, PackedParams]:
+    def quantize(cls, tensor: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, PackedParams]:
         """Always raises: rounding a dense weight (with a LoRA merged, say) to these codes would erase the change."""
         raise RuntimeError(
             "a Bonsai weight is never requantized: rounding to 1 bit or three levels loses what was added to it"
@@ -74,7 +76,14 @@ def wrap(weight: PackedWeight, dtype: torch.dtype, mode: str = kernels.EXACT) ->
     return QuantizedTensor(weight.codes, LAYOUT, params)
 
 
-def is_packed(tensor: object) -> bool:
+def wrapped(
+    weights: Mapping[str, PackedWeight | torch.Tensor], dtype: torch.dtype, mode: str = kernels.EXACT
+) -> dict[str, torch.Tensor]:
+    """A state dict for ComfyUI: packed weights wrapped, dense ones as they are."""
+    return {name: wrap(w, dtype, mode) if isinstance(w, PackedWeight) else w for name, w in weights.items()}
+
+
+def is_packed(tensor: Any) -> bool:
     """True for a tensor made by `wrap`."""
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT
 
@@ -99,25 +108,25 @@ def _described(weight: PackedWeight | PackedParams) -> dict[str, object]:
     return {name: getattr(weight, name) for name in (*TABLES, *FORM)}
 
 
-def _dense(value: object) -> object:
+def _dense(value: Any) -> Any:
     return value.dequantize() if isinstance(value, QuantizedTensor) else value
 
 
-def _linear(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
+def _linear(qt: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     x, weight, bias = (*args, None)[:3]
     if is_packed(weight) and not weight._params.transposed and not isinstance(x, QuantizedTensor):
         return kernels.linear(x, unwrap(weight), bias, mode_of(weight))
     return torch.nn.functional.linear(_dense(x), _dense(weight), _dense(bias))
 
 
-def _mm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
+def _mm(qt: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     x, weight = args[:2]
     if is_packed(weight) and weight._params.transposed and not isinstance(x, QuantizedTensor):
         return kernels.linear(x, unwrap(weight), None, mode_of(weight))
     return torch.mm(_dense(x), _dense(weight))
 
 
-def _addmm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
+def _addmm(qt: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     bias, x, weight = args[:3]
     plain = kwargs.get("alpha", 1) == 1 and kwargs.get("beta", 1) == 1
     if plain and is_packed(weight) and weight._params.transposed and not isinstance(x, QuantizedTensor):
@@ -125,7 +134,7 @@ def _addmm(qt: object, args: tuple, kwargs: dict) -> torch.Tensor:
     return torch.addmm(_dense(bias), _dense(x), _dense(weight), **kwargs)
 
 
-def _transpose(qt: QuantizedTensor, args: tuple, kwargs: dict) -> QuantizedTensor:
+def _transpose(qt: QuantizedTensor, args: tuple, kwargs: dict[str, Any]) -> QuantizedTensor:
     params = qt._params
     turned = dataclasses.replace(params, orig_shape=tuple(params.orig_shape)[::-1], transposed=not params.transposed)
     return QuantizedTensor(qt._qdata, LAYOUT, turned)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import comfy.model_management
 import comfy.sd
 import torch
-from comfy.cli_args import args
 
 from .. import kernels
 from ..weights.errors import PackError
@@ -21,23 +21,32 @@ from ..weights.read import open_transformer, read_weights
 from . import model_class as build
 from .attention import attend_in_parts
 from .inventory import Origin, attach_inventory
-from .layout import wrap
+from .layout import wrapped
 from .linear import make_bonsai_ops
 from .patcher import adopt
-from .precision import compute_dtype
+from .precision import DTYPES, compute_dtype
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 logger = logging.getLogger(__name__)
 
-MEMORY_MODES = ("auto", "classic")
+CHOICES = {
+    "compute_dtype": ("auto", *DTYPES),
+    "memory": ("auto", "classic"),
+    "mode": kernels.MODES,
+    "layout": tuple(DENSITIES),
+}
+"""{field of LoadOptions: what it may be}."""
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load.
+    """How to load. Raises ValueError for what is not among CHOICES.
 
     compute_dtype: auto, bf16, fp16 or fp32. memory: auto or classic (no dynamic VRAM). mode: how packed layers are
-    multiplied (kernels.MODES). layout: how ternary weights lie in memory (packed_weight.DENSITIES). Raises ValueError
-    for any other value of the last three.
+    multiplied. layout: the density at which ternary weights lie in memory; the word is that of shared workflows.
     """
 
     compute_dtype: str = "auto"
@@ -46,10 +55,10 @@ class LoadOptions:
     layout: str = "compact"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("memory mode", self.memory, MEMORY_MODES), ("layout", self.layout, DENSITIES)):
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"{name} {value!r} is unknown, expected {' or '.join(known)}")
-        kernels.check_mode(self.mode)
+                raise ValueError(f"{name} {value!r} is unknown, expected one of {', '.join(known)}")
 
 
 def load_bonsai_model(
@@ -57,8 +66,8 @@ def load_bonsai_model(
     options: Mapping[str, str] | None = None,
     *,
     disable_dynamic: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-):
+    progress: Progress | None = None,
+) -> ModelPatcher:
     """Loads a pack (file or folder) of any format as a ModelPatcher.
 
     options: fields of LoadOptions. disable_dynamic: what ComfyUI passes when it clones through `cached_patcher_init`.
@@ -68,21 +77,10 @@ def load_bonsai_model(
     started = time.perf_counter()
     settings = LoadOptions(**dict(options or {}))
     pack, entries = open_transformer(path)
-    device = comfy.model_management.get_torch_device()
-    told = settings.compute_dtype == "auto" and (args.fp32_unet or args.bf16_unet or args.fp16_unet)
-    dtype = None if told else compute_dtype(settings.compute_dtype, device)
     weights = read_weights(pack, entries, progress, settings.layout)
-    logical = sum(w.shape[0] * w.shape[1] if isinstance(w, PackedWeight) else w.numel() for w in weights.values())
-    if dtype is None:
-        dtype = comfy.model_management.unet_dtype(
-            model_params=logical,
-            weight_dtype=torch.bfloat16,
-            supported_dtypes=[torch.bfloat16, torch.float16, torch.float32],
-        )
-        dtype = comfy.model_management.unet_manual_cast(dtype, device) or dtype
-    state_dict = {
-        name: wrap(w, dtype, settings.mode) if isinstance(w, PackedWeight) else w for name, w in weights.items()
-    }
+    count = sum(w.shape[0] * w.shape[1] if isinstance(w, PackedWeight) else w.numel() for w in weights.values())
+    dtype = compute_dtype(settings.compute_dtype, comfy.model_management.get_torch_device(), count)
+    state_dict = wrapped(weights, dtype, settings.mode)
     del weights
     model = _make(pack, state_dict, dtype, disable_dynamic=disable_dynamic or settings.memory == "classic")
     # ComfyUI falls back to fp32 for a dtype it thinks slow on the device (bf16 on every CPU); the loader has decided.
@@ -108,7 +106,9 @@ def load_bonsai_model(
     return model
 
 
-def _make(pack: Pack, state_dict: dict, dtype: torch.dtype, disable_dynamic: bool):
+def _make(
+    pack: Pack, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype, disable_dynamic: bool
+) -> ModelPatcher:
     """The ModelPatcher around a state dict, built from the file's own record of its configuration if it has one."""
     recorded = build.config_from(pack.model) if pack.model else None
     if recorded is None:

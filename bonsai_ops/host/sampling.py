@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -13,51 +14,32 @@ import torch
 
 from .schedule import official_sigmas
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
-def sample_official(model: object, positive: list, latent: dict, seed: int, steps: int, denoise: float) -> dict:
+RATIO = "downscale_ratio_spacial"
+"""Key of an empty LATENT that says for which models it was sized; a sampled one has none."""
+
+
+def sample_official(model: ModelPatcher, positive: list, latent: dict, seed: int, steps: int, denoise: float) -> dict:
     """Euler steps over the official sigmas at guidance 1; returns a LATENT like `latent`.
 
     latent["samples"]: [B, 128, H / 16, W / 16] float. Noise is torch's CPU generator seeded with `seed`, as in the
-    official pipeline. A noise_mask is honoured.
+    official pipeline. A noise_mask is honoured. Raises ValueError for a latent with content of another model's shape.
     """
-    samples = _fit(model, latent)
-    sigmas = official_sigmas(samples.shape[-1] * samples.shape[-2], steps, denoise)
-    out = {name: value for name, value in latent.items() if name != "downscale_ratio_spacial"}
-    if len(sigmas) == 0:
-        out["samples"] = samples
-        return out
-    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    out["samples"] = comfy.sample.sample_custom(
-        model,
-        noise,
-        1.0,
-        comfy.samplers.sampler_object("euler"),
-        sigmas,
-        positive,
-        positive,
-        samples,
-        noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
-    return out
-
-
-def _fit(model: object, latent: dict) -> torch.Tensor:
-    """The latent with the model's channels and scale: an empty latent of another model is turned into an empty one.
-
-    Raises ValueError for a latent with content that belongs to another model.
-    """
-    ratio = latent.get("downscale_ratio_spacial")
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *([] if ratio is None else [ratio]))
+    samples = _prepared(model, latent)
     channels = model.get_model_object("latent_format").latent_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
         raise ValueError(
             f"the latent has shape {list(samples.shape)}, expected [batch, {channels}, height / 16, width / "
             "16]: encode the picture with the FLUX.2 VAE or use Empty Flux 2 Latent"
         )
-    return samples
+    sigmas = official_sigmas(samples.shape[-1] * samples.shape[-2], steps, denoise)
+    if len(sigmas) == 0:
+        return _finished(latent, samples)
+    euler = comfy.samplers.sampler_object("euler")
+    how = (1.0, euler, sigmas, positive, positive)
+    return _sampled(comfy.sample.sample_custom, model, latent, samples, how, seed, steps)
 
 
 @dataclass(frozen=True)
@@ -73,26 +55,45 @@ class Sampling:
     sampler: str
     scheduler: str
 
-    def run(self, model: object) -> dict:
+    def run(self, model: ModelPatcher) -> dict:
         """The LATENT that `model` draws."""
-        latent = self.latent
-        ratio = latent.get("downscale_ratio_spacial")
-        samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *([] if ratio is None else [ratio]))
-        noise = comfy.sample.prepare_noise(samples, self.seed, latent.get("batch_index"))
-        out = {name: value for name, value in latent.items() if name != "downscale_ratio_spacial"}
-        out["samples"] = comfy.sample.sample(
-            model,
-            noise,
-            self.steps,
-            self.cfg,
-            self.sampler,
-            self.scheduler,
-            self.positive,
-            self.negative,
-            samples,
-            noise_mask=latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, self.steps),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=self.seed,
-        )
-        return out
+        how = (self.steps, self.cfg, self.sampler, self.scheduler, self.positive, self.negative)
+        samples = _prepared(model, self.latent)
+        return _sampled(comfy.sample.sample, model, self.latent, samples, how, self.seed, self.steps)
+
+
+def _prepared(model: ModelPatcher, latent: dict) -> torch.Tensor:
+    """The samples of a LATENT; those of an empty one with the model's channels and scale."""
+    ratio = [latent[RATIO]] if latent.get(RATIO) is not None else []  # ComfyUI 0.16 takes none
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratio)
+
+
+def _sampled(
+    sample: Callable[..., torch.Tensor],
+    model: ModelPatcher,
+    latent: dict,
+    samples: torch.Tensor,
+    how: tuple[Any, ...],
+    seed: int,
+    steps: int,
+) -> dict:
+    """The LATENT that `sample`, a function of comfy.sample, makes of prepared samples and noise.
+
+    how: its arguments between the noise and the samples.
+    """
+    made = sample(
+        model,
+        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+        *how,
+        samples,
+        noise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return _finished(latent, made)
+
+
+def _finished(latent: dict, samples: torch.Tensor) -> dict:
+    """`latent` with other samples."""
+    return {name: value for name, value in latent.items() if name != RATIO} | {"samples": samples}

@@ -1,10 +1,10 @@
-"""A MODEL -> a native file: the base weights in the compact layout; patches such as LoRAs are not part of it."""
+"""A MODEL -> a native file: the base weights, compact; patches such as LoRAs are not part of it."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from ..weights.read import source_record
 from .inventory import attached_inventory
 from .layout import is_packed, unwrap
 from .lora import merges_models
+from .progress import Progress
 from .tensors import base_tensors
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def save_bonsai_model(
     model: ModelPatcher,
     path: Path,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the model's base weights to a new native file. Raises ValueError or PackError, or OSError from the disk.

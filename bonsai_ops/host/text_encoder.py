@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import comfy.sd
 import comfy.supported_models_base
@@ -24,9 +25,13 @@ from ..weights.formats.dense import read_entries as read_dense
 from ..weights.formats.entries import describe_shape
 from ..weights.formats.safetensors_file import SafetensorsFile
 from ..weights.packed_weight import PackedWeight
-from .layout import wrap
+from .layout import wrapped
 from .linear import make_bonsai_ops
 from .patcher import adopt
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +54,7 @@ AS_PUBLISHED = "Use the text encoder as it was published."
 class TruncatingTokenizer(flux_text.KleinTokenizer):
     """Klein's tokenizer that keeps the first 512 tokens of a longer prompt."""
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: object) -> dict:
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict:
         tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
         longest = max(len(row) for rows in tokens.values() for row in rows)
         if longest > MAX_TOKENS:
@@ -63,10 +68,10 @@ class TruncatingTokenizer(flux_text.KleinTokenizer):
 
 def load_bonsai_text_encoder(
     path: str | Path,
-    embedding_directory: object = None,
+    embedding_directory: list[str] | None = None,
     *,
     disable_dynamic: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> comfy.sd.CLIP:
     """Loads the text encoder of a pack: an MLX .safetensors, an HQQ qmodel.pt, an unpacked file or a pack folder.
 
@@ -92,7 +97,7 @@ def load_bonsai_text_encoder(
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(files[0]), flux_text.klein_te())
     clip = comfy.sd.CLIP(
         target,
-        state_dict=[{n: wrap(w, torch.float32) if isinstance(w, PackedWeight) else w for n, w in weights.items()}],
+        state_dict=[wrapped(weights, torch.float32)],
         model_options=options,
         embedding_directory=embedding_directory,
         disable_dynamic=disable_dynamic,
@@ -111,7 +116,9 @@ def load_bonsai_text_encoder(
     return clip
 
 
-def load_text_encoder_patcher(path: str, embedding_directory: object = None, disable_dynamic: bool = False):
+def load_text_encoder_patcher(
+    path: str, embedding_directory: list[str] | None = None, disable_dynamic: bool = False
+) -> ModelPatcher:
     """The ModelPatcher alone, for ComfyUI's clones through `cached_patcher_init`."""
     return load_bonsai_text_encoder(path, embedding_directory, disable_dynamic=disable_dynamic).patcher
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -82,7 +82,7 @@ class Recorder:
             layers[name] = Statistics((sums.power / max(1, sums.count)).cpu(), gram, sums.count)
         return Calibration(type(model).__name__, layers)
 
-    def _hook(self, name: str) -> object:
+    def _hook(self, name: str) -> Callable[[torch.nn.Module, tuple], None]:
         def record(module: torch.nn.Module, inputs: tuple) -> None:
             x = inputs[0] if inputs else None
             if isinstance(x, torch.Tensor) and x.ndim > 1 and x.is_floating_point():

@@ -45,6 +45,11 @@ class Layer:
     def shape(self) -> tuple[int, int]:
         return tuple(self.module.weight.shape)
 
+    @property
+    def size(self) -> int:
+        """Number of its weights."""
+        return self.shape[0] * self.shape[1]
+
 
 def linear_layers(source: object, twin: torch.nn.Module, options: PatchOptions) -> list[Layer]:
     """Every linear layer of the source in model order, with the reason for those that stay."""

@@ -19,6 +19,7 @@ from ... import kernels
 from ...quantize import LayerError, measured
 from ...quantize.layer import form_of
 from ..layout import is_packed, mode_of, unwrap
+from ..progress import Counter, Progress
 from ..tensors import linear_modules
 from .calibrate import thinned
 from .layers import Layer, convolutions, dense_weight, other_tensors, stored_bytes
@@ -74,23 +75,20 @@ class Meter:
                 handle.remove()
             self._seconds += time.perf_counter() - started
 
-    def report(self, progress: Callable[[int, int], None] | None = None) -> Report:
+    def report(self, progress: Progress | None = None) -> Report:
         """The errors of the weights and, for layers that were called, of the outputs. Raises ValueError if none was.
 
         progress(weights done, weights in all) is called a packed layer; what it raises ends the work.
         """
         if not self._sums:
             raise ValueError("nothing was measured: no packed layer was called while the model sampled")
-        total = sum(layer.shape[0] * layer.shape[1] for layer in self._packed)
-        done, rows = 0, []
+        total = sum(layer.size for layer in self._packed)
+        counter, rows = Counter(total, progress), []
         for layer in self._layers:
             if layer.name in self._dense:
-                if progress is not None:
-                    progress(done, total)
-                done += layer.shape[0] * layer.shape[1]
+                counter.begin(layer.size)
             rows.append(self._row(layer))
-        if progress is not None:
-            progress(total, total)
+        counter.end()
         title = f"{type(self._patched.model).__name__}, measured"
         notes = [f"measured: {len(self._sums)} of {len(self._packed)} layers"]
         return Report(
@@ -103,7 +101,7 @@ class Meter:
             "inputs of this sampling",
         )
 
-    def _hook(self, layer: Layer) -> object:
+    def _hook(self, layer: Layer) -> Callable[[torch.nn.Module, tuple], None]:
         def compare(module: torch.nn.Module, inputs: tuple) -> None:
             if inputs and is_packed(module.weight):  # a merge is dense while it is loaded
                 self._compare(layer.name, thinned(inputs[0].detach().flatten(0, -2)), module.weight)
@@ -138,7 +136,7 @@ def sample_measured(
     original: ModelPatcher,
     patched: ModelPatcher,
     sampling: Sampling,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Report, dict]:
     """(errors of the packed layers against those of the original, LATENT of the packed model).
 
