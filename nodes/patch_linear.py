@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..bonsai_ops.host.patch import EXCLUDED, PatchOptions, patch_model, patterns
+from ..bonsai_ops.host.patch import EXCLUDED, RECIPES, PatchOptions, patch_model, patterns
 from ..bonsai_ops.host.progress import comfyui_bar
-from ..bonsai_ops.quantize import SCHEMES
 from . import inputs
 from .calibrate import Calibration
 
@@ -24,7 +23,7 @@ class PatchToBitLinear(io.ComfyNode):
                 io.Model.Input("model", tooltip="Any diffusion model. It stays as it is; LoRAs on it go along."),
                 io.Combo.Input(
                     "scheme",
-                    options=list(SCHEMES),
+                    options=list(RECIPES),
                     default="ternary",
                     tooltip="ternary: three levels, 1.6 bits a weight. binary: two levels, 1 bit. 4bit, 8bit: 16 or "
                     "256 even steps. Scales come on top.",

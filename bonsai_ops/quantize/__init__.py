@@ -5,15 +5,28 @@ compensate.py  codes chosen column by column, each error made good in the column
 lowrank.py     a 16-bit low-rank residual for what the codes leave over
 layer.py       one layer with all of it, and how far it is from the dense one
 budget.py      which layers keep more bits when the whole model may have a given size
-report.py      the result as text, as CSV and as a picture
 """
 
 from __future__ import annotations
 
-from .layer import SCHEMES, LayerError, Quantized, Settings, Statistics, fitting_group, measured, quantize_layer
+from .layer import (
+    AFFINE,
+    GROUP_SIZES,
+    RECIPES,
+    LayerError,
+    Quantized,
+    Settings,
+    Statistics,
+    fitting_group,
+    measured,
+    quantize_layer,
+    recipe_of,
+)
 
 __all__ = [
-    "SCHEMES",
+    "AFFINE",
+    "GROUP_SIZES",
+    "RECIPES",
     "LayerError",
     "Quantized",
     "Settings",
@@ -21,4 +34,5 @@ __all__ = [
     "fitting_group",
     "measured",
     "quantize_layer",
+    "recipe_of",
 ]

@@ -15,25 +15,26 @@ from .groups import existing_scale, quantize_affine, quantize_groups, values
 
 GROUP_SIZES = (256, 128, 64, 32)
 AFFINE = {"4bit": "nibble", "8bit": "byte"}
-"""Schemes of evenly spaced levels, the smallest first: their codec."""
-SCHEMES = ("ternary", "binary", *AFFINE)
+"""Recipes of evenly spaced levels, the smallest first: their codec."""
+RECIPES = ("ternary", "binary", *AFFINE)
+"""What a user picks; the first two are also the schemes that they make."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to quantize. scheme: ternary, binary, 4bit or 8bit. rank: of the 16-bit residual, 0 for none.
+    """How to quantize. recipe: ternary, binary, 4bit or 8bit. rank: of the 16-bit residual, 0 for none.
 
     rounds: how often residual and codes are fitted to one another in turn. Raises ValueError for what is not offered.
     """
 
-    scheme: str = "ternary"
+    recipe: str = "ternary"
     group_size: int = 128
     rank: int = 0
     rounds: int = 2
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"scheme {self.scheme!r} is unknown, expected one of {', '.join(SCHEMES)}")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe {self.recipe!r} is unknown, expected one of {', '.join(RECIPES)}")
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group size {self.group_size} is not offered, expected one of {GROUP_SIZES[::-1]}")
         if self.rank < 0:
@@ -72,9 +73,9 @@ class Quantized:
     squared: float
 
 
-def form_of(weight: PackedWeight) -> str:
-    """The scheme of SCHEMES that makes such a weight; its own name for one of another kind."""
-    return next((s for s, codec in AFFINE.items() if (weight.scheme, weight.codec) == ("affine", codec)), weight.scheme)
+def recipe_of(weight: PackedWeight) -> str:
+    """The recipe that makes such a weight; the name of its scheme if none does."""
+    return next((r for r, codec in AFFINE.items() if (weight.scheme, weight.codec) == ("affine", codec)), weight.scheme)
 
 
 def fitting_group(columns: int, wanted: int) -> int | None:
@@ -97,7 +98,7 @@ def quantize_layer(weight: torch.Tensor, settings: Settings, statistics: Statist
         raise ValueError(f"statistics of {tuple(statistics.power.shape)} inputs do not fit {columns} columns")
     settings = replace(settings, group_size=group_size)
     dense = weight.detach().to(torch.float32)
-    if settings.scheme not in AFFINE and existing_scale(dense, settings.scheme, group_size) is not None:
+    if settings.recipe not in AFFINE and existing_scale(dense, settings.recipe, group_size) is not None:
         return measured(dense, _codes(dense, settings, None), statistics)
     best = measured(dense, _codes(dense, settings, statistics), statistics)
     if settings.rank:
@@ -126,9 +127,9 @@ def squared_error(difference: torch.Tensor, statistics: Statistics | None) -> to
 def _codes(target: torch.Tensor, settings: Settings, statistics: Statistics | None) -> PackedWeight:
     """The best codes for `target` [N, K], row by row: the plain optimum, the weighted one and the compensated one.
 
-    Affine schemes have one way only, which does not look at the inputs.
+    Affine recipes have one way only, which does not look at the inputs.
     """
-    scheme, group_size = settings.scheme, settings.group_size
+    scheme, group_size = settings.recipe, settings.group_size
     if scheme in AFFINE:
         codec = AFFINE[scheme]
         codes, scale, zero = quantize_affine(target, group_size, codecs.get_codec(codec).radix)

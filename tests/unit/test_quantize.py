@@ -149,7 +149,7 @@ def test_zero_and_invalid_weights() -> None:
         quantize_layer(torch.zeros(8, 40), Settings())
     with pytest.raises(ValueError, match="do not fit 64 columns"):
         quantize_layer(torch.zeros(8, 64), Settings(), Statistics(torch.ones(32)))
-    for wrong in ({"scheme": "int8"}, {"group_size": 100}, {"rank": -1}):
+    for wrong in ({"recipe": "int8"}, {"group_size": 100}, {"rank": -1}):
         with pytest.raises(ValueError):
             Settings(**wrong)
     assert [fitting_group(k, 128) for k in (256, 192, 96, 48)] == [128, 64, 32, None]

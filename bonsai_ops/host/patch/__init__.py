@@ -4,17 +4,21 @@ The result is a second model of the source's own class, made with our operations
 clones and saving work as with a loaded pack. The source is only read. What was set on it (LoRAs, model sampling,
 wrappers, options) goes along; a merge of models is carried out first, as its result is what is to be packed.
 
-options.py   what is asked for
-layers.py    which layers are packed, and each of them
-spend.py     which layers get more bits within a target size
-assemble.py  the packed MODEL
-model.py     all of it
-measure.py   what the packed layers are worth in a sampling
+options.py    what is asked for
+layers.py     the linear layers: which are packed, their dense weights
+work.py       a patch under way: each of them quantized
+spend.py      which layers get more bits within a target size
+assemble.py   the packed MODEL
+model.py      all of it
+report.py     what became of every layer, as text, CSV and picture
+calibrate.py  what goes into the layers in a sampling, for work.py
+measure.py    what the packed layers are worth in a sampling
 """
 
 from __future__ import annotations
 
+from ...quantize import RECIPES
 from .model import patch_model
 from .options import EXCLUDED, PatchOptions, patterns
 
-__all__ = ["EXCLUDED", "PatchOptions", "patch_model", "patterns"]
+__all__ = ["EXCLUDED", "RECIPES", "PatchOptions", "patch_model", "patterns"]

@@ -1,34 +1,40 @@
-"""The linear layers of a MODEL: which are packed and why the others stay, their dense weights and packed ones."""
+"""The linear layers of a MODEL: which are packed and why the others stay, and their dense weights."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import comfy.lora
-import comfy.model_management
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...quantize import Settings, Statistics, budget, fitting_group, quantize_layer
-from ...quantize.layer import GROUP_SIZES, Quantized
+from ...quantize import GROUP_SIZES, Quantized, budget, fitting_group
 from ..layout import is_packed, unwrap
 from ..linear import PackedLinear
 from ..lora import merges_models
 from ..tensors import PREFIX, base_tensor, base_tensors, linear_modules
 from .options import PatchOptions
 
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+
 
 @dataclass
 class Layer:
-    """One linear layer of the source. kept: why it stays, None for one to be packed."""
+    """One linear layer of the source. kept: why it stays, None for one to be packed.
+
+    made, recipe: what it became, and by which one. options: what it may become within a target size.
+    """
 
     name: str
     module: torch.nn.Module
     kept: str | None = None
     made: Quantized | None = None
-    form: str = ""
+    recipe: str = ""
     options: list[budget.Option] = field(default_factory=list)
 
     @property
@@ -51,7 +57,7 @@ class Layer:
         return self.shape[0] * self.shape[1]
 
 
-def linear_layers(source: object, twin: torch.nn.Module, options: PatchOptions) -> list[Layer]:
+def linear_layers(source: ModelPatcher, twin: BaseModel, options: PatchOptions) -> list[Layer]:
     """Every linear layer of the source in model order, with the reason for those that stay."""
     ours = dict(twin.diffusion_model.named_modules())
     layers = []
@@ -76,18 +82,18 @@ def linear_layers(source: object, twin: torch.nn.Module, options: PatchOptions) 
     return layers
 
 
-def other_tensors(source: object, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
+def other_tensors(source: ModelPatcher, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
     """{name: tensor} of the source's transformer that is no weight of `layers`."""
     weights = {layer.weight for layer in layers}
     return {name: tensor for name, tensor in base_tensors(source).items() if name not in weights}
 
 
-def convolutions(source: object) -> int:
+def convolutions(source: ModelPatcher) -> int:
     """The number of its convolutions, which are never packed."""
     return sum(isinstance(m, torch.nn.modules.conv._ConvNd) for m in source.model.diffusion_model.modules())
 
 
-def dense_weight(source: object, layer: Layer, device: torch.device) -> torch.Tensor:
+def dense_weight(source: ModelPatcher, layer: Layer, device: torch.device) -> torch.Tensor:
     """The float32 weight of a layer on `device`, a merge carried out, LoRAs left out."""
     weight = base_tensor(source, layer.weight).detach().to(device)
     if isinstance(weight, QuantizedTensor):
@@ -99,21 +105,7 @@ def dense_weight(source: object, layer: Layer, device: torch.device) -> torch.Te
     return weight
 
 
-def stored_bytes(source: object, layer: Layer) -> int:
+def stored_bytes(source: ModelPatcher, layer: Layer) -> int:
     """Bytes of a kept layer's weight."""
     weight = base_tensor(source, layer.weight)
     return unwrap(weight).nbytes if is_packed(weight) else weight.nbytes
-
-
-def quantized(
-    source: object, layer: Layer, settings: Settings, statistics: Statistics | None, device: torch.device
-) -> Quantized:
-    """A layer packed on `device`, or by the processor where its memory is too small; it lies on the offload device."""
-    try:
-        made = quantize_layer(dense_weight(source, layer, device), settings, statistics)
-    except torch.OutOfMemoryError:
-        comfy.model_management.soft_empty_cache()
-        made = quantize_layer(dense_weight(source, layer, torch.device("cpu")), settings, statistics)
-    except ValueError as error:
-        raise ValueError(f"{layer.name}: {error}. Exclude the layer, or load the model's file again.") from error
-    return Quantized(made.weight.to(source.offload_device), made.error, made.squared)

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ... import kernels
-from ...quantize import LayerError, measured
-from ...quantize.layer import form_of
+from ...quantize import LayerError, measured, recipe_of
 from ..layout import is_packed, mode_of, unwrap
 from ..progress import Counter, Progress
 from ..tensors import linear_modules
@@ -128,7 +127,7 @@ class Meter:
         error, whole = self._sums.get(layer.name, (0.0, 0.0))
         output = math.sqrt(error / whole) if whole > 0 else None
         return LayerReport(
-            layer.name, form_of(weight), layer.shape, weight.nbytes, LayerError(relative, output), rank=weight.rank
+            layer.name, recipe_of(weight), layer.shape, weight.nbytes, LayerError(relative, output), rank=weight.rank
         )
 
 

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from ...quantize import Statistics
+from ...quantize import Settings, Statistics
 from ..lora import merges_models
+from ..progress import Progress
 from .assemble import assemble, empty_twin
-from .layers import Layer, convolutions, linear_layers, other_tensors, quantized, stored_bytes
+from .layers import Layer, convolutions, linear_layers, other_tensors, stored_bytes
 from .options import PatchOptions
 from .report import LayerReport, Report
 from .spend import spend
+from .work import Work, begin_work
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 logger = logging.getLogger(__name__)
 
 
 def patch_model(
-    source: object,
+    source: ModelPatcher,
     options: PatchOptions,
     statistics: Mapping[str, Statistics] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[object, Report]:
+    progress: Progress | None = None,
+) -> tuple[ModelPatcher, Report]:
     """(packed ModelPatcher, report); with dry_run, or a target size that has room for all, the first is the source.
 
     statistics: {layer name: what its inputs were}. progress(weights done, weights in all) is called a layer; what it
@@ -30,67 +36,34 @@ def patch_model(
     of layers that ComfyUI does not build through its operations, or for a weight that is not finite.
     """
     started = time.perf_counter()
-    settings = options.settings
-    base = source.model
-    if not hasattr(base, "diffusion_model") or not hasattr(base, "model_config"):
+    if not hasattr(source.model, "diffusion_model") or not hasattr(source.model, "model_config"):
         raise ValueError("this MODEL is no diffusion model of ComfyUI: it has no transformer or UNet to patch")
-    statistics = statistics or {}
-    twin = empty_twin(base)
-    layers = linear_layers(source, twin, options)
-    chosen = [layer for layer in layers if layer.kept is None]
-    if not chosen:
-        reasons = sorted({layer.kept for layer in layers}) or ["the model has no linear layer"]
-        raise ValueError(f"nothing is left to pack: {'; '.join(reasons)}")
+    twin = empty_twin(source.model)
+    work = begin_work(source, linear_layers(source, twin, options), options, statistics or {}, progress)
+    chosen = work.chosen
     for layer in chosen:
-        _check_statistics(layer, statistics.get(layer.name))
-    device = source.load_device
-    rounds = 1 if options.target_bytes is None else 1 + len(options.finer)
-    total = rounds * sum(layer.shape[0] * layer.shape[1] for layer in chosen)
-    done = 0
-
-    def begin(layer: Layer) -> None:
-        nonlocal done
-        if progress is not None:
-            progress(done, total)
-        done += layer.shape[0] * layer.shape[1]
-
-    for layer in chosen:
-        begin(layer)
-        layer.made = quantized(source, layer, settings, statistics.get(layer.name), device)
-        layer.form = settings.scheme
-    other = other_tensors(source, layers)
-    notes: list[str] = []
-    if options.target_bytes is not None:
-        notes.append(spend(source, layers, other, options, statistics, device, begin))
-    if progress is not None:
-        progress(total, total)
-    title = f"{type(base).__name__}, {settings.scheme}, groups of {settings.group_size}" + (
-        f", rank {settings.rank}" if settings.rank else ""
-    )
-    packed = {f"{layer.name}.weight": layer.made.weight for layer in layers if layer.made is not None}
+        work.counter.begin(layer.size)
+        work.quantize(layer, options.settings)
+    other_bytes = sum(tensor.nbytes for tensor in other_tensors(source, work.layers).values())
+    notes = [] if options.target_bytes is None else [spend(work, other_bytes)]
+    work.counter.end()
+    packed = {layer.weight: layer.made.weight for layer in work.layers if layer.made is not None}
     if options.dry_run:
         notes.append("dry run: the model goes through unchanged")
     elif not packed:
         notes.append("the whole model has room within the target size: it goes through unchanged")
     if statistics:
         notes.append(f"calibrated: {sum(layer.name in statistics for layer in chosen)} of {len(chosen)} layers")
-    report = Report(
-        title,
-        [_layer_report(source, layer) for layer in layers],
-        sum(t.nbytes for t in other.values()),
-        convolutions(source),
-        time.perf_counter() - started,
-        notes,
-    )
+    report = _report(work, other_bytes, time.perf_counter() - started, notes)
     if options.dry_run or not packed:
         return source, report
     patcher = assemble(source, twin, packed)
-    baked = [layer.key for layer in chosen if merges_models(source.patches.get(layer.key, ()))]
-    for key in baked:
-        patcher.patches.pop(key, None)
+    for layer in chosen:
+        if merges_models(source.patches.get(layer.key, ())):
+            patcher.patches.pop(layer.key)  # carried out when the dense weight was read
     logger.info(
         "Bonsai: %s: %d layers packed, %.1f MB, relative error %.4f, %.1f s",
-        title,
+        report.title,
         len(packed),
         report.nbytes / 1e6,
         report.total("relative"),
@@ -99,16 +72,19 @@ def patch_model(
     return patcher, report
 
 
-def _check_statistics(layer: Layer, known: Statistics | None) -> None:
-    if known is not None and known.power.shape != (layer.shape[1],):
-        raise ValueError(
-            f"the calibration has {known.power.shape[0]} inputs for {layer.name}, the model {layer.shape[1]}: it was "
-            "recorded with another model"
-        )
+def _report(work: Work, other_bytes: int, seconds: float, notes: list[str]) -> Report:
+    layers = [_layer_report(work.source, layer) for layer in work.layers]
+    title = f"{type(work.source.model).__name__}, {_described(work.options.settings)}"
+    return Report(title, layers, other_bytes, convolutions(work.source), seconds, notes)
 
 
-def _layer_report(source: object, layer: Layer) -> LayerReport:
+def _described(settings: Settings) -> str:
+    rank = f", rank {settings.rank}" if settings.rank else ""
+    return f"{settings.recipe}, groups of {settings.group_size}{rank}"
+
+
+def _layer_report(source: ModelPatcher, layer: Layer) -> LayerReport:
     if layer.made is None:
         return LayerReport(layer.name, "kept", layer.shape, stored_bytes(source, layer), reason=layer.kept or "")
     weight = layer.made.weight
-    return LayerReport(layer.name, layer.form, layer.shape, weight.nbytes, layer.made.error, rank=weight.rank)
+    return LayerReport(layer.name, layer.recipe, layer.shape, weight.nbytes, layer.made.error, rank=weight.rank)

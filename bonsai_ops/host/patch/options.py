@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...quantize import Settings
-from ...quantize.layer import AFFINE, SCHEMES
+from ...quantize import AFFINE, RECIPES, Settings
 
 EXCLUDED = (
     # embedders of picture, text, time and guidance
@@ -48,11 +47,11 @@ EXCLUDED = (
 class PatchOptions:
     """What to pack and how. include, exclude: patterns of fnmatch on layer names, such as "double_blocks.*.qkv".
 
-    target_bytes: size the whole model may have; layers then get 4 or 8 bits or stay as they are where that helps
-    most. None: all alike.
+    recipe: one of quantize.RECIPES. target_bytes: size the whole model may have; layers then get 4 or 8 bits or stay as
+    they are where that helps most. None: all alike.
     """
 
-    scheme: str = "ternary"
+    recipe: str = "ternary"
     group_size: int = 128
     rank: int = 0
     target_bytes: int | None = None
@@ -62,13 +61,13 @@ class PatchOptions:
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.scheme, self.group_size, self.rank)
+        return Settings(self.recipe, self.group_size, self.rank)
 
     @property
     def finer(self) -> tuple[Settings, ...]:
-        """The forms with more bits that a target size may give to a layer, the smallest first."""
-        later = SCHEMES[SCHEMES.index(self.scheme) + 1 :] if self.scheme in AFFINE else AFFINE
-        return tuple(Settings(scheme, self.group_size) for scheme in later)
+        """The recipes with more bits that a target size may give to a layer, the smallest first."""
+        later = RECIPES[RECIPES.index(self.recipe) + 1 :] if self.recipe in AFFINE else AFFINE
+        return tuple(Settings(recipe, self.group_size) for recipe in later)
 
 
 def patterns(text: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ...quantize.layer import LayerError
+from ...quantize import LayerError
 
 WIDTH, HEIGHT, MARGIN, FONT_SIZE = 960, 460, 56, 14
 COLORS = {"ternary": "#3f8f4f", "binary": "#4f79c0", "4bit": "#c08a3e", "8bit": "#a25bb0"}
@@ -32,7 +32,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. form: the scheme, or "kept". nbytes: as it is stored now. reason: why it was kept, in a few words."""
+    """One layer. form: the recipe, or "kept". nbytes: as it is stored now. reason: why it was kept, in a few words."""
 
     name: str
     form: str

@@ -310,7 +310,7 @@ def test_an_unpacked_bonsai_becomes_the_pack(comfy: Any, variant: str, tmp_path:
     pack = load_bonsai_model(write_pack(tmp_path / "model.safetensors", variant), {"compute_dtype": "fp32"})
     weights = read_weights(*open_transformer(tmp_path / "model.safetensors"))
     dense = {n: w.dequantize(torch.bfloat16) if isinstance(w, PackedWeight) else w for n, w in weights.items()}
-    patched, report = patch(load_stock(dense), scheme=variant)
+    patched, report = patch(load_stock(dense), recipe=variant)
     assert report.total("relative") == 0 and "exactly those of the model" in report.to_text()
     truth, found = (tensors_of(m.model.diffusion_model) for m in (pack, patched))
     assert truth.keys() == found.keys()
@@ -329,7 +329,7 @@ def test_even_steps(scheme: str, unload: Callable[[], None], lora_file: Callable
     from bonsai_ops.host.save import save_bonsai_model
 
     source = stock("flux2")
-    patched, report = patch(source, scheme=scheme, rank=2)
+    patched, report = patch(source, recipe=scheme, rank=2)
     assert {x.form for x in report.packed} == {scheme} and packed_layers(patched) == KINDS["flux2"].packed
     drawn, twin = sample("flux2", patched), twin_of("flux2", patched)
     assert relative(drawn, sample("flux2", twin)) < 1e-5
@@ -413,7 +413,7 @@ def test_dry_run_patterns_and_report(unload: Callable[[], None]) -> None:
     same, report = patch(source, dry_run=True)
     assert same is source and packed_layers(source) == 0 and "dry run" in report.to_text()
     assert report.conv_layers > 5 and f"{report.conv_layers} convolutions" in report.to_text()
-    patched, report = patch(source, scheme="binary", group_size=32, include=("*.attn1.*",), exclude=("*to_out*",))
+    patched, report = patch(source, recipe="binary", group_size=32, include=("*.attn1.*",), exclude=("*to_out*",))
     assert {x.name.split(".")[-1] for x in report.packed} == {"to_q", "to_k", "to_v"}
     assert packed_layers(patched) == len(report.packed)
     reasons = {x.name: x.reason for x in report.layers}
@@ -421,7 +421,7 @@ def test_dry_run_patterns_and_report(unload: Callable[[], None]) -> None:
     assert reasons["middle_block.1.transformer_blocks.0.attn1.to_out.0"] == "excluded by *to_out*"
     with pytest.raises(ValueError, match=r"nothing is left to pack: .*not included"):
         patch(source, include=("no_such_layer",))
-    _, report = patch(patched, scheme="ternary")
+    _, report = patch(patched, recipe="ternary")
     assert sum(x.reason == "is packed already" for x in report.layers) == 3 * 4
     assert len(report.packed) == KINDS["sdxl"].packed - 3 * 4
 
@@ -444,7 +444,7 @@ def test_target_size(unload: Callable[[], None]) -> None:
         sample("wan", patched)
     assert errors[2] < errors[1] < errors[0] < sum(x.error.relative**2 for x in smallest.packed)
     assert forms == {"ternary", "4bit", "8bit"}
-    same, report = patch(source, scheme="8bit", target_bytes=source.model_size())
+    same, report = patch(source, recipe="8bit", target_bytes=source.model_size())
     assert same is source and report.packed == [] and "goes through unchanged" in report.to_text()
     _, report = patch(source, target_bytes=1000)
     assert "not reachable" in report.to_text() and report.nbytes == smallest.nbytes
@@ -518,7 +518,7 @@ def test_measuring_a_sampling(unload: Callable[[], None], lora_file: Callable[..
     save_bonsai_model(patched, tmp_path / "patched.safetensors")
     again, _ = sample_measured(source, load_bonsai_model(tmp_path / "patched.safetensors"), sampling("flux"))
     assert again.total("output") == pytest.approx(report.total("output"), rel=0.2)
-    finer, _ = sample_measured(source, patch(source, scheme="8bit")[0], sampling("flux"))
+    finer, _ = sample_measured(source, patch(source, recipe="8bit")[0], sampling("flux"))
     assert finer.total("output") < report.total("output") / 30 and {x.form for x in finer.packed} == {"8bit"}
     itself, _ = sample_measured(patched, patched, sampling("flux"))
     assert itself.total("output") < 1e-6 and itself.total("relative") == 0
