@@ -59,7 +59,7 @@ def patch_model(
         return source, report
     patcher = assemble(source, twin, packed)
     for layer in chosen:
-        if merges_models(source.patches.get(layer.key, ())):
+        if layer.made is not None and merges_models(source.patches.get(layer.key, ())):
             patcher.patches.pop(layer.key)  # carried out when the dense weight was read
     logger.info(
         "Bonsai: %s: %d layers packed, %.1f MB, relative error %.4f, %.1f s",

@@ -365,8 +365,9 @@ def test_lora_and_settings_on_the_source_go_along(unload: Callable[[], None], lo
     assert relative(sample("sd3", patched), sample("sd3", plain)) > 1e-4
 
 
-def test_a_merge_is_carried_out(unload: Callable[[], None]) -> None:
-    """The result of ModelMergeSimple is what is packed."""
+@pytest.mark.parametrize("room", [None, 0.1], ids=["all", "some"])
+def test_a_merge_is_carried_out(unload: Callable[[], None], room: float | None) -> None:
+    """The result of ModelMergeSimple is what is packed; layers that a target size keeps are merged as before."""
     from bonsai_ops.host.tensors import tensors_of
 
     first, second = stock("flux"), stock("flux", random_tensors(stock("flux").model, seed=3))
@@ -375,10 +376,12 @@ def test_a_merge_is_carried_out(unload: Callable[[], None]) -> None:
         n: 0.25 * t + 0.75 * tensors_of(second.model.diffusion_model)[n]
         for n, t in tensors_of(first.model.diffusion_model).items()
     }
-    found, _ = patch(merged)
-    truth, _ = patch(stock("flux", mixed))
+    size = None if room is None else int(patch(first, recipe="8bit")[1].nbytes + room * first.model_size())
+    found, report = patch(merged, recipe="8bit" if room else "ternary", target_bytes=size)
+    truth, _ = patch(stock("flux", mixed), recipe="8bit" if room else "ternary", target_bytes=size)
     assert relative(sample("flux", found), sample("flux", truth)) < 1e-4
-    assert packed_layers(found) == packed_layers(truth) == KINDS["flux"].packed
+    assert packed_layers(found) == packed_layers(truth) == len(report.packed)
+    assert room is None or 0 < len(report.packed) < KINDS["flux"].packed
 
 
 def test_clone_factory_offload_and_messages(unload: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
