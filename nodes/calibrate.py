@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io
 
 from ..bonsai_ops.host.patch.calibrate import MODES, sample_recorded
 from ..bonsai_ops.host.sampling import Sampling
 from . import inputs
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 Calibration = io.Custom("BONSAI_CALIBRATION")
 
@@ -40,7 +45,7 @@ class CalibrateBitLinear(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: object,
+        model: ModelPatcher,
         positive: list,
         negative: list,
         latent: dict,

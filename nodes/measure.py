@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io
 
 from ..bonsai_ops.host.patch.measure import sample_measured
 from ..bonsai_ops.host.progress import comfyui_bar
 from ..bonsai_ops.host.sampling import Sampling
 from . import inputs
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 
 class MeasureBitLinear(io.ComfyNode):
@@ -35,8 +40,8 @@ class MeasureBitLinear(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        original: object,
-        patched: object,
+        original: ModelPatcher,
+        patched: ModelPatcher,
         positive: list,
         negative: list,
         latent: dict,

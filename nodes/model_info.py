@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io
 
 from ..bonsai_ops.host import info as model_info
 from . import inputs
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 
 class BonsaiModelInfo(io.ComfyNode):
@@ -27,7 +32,7 @@ class BonsaiModelInfo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: object) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher) -> io.NodeOutput:
         lines = model_info.describe(model)
         text = model_info.to_text(lines)
         return io.NodeOutput(text, model_info.draw(model, lines), ui={"text": [text]})

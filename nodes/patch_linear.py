@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io
 
 from ..bonsai_ops.host.patch import EXCLUDED, RECIPES, PatchOptions, patch_model, patterns
 from ..bonsai_ops.host.progress import comfyui_bar
 from . import inputs
 from .calibrate import Calibration
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from ..bonsai_ops.host.patch.calibrate import Calibration as Recorded
 
 
 class PatchToBitLinear(io.ComfyNode):
@@ -83,7 +90,7 @@ class PatchToBitLinear(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: object,
+        model: ModelPatcher,
         scheme: str = "ternary",
         group_size: str = "128",
         rank: int = 0,
@@ -91,7 +98,7 @@ class PatchToBitLinear(io.ComfyNode):
         include: str = "*",
         exclude: str = ", ".join(EXCLUDED),
         dry_run: bool = False,
-        calibration: object | None = None,
+        calibration: Recorded | None = None,
     ) -> io.NodeOutput:
         options = PatchOptions(
             scheme,

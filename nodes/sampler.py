@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io
 
 from ..bonsai_ops.host.sampling import sample_official
 from . import inputs
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 
 class BonsaiSampler(io.ComfyNode):
@@ -51,6 +56,6 @@ class BonsaiSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: object, positive: list, latent: dict, seed: int, steps: int = 4, denoise: float = 1.0
+        cls, model: ModelPatcher, positive: list, latent: dict, seed: int, steps: int = 4, denoise: float = 1.0
     ) -> io.NodeOutput:
         return io.NodeOutput(sample_official(model, positive, latent, seed, steps, denoise))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import comfy.cli_args
 import folder_paths
@@ -12,6 +13,9 @@ from comfy_api.latest import io
 from ..bonsai_ops.host.progress import comfyui_bar
 from ..bonsai_ops.host.save import save_bonsai_model
 from . import inputs
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 
 class SaveBonsaiModel(io.ComfyNode):
@@ -37,7 +41,7 @@ class SaveBonsaiModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: object, filename_prefix: str) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, filename_prefix: str) -> io.NodeOutput:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
         )

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import torch
 
 from . import comfyui
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 OVERRIDE = "optimized_attention_override"
 _WRAPPED = comfyui.optional("comfy.ldm.modules.attention.attention_sub_quad")
@@ -31,7 +34,7 @@ LEAST_QUERIES = 64
 """Queries of a part at least, whatever SCORE_BYTES says. With fewer, a matrix library may round elsewhere."""
 
 
-def attend_in_parts(patcher: object) -> None:
+def attend_in_parts(patcher: ModelPatcher) -> None:
     """Lets a ModelPatcher whose model computes on a CPU attend in parts; clones inherit it with its options."""
     if SUB_QUADRATIC is not None and comfy.model_management.is_device_cpu(patcher.load_device):
         patcher.model_options.setdefault("transformer_options", {}).setdefault(OVERRIDE, in_parts)

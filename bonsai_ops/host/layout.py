@@ -103,7 +103,7 @@ def _weight(codes: torch.Tensor, params: PackedParams) -> PackedWeight:
     return PackedWeight(codes, shape=shape[::-1] if params.transposed else shape, **_described(params))
 
 
-def _described(weight: PackedWeight | PackedParams) -> dict[str, object]:
+def _described(weight: PackedWeight | PackedParams) -> dict[str, Any]:
     """Everything of a packed weight but its codes and shape."""
     return {name: getattr(weight, name) for name in (*TABLES, *FORM)}
 

@@ -7,6 +7,9 @@ ComfyUI's manual_cast operations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import comfy.ops
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
@@ -14,6 +17,9 @@ from comfy_kitchen.tensor import QuantizedTensor
 from .. import kernels
 from .layout import is_packed, mode_of, unwrap
 from .lora import LOWVRAM_PATCH, LayerPatches, patches_of
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import LowVramPatch
 
 
 class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
@@ -24,11 +30,11 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.compute_dtype = dtype
-        self.weight_function: list = []
-        self.bias_function: list = []
+        self.weight_function: list[Callable] = []
+        self.bias_function: list[Callable] = []
         self.resident_patch: LayerPatches | None = None
         self.hook_patch: LayerPatches | None = None
-        self._dynamic_patch: object = None
+        self._dynamic_patch: LowVramPatch | None = None
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
 
@@ -53,12 +59,12 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return unwrap(self.weight).down if is_packed(self.weight) else None
 
     @property
-    def weight_lowvram_function(self) -> object:
+    def weight_lowvram_function(self) -> LowVramPatch | None:
         """Where dynamic VRAM puts a patch that it would merge and round; hidden from it while the weight is packed."""
         return None if is_packed(self.weight) else self._dynamic_patch
 
     @weight_lowvram_function.setter
-    def weight_lowvram_function(self, patch: object) -> None:
+    def weight_lowvram_function(self, patch: LowVramPatch | None) -> None:
         self._dynamic_patch = patch
 
     def _layer_patches(self) -> list[LayerPatches]:
@@ -69,7 +75,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         found = [patches_of(f, self.weight.shape) for f in offloaded] or [self.resident_patch]
         return [p for p in (*found, self.hook_patch) if p is not None]
 
-    def _wrappers(self) -> list:
+    def _wrappers(self) -> list[Callable]:
         """Weight functions that are no patches: what `ModelPatcher.add_weight_wrapper` put there."""
         return [f for f in self.weight_function if not isinstance(f, LOWVRAM_PATCH)]
 
@@ -108,7 +114,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             elif name == "weight" or self.has_bias:
                 missing_keys.append(prefix + name)
 
-    def state_dict(self, *args: object, destination: dict | None = None, prefix: str = "", **kwargs: object) -> dict:
+    def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = "", **kwargs: Any) -> dict:
         """{prefix + weight, weight_scale, weight_zero, bias}: codes and tables, as our files store them."""
         destination = {} if destination is None else destination
         if self.bias is not None:
@@ -119,7 +125,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             destination[f"{prefix}weight"] = self.weight
         return destination
 
-    def _apply(self, fn: object, recurse: bool = True) -> torch.nn.Module:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
         """Module._apply sets `param.data`, which a QuantizedTensor does not support: put a new Parameter instead.
 
         What the patches hold for the old place goes with it. A tensor from outside of inference mode is moved outside
@@ -136,7 +142,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
                 self.register_parameter(name, torch.nn.Parameter(moved, requires_grad=False))
         return self
 
-    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: object) -> torch.Tensor:
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:
         """Dense values of the weight for whoever wants to add a patch to them."""
         return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
@@ -146,7 +152,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         inplace_update: bool = False,
         seed: int | None = None,
         return_weight: bool = False,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> torch.Tensor | None:
         """Takes a patched dense weight as it is, in the dtype the model computes in."""
         weight = weight.to(self.compute_dtype or self.weight.dtype)
@@ -164,7 +170,7 @@ class PackedLinear(_PackedModule):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        device: object = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dtype)
@@ -210,9 +216,9 @@ class PackedEmbedding(_PackedModule):
         num_embeddings: int,
         embedding_dim: int,
         padding_idx: int | None = None,
-        device: object = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         super().__init__(dtype)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_base
 import comfy.model_patcher
@@ -13,11 +14,16 @@ from ..kernels import is_the_devices
 from . import comfyui
 from .linear import make_bonsai_ops
 
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel, ModelType
+    from comfy.model_patcher import ModelPatcher
+    from comfy.supported_models_base import BASE
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPE, _TUPLE = "torch.", "tuple"
 
 
-def config_of(model: torch.nn.Module) -> object:
+def config_of(model: BaseModel) -> BASE:
     """A model configuration for a packed twin of a ComfyUI BaseModel: the same but for the operations it is made of."""
     source = model.model_config
     # copy.copy does not work: the class answers every attribute it lacks, __setstate__ too, with None
@@ -33,7 +39,7 @@ def config_of(model: torch.nn.Module) -> object:
     return config
 
 
-def build(config: object, model_type: object, names: Mapping[str, object]) -> torch.nn.Module:
+def build(config: BASE, model_type: ModelType | None, names: Mapping[str, torch.Tensor | None]) -> BaseModel:
     """An empty BaseModel of this configuration with packed linear layers. names: keys of its weights, for ComfyUI.
 
     Raises ValueError for a model class that cannot be made with other operations than its own.
@@ -53,7 +59,7 @@ def build(config: object, model_type: object, names: Mapping[str, object]) -> to
     return model
 
 
-def describe(model: torch.nn.Module) -> dict[str, object]:
+def describe(model: BaseModel) -> dict[str, Any]:
     """What `config_from` needs to make the same configuration again: plain JSON values. Empty if one is not plain."""
     config = model.model_config
     try:
@@ -67,7 +73,7 @@ def describe(model: torch.nn.Module) -> dict[str, object]:
         return {}
 
 
-def config_from(described: Mapping[str, object]) -> tuple[object, object] | None:
+def config_from(described: Mapping[str, Any]) -> tuple[BASE, ModelType] | None:
     """(model configuration, model type) of what `describe` gave; None if this ComfyUI has no such class or type."""
     classes = {c.__name__: c for c in comfy.supported_models.models}
     types = comfy.model_base.ModelType.__members__
@@ -81,7 +87,7 @@ def config_from(described: Mapping[str, object]) -> tuple[object, object] | None
     return config, types[described["model_type"]]
 
 
-def fill(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], assign: bool) -> None:
+def fill(model: BaseModel, weights: Mapping[str, torch.Tensor], assign: bool) -> None:
     """Puts weights into the transformer of a BaseModel. Raises ValueError if one is missing or has no place."""
     weights, transformer = dict(weights), model.diffusion_model
     if not all(_has_place(transformer, name) for name in weights):
@@ -92,13 +98,15 @@ def fill(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], assign: bo
         raise ValueError(f"{name} is {state} in ComfyUI's {type(model).__name__}")
 
 
-def patcher_of(model: torch.nn.Module, load_device: object, offload_device: object, dynamic: bool) -> object:
+def patcher_of(
+    model: BaseModel, load_device: torch.device, offload_device: torch.device, dynamic: bool
+) -> ModelPatcher:
     """A ModelPatcher around an empty or filled BaseModel."""
     core = comfyui.optional("comfy.model_patcher.CoreModelPatcher") if dynamic else None
     return (core or comfy.model_patcher.ModelPatcher)(model, load_device, offload_device)
 
 
-def is_dynamic(patcher: object) -> bool:
+def is_dynamic(patcher: ModelPatcher) -> bool:
     """True if ComfyUI's dynamic VRAM manages this ModelPatcher."""
     known = comfyui.optional("comfy.model_patcher.ModelPatcher.is_dynamic")
     return known is not None and bool(patcher.is_dynamic())
@@ -113,7 +121,7 @@ def _has_place(transformer: torch.nn.Module, name: str) -> bool:
     return leaf in module._parameters or leaf in module._buffers
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, tuple):
@@ -127,7 +135,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} is not plain")
 
 
-def _typed(value: object) -> object:
+def _typed(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(_DTYPE):
         return getattr(torch, value.removeprefix(_DTYPE))
     if isinstance(value, list):

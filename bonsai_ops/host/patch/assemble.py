@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 import weakref
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import comfy.model_management
 import torch
@@ -19,20 +20,23 @@ from ..layout import is_packed, wrap
 from ..patcher import adopt
 from ..tensors import base_tensors, tensors_of
 
-_patched: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+
+_patched: weakref.WeakValueDictionary[str, ModelPatcher] = weakref.WeakValueDictionary()
 """{name: patched ModelPatcher} while one is alive, so that ComfyUI can ask for it again by plain arguments."""
 
 
-def empty_twin(base: torch.nn.Module) -> torch.nn.Module:
+def empty_twin(base: BaseModel) -> BaseModel:
     """A BaseModel like `base` of our operations, without weights. Raises ValueError if its class forbids that."""
     names = dict.fromkeys(tensors_of(base.diffusion_model))
     return build.build(build.config_of(base), base.model_type, names)
 
 
-def assemble(source: object, twin: torch.nn.Module, packed: Mapping[str, PackedWeight]) -> object:
+def assemble(source: ModelPatcher, twin: BaseModel, packed: Mapping[str, PackedWeight]) -> ModelPatcher:
     """The packed ModelPatcher: weights into the twin, everything that was set on the source beside it."""
-    tensors: dict[str, object] = {**base_tensors(source), **packed}
-    patcher = _around(source, twin, tensors, dynamic=build.is_dynamic(source))
+    patcher = _around(source, twin, {**base_tensors(source), **packed}, dynamic=build.is_dynamic(source))
     name = uuid.uuid4().hex
     _patched[name] = patcher
     patcher.cached_patcher_init = (rebuild_patched, (name,))
@@ -42,7 +46,9 @@ def assemble(source: object, twin: torch.nn.Module, packed: Mapping[str, PackedW
     return patcher
 
 
-def _around(source: object, twin: torch.nn.Module, tensors: Mapping[str, object], dynamic: bool) -> object:
+def _around(
+    source: ModelPatcher, twin: BaseModel, tensors: Mapping[str, torch.Tensor | PackedWeight], dynamic: bool
+) -> ModelPatcher:
     """A clone of the patcher `source` around the twin, filled with `tensors`."""
     dtype = twin.get_dtype_inference()
     offload = source.offload_device
@@ -67,7 +73,7 @@ def _around(source: object, twin: torch.nn.Module, tensors: Mapping[str, object]
     return patcher
 
 
-def rebuild_patched(name: str, disable_dynamic: bool = False) -> object:
+def rebuild_patched(name: str, disable_dynamic: bool = False) -> ModelPatcher:
     """The patched model called `name` once more, around the same packed weights: ComfyUI's `cached_patcher_init`.
 
     Raises RuntimeError if it is not alive in this process: it exists in memory only.

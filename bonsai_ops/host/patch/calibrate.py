@@ -13,6 +13,7 @@ from ...quantize import Statistics
 from ..tensors import linear_modules
 
 if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
 
     from ..sampling import Sampling
@@ -61,7 +62,7 @@ class Recorder:
         self._sums: dict[str, _Sums] = {}
 
     @contextlib.contextmanager
-    def recording(self, model: torch.nn.Module) -> Iterator[None]:
+    def recording(self, model: BaseModel) -> Iterator[None]:
         """Inside, every call of a linear layer of `model.diffusion_model` is recorded; its result stays the same."""
         handles = []
         try:
@@ -72,7 +73,7 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def result(self, model: torch.nn.Module) -> Calibration:
+    def result(self, model: BaseModel) -> Calibration:
         """What was recorded. Raises ValueError if no layer was called."""
         if not self._sums:
             raise ValueError("nothing was recorded: no linear layer of the model was called while it sampled")
