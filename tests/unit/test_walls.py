@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "host": {"weights", "kernels", "quantize"},
     "tools": {"weights", "kernels", "quantize", "host"},
     "commands": {"weights", "kernels", "quantize", "host", "tools"},
-    "nodes": {"host", "weights", "kernels", "quantize"},
+    "nodes": {"host"},
     "entry": {"nodes", "host"},
 }
 """Wing -> the wings it may import from, besides its own. commands: the files that one types; entry: __init__.py."""
@@ -33,7 +33,6 @@ NAMES_COMFYUI = ("bonsai_ops/host/", "nodes/", "bonsai_ops/tools/bench/")
 """The folders in which a file may import them."""
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 LONG_FUNCTIONS = {
-    "bonsai_ops/host/patch/model.py:patch_model": "the steps of a patch, not yet taken apart",
     "bonsai_ops/kernels/triton/half.py:weight_first_kernel": "a kernel is one function: pointers, strides, one loop",
     "bonsai_ops/kernels/triton/int8.py:a8_kernel": "a kernel is one function: pointers, strides, one loop",
     "nodes/patch_linear.py:define_schema": "a schema: every input of the node and its tooltip",
