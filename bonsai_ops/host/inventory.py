@@ -21,7 +21,7 @@ class Origin:
     """Where the weights of a model came from. path: of the file or folder, empty for a model patched in memory.
 
     source: the file's own record of what it was made from. architecture: flux2, or the ComfyUI class of a model of any
-    kind that was patched; configuration is that class's (model_class.describe), empty for flux2.
+    kind that was patched; configuration is that class's (model_class.describe_configuration), empty for flux2.
     """
 
     path: str

@@ -18,17 +18,19 @@ from ..weights.errors import PackError
 from ..weights.formats import Pack
 from ..weights.packed_weight import DENSITIES, PackedWeight
 from ..weights.read import open_transformer, read_weights
-from . import model_class as build
 from .attention import attend_in_parts
 from .inventory import Origin, attach_inventory
 from .layout import wrapped
 from .linear import make_bonsai_ops
+from .model_class import described_configuration, empty_model, filled
 from .patcher import adopt
 from .precision import DTYPES, compute_dtype
 from .progress import Progress
 
 if TYPE_CHECKING:
+    from comfy.model_base import ModelType
     from comfy.model_patcher import ModelPatcher
+    from comfy.supported_models_base import BASE
 
 logger = logging.getLogger(__name__)
 
@@ -109,30 +111,36 @@ def load_bonsai_model(
 def _make(
     pack: Pack, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype, disable_dynamic: bool
 ) -> ModelPatcher:
-    """The ModelPatcher around a state dict, built from the file's own record of its configuration if it has one."""
-    recorded = build.config_from(pack.model) if pack.model else None
-    if recorded is None:
-        model = comfy.sd.load_diffusion_model_state_dict(
-            state_dict,
-            model_options={"custom_operations": make_bonsai_ops(), "dtype": dtype},
-            disable_dynamic=disable_dynamic,
-        )
-        if model is None:
-            kind = "FLUX.2" if pack.architecture == "flux2" else pack.architecture
-            cure = "Update ComfyUI to 0.9.2 or newer." if kind == "FLUX.2" else "Update ComfyUI."
-            raise PackError(pack.path, f"was read, but this ComfyUI does not recognise it as {kind}", cure)
-        return model
-    config, model_type = recorded
-    config.set_inference_dtype(dtype, None)
+    """The ModelPatcher around a state dict: of the configuration that the file describes, else as ComfyUI sees fit."""
+    described = described_configuration(pack.model) if pack.model else None
+    if described is not None:
+        return _described(pack, *described, state_dict, dtype, disable_dynamic)
+    model = comfy.sd.load_diffusion_model_state_dict(
+        state_dict,
+        model_options={"custom_operations": make_bonsai_ops(), "dtype": dtype},
+        disable_dynamic=disable_dynamic,
+    )
+    if model is None:
+        kind = "FLUX.2" if pack.architecture == "flux2" else pack.architecture
+        cure = "Update ComfyUI to 0.9.2 or newer." if kind == "FLUX.2" else "Update ComfyUI."
+        raise PackError(pack.path, f"was read, but this ComfyUI does not recognise it as {kind}", cure)
+    return model
+
+
+def _described(
+    pack: Pack,
+    configuration: BASE,
+    model_type: ModelType,
+    state_dict: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    disable_dynamic: bool,
+) -> ModelPatcher:
+    configuration.set_inference_dtype(dtype, None)
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     try:
-        base = build.build(config, model_type, state_dict)
-        patcher = build.patcher_of(base, device, offload, dynamic=not disable_dynamic)
-        if not comfy.model_management.is_device_cpu(offload):
-            base.to(offload)
-        build.fill(base, state_dict, assign=build.is_dynamic(patcher))
+        model = empty_model(configuration, model_type, state_dict)
+        return filled(model, state_dict, device, offload, dynamic=not disable_dynamic)
     except ValueError as error:
         raise PackError(
             pack.path, f"does not fit this ComfyUI ({error})", "Update ComfyUI, or patch and save the model again."
         ) from error
-    return patcher

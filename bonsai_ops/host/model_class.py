@@ -1,4 +1,7 @@
-"""ComfyUI's own model classes around packed weights, for any architecture: from another model or from a saved file."""
+"""ComfyUI's own model classes around packed weights, for any architecture: like another model or as a file says.
+
+A configuration is ComfyUI's description of a model, from which it makes one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_base
+import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import torch
@@ -23,8 +27,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPE, _TUPLE = "torch.", "tuple"
 
 
-def config_of(model: BaseModel) -> BASE:
-    """A model configuration for a packed twin of a ComfyUI BaseModel: the same but for the operations it is made of."""
+def configuration_for_twin(model: BaseModel) -> BASE:
+    """A configuration for a packed twin of a ComfyUI BaseModel: the same but for the operations it is made of."""
     source = model.model_config
     # copy.copy does not work: the class answers every attribute it lacks, __setstate__ too, with None
     config = object.__new__(type(source))
@@ -39,7 +43,7 @@ def config_of(model: BaseModel) -> BASE:
     return config
 
 
-def build(config: BASE, model_type: ModelType | None, names: Mapping[str, torch.Tensor | None]) -> BaseModel:
+def empty_model(config: BASE, model_type: ModelType | None, names: Mapping[str, torch.Tensor | None]) -> BaseModel:
     """An empty BaseModel of this configuration with packed linear layers. names: keys of its weights, for ComfyUI.
 
     Raises ValueError for a model class that cannot be made with other operations than its own.
@@ -59,8 +63,8 @@ def build(config: BASE, model_type: ModelType | None, names: Mapping[str, torch.
     return model
 
 
-def describe(model: BaseModel) -> dict[str, Any]:
-    """What `config_from` needs to make the same configuration again: plain JSON values. Empty if one is not plain."""
+def describe_configuration(model: BaseModel) -> dict[str, Any]:
+    """What `described_configuration` needs to make the same one again: plain JSON values. Empty if one is not plain."""
     config = model.model_config
     try:
         return {
@@ -73,8 +77,8 @@ def describe(model: BaseModel) -> dict[str, Any]:
         return {}
 
 
-def config_from(described: Mapping[str, Any]) -> tuple[BASE, ModelType] | None:
-    """(model configuration, model type) of what `describe` gave; None if this ComfyUI has no such class or type."""
+def described_configuration(described: Mapping[str, Any]) -> tuple[BASE, ModelType] | None:
+    """(configuration, model type) of what `describe_configuration` gave; None if ComfyUI has no such class or type."""
     classes = {c.__name__: c for c in comfy.supported_models.models}
     types = comfy.model_base.ModelType.__members__
     if described.get("class") not in classes or described.get("model_type") not in types:
@@ -87,23 +91,29 @@ def config_from(described: Mapping[str, Any]) -> tuple[BASE, ModelType] | None:
     return config, types[described["model_type"]]
 
 
-def fill(model: BaseModel, weights: Mapping[str, torch.Tensor], assign: bool) -> None:
-    """Puts weights into the transformer of a BaseModel. Raises ValueError if one is missing or has no place."""
+def filled(
+    model: BaseModel,
+    weights: Mapping[str, torch.Tensor],
+    load_device: torch.device,
+    offload_device: torch.device,
+    dynamic: bool,
+) -> ModelPatcher:
+    """A ModelPatcher around an empty BaseModel, with these weights in its transformer, on the offload device.
+
+    Raises ValueError if one is missing or has no place.
+    """
+    if not comfy.model_management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    core = comfyui.optional("comfy.model_patcher.CoreModelPatcher") if dynamic else None
+    patcher = (core or comfy.model_patcher.ModelPatcher)(model, load_device, offload_device)
     weights, transformer = dict(weights), model.diffusion_model
     if not all(_has_place(transformer, name) for name in weights):
         weights = model.model_config.process_unet_state_dict(weights)
-    missing, unexpected = transformer.load_state_dict(weights, strict=False, assign=assign)
+    missing, unexpected = transformer.load_state_dict(weights, strict=False, assign=is_dynamic(patcher))
     if missing or unexpected:
         state, name = ("missing", missing[0]) if missing else ("of no use to it", unexpected[0])
         raise ValueError(f"{name} is {state} in ComfyUI's {type(model).__name__}")
-
-
-def patcher_of(
-    model: BaseModel, load_device: torch.device, offload_device: torch.device, dynamic: bool
-) -> ModelPatcher:
-    """A ModelPatcher around an empty or filled BaseModel."""
-    core = comfyui.optional("comfy.model_patcher.CoreModelPatcher") if dynamic else None
-    return (core or comfy.model_patcher.ModelPatcher)(model, load_device, offload_device)
+    return patcher
 
 
 def is_dynamic(patcher: ModelPatcher) -> bool:

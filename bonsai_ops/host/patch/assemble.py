@@ -7,16 +7,15 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import comfy.model_management
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...weights.packed_weight import PackedWeight
 from .. import comfyui
-from .. import model_class as build
 from ..attention import attend_in_parts
 from ..inventory import Origin, attach_inventory
 from ..layout import is_packed, wrap
+from ..model_class import configuration_for_twin, describe_configuration, empty_model, filled, is_dynamic
 from ..patcher import adopt
 from ..tensors import base_tensors, tensors_of
 
@@ -31,17 +30,18 @@ _patched: weakref.WeakValueDictionary[str, ModelPatcher] = weakref.WeakValueDict
 def empty_twin(base: BaseModel) -> BaseModel:
     """A BaseModel like `base` of our operations, without weights. Raises ValueError if its class forbids that."""
     names = dict.fromkeys(tensors_of(base.diffusion_model))
-    return build.build(build.config_of(base), base.model_type, names)
+    return empty_model(configuration_for_twin(base), base.model_type, names)
 
 
 def assemble(source: ModelPatcher, twin: BaseModel, packed: Mapping[str, PackedWeight]) -> ModelPatcher:
     """The packed ModelPatcher: weights into the twin, everything that was set on the source beside it."""
-    patcher = _around(source, twin, {**base_tensors(source), **packed}, dynamic=build.is_dynamic(source))
+    patcher = _around(source, twin, {**base_tensors(source), **packed}, dynamic=is_dynamic(source))
     name = uuid.uuid4().hex
     _patched[name] = patcher
     patcher.cached_patcher_init = (rebuild_patched, (name,))
     kind = type(twin).__name__
-    origin = Origin("", f"patched {kind}", {"patched": kind}, type(twin.model_config).__name__, build.describe(twin))
+    architecture = type(twin.model_config).__name__
+    origin = Origin("", f"patched {kind}", {"patched": kind}, architecture, describe_configuration(twin))
     attach_inventory(patcher, origin)
     return patcher
 
@@ -59,10 +59,7 @@ def _around(
         elif isinstance(tensor, QuantizedTensor) and not is_packed(tensor):
             tensor = tensor.dequantize()
         weights[name] = tensor.detach().to(offload)
-    if not comfy.model_management.is_device_cpu(offload):
-        twin.to(offload)
-    fresh = build.patcher_of(twin, source.load_device, offload, dynamic)
-    build.fill(twin, weights, assign=build.is_dynamic(fresh))
+    fresh = filled(twin, weights, source.load_device, offload, dynamic)
     patcher = source.clone(disable_dynamic=not dynamic, model_override=fresh.get_clone_model_override())
     patcher.size, patcher.parent = 0, None
     comfyui.share_clone_base(patcher, fresh)
