@@ -22,10 +22,10 @@ WITHOUT_FORK = (
 )
 
 
-def functions(file: Path) -> set[str]:
-    """The functions of a source file."""
+def functions(file: Path) -> dict[str, str]:
+    """{function of a source file: its docstring}."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return {node.name: ast.get_docstring(node) or "" for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def rows(*command: str) -> list[str]:
@@ -53,7 +53,9 @@ def test_every_guard_finds_its_place(comfyui_path: Path) -> None:
     for guard in GUARDS:
         guard.find(modules[guard.module_name])
         file, _, function = guard.test.partition("::")
-        assert function in functions(MODEL_TESTS / file), guard
+        known = functions(MODEL_TESTS / file)
+        assert function in known, guard
+        assert not guard.trap.isdigit() or known[function].startswith(f"Trap {guard.trap}. "), guard
     for change in ({"place": "renamed"}, {"place": "PackedLinear.renamed"}, {"again": "renamed"}):
         with pytest.raises(LookupError, match="describe it anew"):
             replace(GUARDS[0], **change).find(modules[GUARDS[0].module_name])

@@ -1,7 +1,8 @@
 """One test for each known trap of packed weights in ComfyUI; `python -m tests.guards` removes the guards one by one.
 
-The numbers are those of the list that this plugin was written against; the first line of each test says what a user
-would have seen.
+A test is named by what a user would see if the trap were open, and its first line tells what was seen. In this order,
+with the numbers of the list that this plugin was written against: LoRAs 01, 02, 13; merging and saving 01, 03, 04, 05;
+a layer 06, 07, 12, 14; memory 08, 10, 11, 20; several models 09, 17, 19; files and prompts 15, 16, 18.
 """
 
 from __future__ import annotations
@@ -62,24 +63,14 @@ def linear_layer(rows: int = 64, columns: int = 128) -> Any:
     return layer
 
 
-def test_trap_01_a_lora_is_no_silent_no_op(pair: Pair, lora_file: Callable[..., str]) -> None:
-    """The LoRA had no effect, without a word."""
+def test_a_lora_is_no_silent_no_op(pair: Pair, lora_file: Callable[..., str]) -> None:
+    """Trap 01. The LoRA had no effect, without a word."""
     changed = pair.both(lambda m: with_lora(m, lora_file(bfl_lora())))
     assert relative(changed.check(), draw(pair.packed)) > 1e-2
 
 
-def test_trap_01_a_merge_reads_the_values(make_pair: Callable[..., Pair]) -> None:
-    """Merges added floats to codes."""
-    a, b = make_pair("ternary"), make_pair("binary")
-    node = "comfy_extras.nodes_model_merging.ModelMergeSimple"
-    found, truth = (
-        run_node(node, model1=m1, model2=m2, ratio=0.5) for m1, m2 in ((a.packed, b.packed), (a.dense, b.dense))
-    )
-    assert relative(draw(found), draw(truth)) < 1e-5
-
-
-def test_trap_02_nothing_is_rounded_back_to_codes(pair: Pair, lora_file: Callable[..., str]) -> None:
-    """The LoRA was gone after the first step."""
+def test_a_lora_is_not_gone_after_a_step(pair: Pair, lora_file: Callable[..., str]) -> None:
+    """Trap 02. The LoRA was gone after the first step."""
     from bonsai_ops.host.layout import is_packed
 
     name = lora_file(bfl_lora())
@@ -94,8 +85,8 @@ def test_trap_02_nothing_is_rounded_back_to_codes(pair: Pair, lora_file: Callabl
         type(weight).from_float(torch.ones(8, 128), weight._layout_cls)
 
 
-def test_trap_02_dynamic_vram_does_not_see_the_patch(pair: Pair, lora_file: Callable[..., str]) -> None:
-    """With dynamic VRAM the LoRA was rounded away by the cast that fills the memory."""
+def test_dynamic_vram_rounds_no_lora_away(pair: Pair, lora_file: Callable[..., str]) -> None:
+    """Trap 02. With dynamic VRAM the LoRA was rounded away by the cast that fills the memory."""
     from comfy.model_patcher import LowVramPatch
 
     model = with_lora(pair.packed, lora_file(bfl_lora()))
@@ -107,8 +98,26 @@ def test_trap_02_dynamic_vram_does_not_see_the_patch(pair: Pair, lora_file: Call
     assert relative(module(x), plain) > 1e-2
 
 
-def test_trap_03_the_state_dict_holds_codes_and_tables(each_pair: Pair) -> None:
-    """ModelSave wrote garbage."""
+def test_nothing_recommends_a_loader_that_drops_loras() -> None:
+    """Trap 13. ComfyUI's LoraLoaderBypass drops split LoRAs and the first of two: nothing we ship names it."""
+    folders = ("web", "workflows", "locales", "nodes")
+    files = [f for folder in folders for f in (REPOSITORY / folder).rglob("*") if f.suffix in (".md", ".json", ".py")]
+    files.append(REPOSITORY / "README.md")
+    assert [str(f) for f in files if "loraloaderbypass" in f.read_text(encoding="utf-8").lower().replace(" ", "")] == []
+
+
+def test_a_merge_adds_nothing_to_codes(make_pair: Callable[..., Pair]) -> None:
+    """Trap 01. Merges added floats to codes."""
+    a, b = make_pair("ternary"), make_pair("binary")
+    node = "comfy_extras.nodes_model_merging.ModelMergeSimple"
+    found, truth = (
+        run_node(node, model1=m1, model2=m2, ratio=0.5) for m1, m2 in ((a.packed, b.packed), (a.dense, b.dense))
+    )
+    assert relative(draw(found), draw(truth)) < 1e-5
+
+
+def test_model_save_writes_no_garbage(each_pair: Pair) -> None:
+    """Trap 03. ModelSave wrote garbage."""
     state = each_pair.packed.model.state_dict()
     weight = module_of(each_pair.packed, QKV).weight
     assert torch.equal(state[QKV], weight._qdata) and state[QKV].dtype == torch.uint8
@@ -116,8 +125,8 @@ def test_trap_03_the_state_dict_holds_codes_and_tables(each_pair: Pair) -> None:
     assert (f"{QKV}_zero" in state) == (weight._params.zero is not None)
 
 
-def test_trap_04_every_key_is_an_attribute(each_pair: Pair) -> None:
-    """Every merge node raised "Linear has no attribute weight_scale"."""
+def test_merges_miss_no_attribute(each_pair: Pair) -> None:
+    """Trap 04. Every merge node raised "Linear has no attribute weight_scale"."""
     patches = each_pair.packed.get_key_patches("diffusion_model.")
     assert f"{QKV}_scale" in patches and set(patches) == {
         n for n in each_pair.packed.model.state_dict() if n.startswith("diffusion_model.")
@@ -128,8 +137,8 @@ def test_trap_04_every_key_is_an_attribute(each_pair: Pair) -> None:
     assert relative(draw(merged), draw(each_pair.dense)) < 1e-5
 
 
-def test_trap_05_an_offloaded_model_can_be_saved(pair: Pair) -> None:
-    """Save Model raised "Only Tensors of floating point and complex dtype can require gradients"."""
+def test_an_offloaded_model_can_be_saved(pair: Pair) -> None:
+    """Trap 05. Save Model raised "Only Tensors of floating point and complex dtype can require gradients"."""
     state = {n: t for n, t in state_bytes(pair.packed).items() if n.startswith("diffusion_model.")}
     saved = loaded(pair.packed, 1).state_dict_for_saving()
     assert all(torch.equal(saved[f"model.{name}"].to("cpu"), tensor) for name, tensor in state.items())
@@ -137,8 +146,8 @@ def test_trap_05_an_offloaded_model_can_be_saved(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("mode", ["inference_mode", "no_grad", "enable_grad"])
-def test_trap_06_the_layout_multiplies_packed(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    """linear is dispatched whole in inference mode and in parts elsewhere; each unpacked the whole layer.
+def test_a_product_unpacks_no_layer(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Trap 06. F.linear is dispatched whole in inference mode and in parts elsewhere; each unpacked the whole layer.
 
     In inference mode a tensor of comfy-kitchen that was made outside cannot be transposed; nothing asks for it there.
     """
@@ -161,8 +170,8 @@ def test_trap_06_the_layout_multiplies_packed(monkeypatch: pytest.MonkeyPatch, m
         assert relative(torch.addmm(dense[:, 0], x, layer.weight.t()), x @ dense.t() + dense[:, 0]) < 1e-6
 
 
-def test_trap_07_a_layer_can_be_moved() -> None:
-    """Moving or casting a layer raised or changed nothing, also if made or moved in inference mode."""
+def test_a_layer_can_be_moved_and_cast() -> None:
+    """Trap 07. Moving or casting a layer raised or changed nothing, also if made or moved in inference mode."""
     layer = linear_layer()
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
     before = layer(x)
@@ -185,8 +194,41 @@ def test_trap_07_a_layer_can_be_moved() -> None:
     assert {layer.weight.device.type, layer.weight._qdata.device.type, layer.weight_scale.device.type} == {"meta"}
 
 
-def test_trap_08_a_layer_is_made_without_memory() -> None:
-    """Loading took the memory of the dense model first."""
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_activations_are_not_cast_to_uint8(packs: Mapping[str, Path], name: str) -> None:
+    """Trap 12. Activations were cast to uint8."""
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.host.precision import DTYPES
+
+    model = load_bonsai_model(packs["ternary"], {"compute_dtype": name})
+    assert {module_of(model, key).weight.dtype for key in PACKED} == {DTYPES[name]}
+    assert model.model_dtype() == DTYPES[name]
+    assert bool(torch.isfinite(predict(loaded(model))).all())
+
+
+def test_a_newer_comfy_kitchen_misses_nothing() -> None:
+    """Trap 14. A newer comfy-kitchen asked the layout for something it did not have."""
+    import dataclasses
+
+    from comfy_kitchen.tensor import get_layout_class
+
+    from bonsai_ops.host.layout import LAYOUT, PackedParams
+
+    layout = get_layout_class(LAYOUT)
+    assert not getattr(layout, "__abstractmethods__", None)
+    weight = linear_layer().weight
+    assert layout.supports_fast_matmul() and layout.get_plain_tensors(weight)[0] is weight._qdata
+    assert issubclass(layout.Params, PackedParams) or layout.Params.__name__ == PackedParams.__name__
+    assert [f.name for f in dataclasses.fields(layout.Params)][:3] == ["scale", "orig_dtype", "orig_shape"]
+    inner, context = weight.__tensor_flatten__()
+    again = type(weight).__tensor_unflatten__(
+        {name: getattr(weight, name) for name in inner}, context, weight.shape, weight.stride()
+    )
+    assert torch.equal(again.dequantize(), weight.dequantize())
+
+
+def test_loading_takes_no_memory_for_dense_layers() -> None:
+    """Trap 08. Loading took the memory of the dense model first."""
     from bonsai_ops.host.linear import make_bonsai_ops
 
     ops = make_bonsai_ops()
@@ -194,20 +236,8 @@ def test_trap_08_a_layer_is_made_without_memory() -> None:
         assert list(layer.parameters()) == [] and list(layer.buffers()) == []
 
 
-def test_trap_09_two_models_share_nothing() -> None:
-    """What one model set was seen by the other."""
-    from bonsai_ops.host.linear import make_bonsai_ops
-
-    first, second = make_bonsai_ops(), make_bonsai_ops()
-    first.Linear.comfy_cast_weights = False
-    assert second.Linear.comfy_cast_weights is True
-    a, b = linear_layer(), linear_layer()
-    a.weight_function.append(None)
-    assert b.weight_function == [] and b.bias_function == []
-
-
-def test_trap_10_a_packed_weight_is_one_parameter(each_pair: Pair) -> None:
-    """Codes or tables in a second parameter or buffer stayed in VRAM whatever the memory management did."""
+def test_no_codes_stay_in_vram(each_pair: Pair) -> None:
+    """Trap 10. Codes or tables in a second parameter or buffer stayed in VRAM whatever the memory management did."""
     for key in PACKED:
         module = module_of(each_pair.packed, key)
         assert [name for name, _ in module.named_parameters()] == ["weight"]
@@ -215,8 +245,8 @@ def test_trap_10_a_packed_weight_is_one_parameter(each_pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_trap_11_casts_are_given_back(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Asynchronous offload was lost: the stream of a cast was never waited for."""
+def test_offload_stays_asynchronous(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Trap 11. Asynchronous offload was lost: the stream of a cast was never waited for."""
     import comfy.ops
 
     casts, returned = [], []
@@ -241,91 +271,48 @@ def test_trap_11_casts_are_given_back(monkeypatch: pytest.MonkeyPatch, device: s
     assert all(a is b for a, b in zip(casts[0], returned[0], strict=True))
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
-def test_trap_12_a_packed_weight_has_the_computing_dtype(packs: Mapping[str, Path], name: str) -> None:
-    """Activations were cast to uint8."""
+def test_dynamic_vram_can_be_turned_off(packs: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 20. Where dynamic VRAM misbehaves there was no way around it: memory = classic asks ComfyUI for none."""
+    import comfy.sd
+
     from bonsai_ops.host.loader import load_bonsai_model
-    from bonsai_ops.host.precision import DTYPES
 
-    model = load_bonsai_model(packs["ternary"], {"compute_dtype": name})
-    assert {module_of(model, key).weight.dtype for key in PACKED} == {DTYPES[name]}
-    assert model.model_dtype() == DTYPES[name]
-    assert bool(torch.isfinite(predict(loaded(model))).all())
+    asked, load = {}, comfy.sd.load_diffusion_model_state_dict
+    for memory in ("auto", "classic"):
 
+        def watch(*args: Any, memory: str = memory, **kwargs: Any) -> Any:
+            asked[memory] = kwargs.get("disable_dynamic", False)
+            return load(*args, **kwargs)
 
-def test_trap_13_the_bypass_loader_is_not_recommended() -> None:
-    """ComfyUI's LoraLoaderBypass drops split LoRAs and the first of two: nothing we ship names it."""
-    folders = ("web", "workflows", "locales", "nodes")
-    files = [f for folder in folders for f in (REPOSITORY / folder).rglob("*") if f.suffix in (".md", ".json", ".py")]
-    files.append(REPOSITORY / "README.md")
-    assert [str(f) for f in files if "loraloaderbypass" in f.read_text(encoding="utf-8").lower().replace(" ", "")] == []
+        monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", watch)
+        model = load_bonsai_model(packs["ternary"], {"compute_dtype": "fp32", "memory": memory})
+        assert LINEAR1 in model.model.state_dict()
+    assert asked == {"auto": False, "classic": True}
 
 
-def test_trap_14_the_layout_is_complete() -> None:
-    """A newer comfy-kitchen asked the layout for something it did not have."""
-    import dataclasses
+def test_what_one_model_sets_no_other_sees() -> None:
+    """Trap 09. What one model set was seen by the other."""
+    from bonsai_ops.host.linear import make_bonsai_ops
 
-    from comfy_kitchen.tensor import get_layout_class
-
-    from bonsai_ops.host.layout import LAYOUT, PackedParams
-
-    layout = get_layout_class(LAYOUT)
-    assert not getattr(layout, "__abstractmethods__", None)
-    weight = linear_layer().weight
-    assert layout.supports_fast_matmul() and layout.get_plain_tensors(weight)[0] is weight._qdata
-    assert issubclass(layout.Params, PackedParams) or layout.Params.__name__ == PackedParams.__name__
-    assert [f.name for f in dataclasses.fields(layout.Params)][:3] == ["scale", "orig_dtype", "orig_shape"]
-    inner, context = weight.__tensor_flatten__()
-    again = type(weight).__tensor_unflatten__(
-        {name: getattr(weight, name) for name in inner}, context, weight.shape, weight.stride()
-    )
-    assert torch.equal(again.dequantize(), weight.dequantize())
+    first, second = make_bonsai_ops(), make_bonsai_ops()
+    first.Linear.comfy_cast_weights = False
+    assert second.Linear.comfy_cast_weights is True
+    a, b = linear_layer(), linear_layer()
+    a.weight_function.append(None)
+    assert b.weight_function == [] and b.bias_function == []
 
 
-def test_trap_15_norm_out_is_swapped(packs: Mapping[str, Path], pair: Pair) -> None:
-    """diffusers stores scale before shift: wrong pictures."""
-    scale, shift = load_file(packs["ternary"])["norm_out.linear.weight"].chunk(2)
-    assert torch.equal(
-        pair.packed.model.diffusion_model.final_layer.adaLN_modulation[1].weight, torch.cat([shift, scale])
-    )
-
-
-def test_trap_16_comfy_quant_never_reaches_the_host(packs: Mapping[str, Path], pair: Pair, tmp_path: Path) -> None:
-    """Keys of another quantization switched ComfyUI to its own operations."""
-    from bonsai_ops.host.loader import load_bonsai_model
-    from bonsai_ops.weights.errors import PackError
-
-    assert getattr(pair.packed.model.model_config, "quant_config", None) is None
-    described = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
-    for name, tensor in (("comfy_quant", described), ("input_scale", torch.ones(1))):
-        tensors = load_file(packs["affine"]) | {f"double_blocks.0.img_attn.qkv.{name}": tensor}
-        save_file(tensors, tmp_path / "model.safetensors")
-        with pytest.raises(PackError, match=name):
-            load_bonsai_model(tmp_path / "model.safetensors")
-
-
-def test_trap_17_a_model_can_be_made_again(pair: Pair) -> None:
-    """Nodes that clone a model for another device or without dynamic VRAM raised: packed tensors cannot be copied."""
+def test_a_model_can_be_made_for_another_device(pair: Pair) -> None:
+    """Trap 17. Nodes that clone a model for another device raised: packed tensors cannot be copied."""
     function, arguments = pair.packed.cached_patcher_init[:2]
     again = function(*arguments, disable_dynamic=True)
     assert same_state(state_bytes(again), state_bytes(pair.packed))
 
 
-def test_trap_18_a_prompt_has_512_tokens() -> None:
-    """ComfyUI pads shorter text with zeros on the left, which Klein never saw."""
-    from bonsai_ops.host.text_encoder import TruncatingTokenizer
-
-    tokenizer = TruncatingTokenizer()
-    for prompt in ("a tree", "a tree " * 600):
-        (row,) = tokenizer.tokenize_with_weights(prompt)["qwen3_4b"]
-        assert len(row) == 512
-        assert (row[-1][0] == 151643) == (prompt == "a tree") and row[0][0] != 151643
-
-
-def test_trap_19_the_package_can_be_imported_twice(
+def test_a_second_import_breaks_no_model(
     pair: Pair, second_import: str, packs: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second import raised, or models of the first lost their layout."""
+    """Trap 19. The second import raised, or models of the first lost their layout."""
     from comfy_kitchen.tensor import get_layout_class
 
     from bonsai_ops.host.layout import LAYOUT
@@ -345,20 +332,34 @@ def test_trap_19_the_package_can_be_imported_twice(
     assert relative(draw(run_node(node, model1=pair.packed, model2=other, ratio=0.5)), drawn) < 1e-5
 
 
-def test_trap_20_dynamic_vram_can_be_turned_off(packs: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where dynamic VRAM misbehaves there was no way around it: memory = classic asks ComfyUI for none."""
-    import comfy.sd
+def test_scale_and_shift_are_not_exchanged(packs: Mapping[str, Path], pair: Pair) -> None:
+    """Trap 15. Wrong pictures: diffusers stores scale before shift."""
+    scale, shift = load_file(packs["ternary"])["norm_out.linear.weight"].chunk(2)
+    assert torch.equal(
+        pair.packed.model.diffusion_model.final_layer.adaLN_modulation[1].weight, torch.cat([shift, scale])
+    )
 
+
+def test_another_quantization_is_refused(packs: Mapping[str, Path], pair: Pair, tmp_path: Path) -> None:
+    """Trap 16. Keys of another quantization switched ComfyUI to its own operations."""
     from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.weights.errors import PackError
 
-    asked, load = {}, comfy.sd.load_diffusion_model_state_dict
-    for memory in ("auto", "classic"):
+    assert getattr(pair.packed.model.model_config, "quant_config", None) is None
+    described = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    for name, tensor in (("comfy_quant", described), ("input_scale", torch.ones(1))):
+        tensors = load_file(packs["affine"]) | {f"double_blocks.0.img_attn.qkv.{name}": tensor}
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(PackError, match=name):
+            load_bonsai_model(tmp_path / "model.safetensors")
 
-        def watch(*args: Any, memory: str = memory, **kwargs: Any) -> Any:
-            asked[memory] = kwargs.get("disable_dynamic", False)
-            return load(*args, **kwargs)
 
-        monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", watch)
-        model = load_bonsai_model(packs["ternary"], {"compute_dtype": "fp32", "memory": memory})
-        assert LINEAR1 in model.model.state_dict()
-    assert asked == {"auto": False, "classic": True}
+def test_a_short_prompt_is_padded_on_the_right() -> None:
+    """Trap 18. ComfyUI pads shorter text with zeros on the left, which Klein never saw."""
+    from bonsai_ops.host.text_encoder import TruncatingTokenizer
+
+    tokenizer = TruncatingTokenizer()
+    for prompt in ("a tree", "a tree " * 600):
+        (row,) = tokenizer.tokenize_with_weights(prompt)["qwen3_4b"]
+        assert len(row) == 512
+        assert (row[-1][0] == 151643) == (prompt == "a tree") and row[0][0] != 151643
