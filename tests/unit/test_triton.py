@@ -1,9 +1,9 @@
 """The Triton backend without a GPU: kernels in Triton's interpreter, their PTX in a small emulation, and its refusals.
 
 The interpreter must be chosen before Triton is imported and would confuse other tests of this process, so
-`test_in_the_interpreter` runs this file again in a child with TRITON_INTERPRET=1; only there do the tests marked with
-`interpreter` run. The interpreter cannot run inline PTX: there the kernels take their plain branch, and the emulation
-checks every PTX string over all bytes.
+`test_in_the_interpreter` runs this file and test_backends.py in a child with TRITON_INTERPRET=1; only there do the
+tests marked with `interpreter` run. The interpreter cannot run inline PTX: there the kernels take their plain branch,
+and the emulation checks every PTX string over all bytes.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def launch_poisoned(
 @pytest.mark.skipif(INTERPRETED, reason="the parent's")
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", str(Path(__file__).resolve())]
+    files = [str(Path(__file__).with_name(name)) for name in ("test_triton.py", "test_backends.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -230,32 +231,6 @@ def test_bias_is_added_before_rounding(target: int) -> None:
     x[:, 0], x[:, 128] = 1, half
     y = launch_poisoned(x, weight, target, "a8", torch.full((41,), half))
     assert torch.equal(y, torch.full((2, 41), 1 + 2 * half, dtype=torch.float16))
-
-
-@interpreter
-@pytest.mark.parametrize(("mode", "codec"), [(m, c) for m in kernels.MODES for c in CODES if (m, c) != ("a8", "trit5")])
-def test_linear_takes_any_shape_stride_and_bias(mode: str, codec: str) -> None:
-    weight = make_weight(41, 256, codec)
-    bias = torch.randn(41, dtype=torch.float16)
-    whole = torch.randn(2, 5, 400, dtype=torch.float16)
-    for x in (whole[:, :, :256], whole[:, :, 3:259], whole[0, 0, 16:272], whole[:, :0, :256]):
-        y = backend.multiply(x, weight, bias, mode=mode)
-        assert y.shape == (*x.shape[:-1], 41)
-        assert error(y, exact(x, weight) + bias.double()) < (0.02 if mode == "a8" else 2e-3)
-
-
-@interpreter
-@pytest.mark.parametrize("mode", kernels.MODES)
-def test_a_residual_is_added_outside(mode: str) -> None:
-    """The backend alone refuses it."""
-    up, down = torch.randn(41, 3, dtype=torch.float16), torch.randn(3, 128, dtype=torch.float16)
-    weight = dataclasses.replace(make_weight(41, 128, "crumb"), up=up, down=down)
-    x = torch.randn(4, 128, dtype=torch.float16)
-    truth = x.double() @ weight.dequantize(torch.float64).t()
-    assert kernels.resolve(kernels.call_of(x.device, x.dtype, weight, mode)).backend is triton
-    assert error(kernels.linear(x, weight, mode=mode), truth) < (0.02 if mode == "a8" else 2e-3)
-    with pytest.raises(ValueError, match=r"residual \(rank 3\), which kernels.linear adds"):
-        backend.multiply(x, weight, mode=mode)
 
 
 @interpreter
