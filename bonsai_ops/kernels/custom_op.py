@@ -9,6 +9,7 @@ Registered once a process, also when this module is imported under two names (as
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 from ..weights.packed_weight import PackedWeight
 from . import dispatch, eager
@@ -90,14 +91,14 @@ def _linear_transposed(
     return eager.multiply_transposed(grad, weight)
 
 
-def _save_for_backward(ctx, inputs: tuple, output: torch.Tensor) -> None:
+def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
     _, codes, scale, zero, bias, rows, scheme, codec, group_size, _ = inputs
     ctx.save_for_backward(codes, scale, zero)
     ctx.weight = (rows, scheme, codec, group_size)
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx, grad: torch.Tensor) -> tuple:
+def _backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple:
     codes, scale, zero = ctx.saved_tensors
     grad_x = torch.ops.bonsai.linear_transposed(grad, codes, scale, zero, *ctx.weight)
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None

@@ -125,7 +125,7 @@ def test_the_last_one_takes_everything() -> None:
 
 @everything_taken
 def test_values(backend: Backend, mode: str, device: str, pair: tuple[str, str], dtype: torch.dtype) -> None:
-    """Against float64, for every shape that it takes, scales of each dtype, without and with a bias of another dtype."""
+    """Against float64, for every shape that it takes, each dtype of scales, also with a bias of another dtype."""
     tables = itertools.cycle((torch.bfloat16, torch.float16, torch.float32))
     for shape, table in zip(SHAPES, tables, strict=False):
         if backend.declines(call_for(device, dtype, pair, mode, shape)) is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -49,7 +50,7 @@ TURNS = (("trit5", 86), ("bit", 90), ("crumb", "gfx1100"), ("bit", 86), ("crumb"
 CASES = [(shape, codec, target) for shape in SHAPES[:3] for codec in CODES for target in TARGETS]
 CASES += [(SHAPES[3 + i % 2], *turn) for i, turn in enumerate(TURNS)]
 
-needs_triton = pytest.mark.skipif(backend.kernels is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(backend.half is None, reason="Triton is not installed")
 
 
 def interpreter(test: Callable) -> Callable | None:
@@ -404,7 +405,7 @@ def every_pair(codec: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def first_lanes(codec: str, source: str, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """The register of 16-bit lanes (low, high), made from four bytes by each of the strings that can make it."""
-    k = backend.kernels
+    k = backend.half
     other = low * 0 + 0xA7
     upper, lower = low | high << 8 | other << 16 | other << 24, other | other << 8 | low << 16 | high << 24
     if source == "word":
@@ -424,7 +425,7 @@ def first_lanes(codec: str, source: str, low: torch.Tensor, high: torch.Tensor) 
 @pytest.mark.parametrize("source", ["word", "bytes"])
 def test_ptx_decodes_every_pair_of_bytes(source: str, codec: str, dtype: torch.dtype) -> None:
     """In the order of weight_first_kernel and input_first_kernel: the weight (twice it for ternary) is exact."""
-    k = backend.kernels
+    k = backend.half
     pair = every_pair(codec)
     y = first_lanes(codec, source, *pair)
     scale = torch.tensor([0.0371, 1e-5, 1.0, 77.0]).to(dtype)[torch.arange(len(y)) % 4]
@@ -471,7 +472,7 @@ def test_ptx_decodes_bytes_to_int8(codec: str) -> None:
 @pytest.mark.parametrize("skipped", [0, 4])
 def test_ptx_skips_planes(skipped: int) -> None:
     """Programs that take half of the planes start at plane 4."""
-    k = backend.kernels
+    k = backend.half
     pair = every_pair("bit")
     y = Ptx(k.ASM_SKIP, {1: first_lanes("bit", "bytes", *pair), 2: torch.tensor(skipped * 0x10001)}).registers["$0"]
     ones = torch.tensor(0x3C003C00)
@@ -522,6 +523,17 @@ def test_accepts(change: dict) -> None:
 )
 def test_declines_with_a_reason(change: dict, reason: str) -> None:
     assert reason in triton.declines(dataclasses.replace(ACCEPTED, **change))
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 1), (10, 3), (11, 0), (12, 0)])
+def test_every_mode_that_is_not_declined_has_a_kernel(capability: tuple[int, int]) -> None:
+    """On every GPU, also one that came after its family's first."""
+    for name, mode in itertools.product(CODES, triton.MODES):
+        changes = {"capability": capability, "scheme": SCHEME[name], "codec": name, "mode": mode}
+        call = dataclasses.replace(ACCEPTED, dtype=torch.float16, **changes)
+        if triton.declines(call) is None:
+            assert backend.config(10 * capability[0] + capability[1], name, mode)
 
 
 @needs_triton

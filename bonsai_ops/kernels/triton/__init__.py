@@ -46,12 +46,14 @@ def declines(call: Call) -> str | None:
 
 
 def _gpu_lacks(call: Call) -> str | None:
-    hip = torch.version.hip is not None
-    if not hip and (call.capability is None or call.capability < LEAST_CAPABILITY):
-        shown = "unknown" if call.capability is None else f"{call.capability[0]}.{call.capability[1]}"
-        return f"Triton has no tensor-core code for compute capability {shown}, only for 8.0 and newer"
-    if call.mode == "fp16_accumulate" and (hip or call.capability in configs.DATA_CENTER):
-        return "fp16 accumulation is not faster than exact on this GPU"
+    target: int | str = "AMD"
+    if torch.version.hip is None:
+        if call.capability is None or call.capability < LEAST_CAPABILITY:
+            shown = "unknown" if call.capability is None else f"{call.capability[0]}.{call.capability[1]}"
+            return f"Triton has no tensor-core code for compute capability {shown}, only for 8.0 and newer"
+        target = 10 * call.capability[0] + call.capability[1]
+    if call.mode not in configs.modes(target):
+        return f"mode {call.mode} is not faster than exact on this GPU"
     return None
 
 

@@ -22,10 +22,9 @@ from .configs import GROUP, Config
 try:
     import triton
 
-    from . import half as kernels
-    from . import int8
+    from . import half, int8
 except Exception as error:  # a half-installed Triton raises nearly anything: ImportError, OSError, RuntimeError
-    triton = kernels = int8 = None
+    triton = half = int8 = None
     _IMPORT_ERROR: Exception | None = error
 else:
     _IMPORT_ERROR = None
@@ -69,7 +68,7 @@ def _explained(error: Exception) -> BackendError:
 
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported), on the CPU."""
-    return kernels is not None and not hasattr(kernels.weight_first_kernel, "device_caches")
+    return half is not None and not hasattr(half.weight_first_kernel, "device_caches")
 
 
 def unavailable() -> str | None:
@@ -211,7 +210,7 @@ def launch(
         x = _aligned(x)
         if chosen.weight_first and constants["ASM"]:
             codes = codes.view(torch.int16)
-        kernel = kernels.weight_first_kernel if chosen.weight_first else kernels.input_first_kernel
+        kernel = half.weight_first_kernel if chosen.weight_first else half.input_first_kernel
         kernel[grid](
             *(x, codes, scale, tokens, out, x.shape[0], rows, columns, n // 8, x.stride(0), out.stride(0)),
             **constants,

@@ -1,6 +1,6 @@
 """Triton kernels that multiply by packed weights without unpacking them to memory, with 16-bit activations.
 
-All read the codes as codec.py stores them ("N-planar"), so disk, CPU and GPU share one layout. A program
+All read the codes as codec.py stores them ("N-planar"), so disk, CPU and GPU share one form. A program
 owns BLOCK_M rows of x and BLOCK_N byte rows, which are PLANES * BLOCK_N outputs: it loads a byte tile and an x tile
 once, takes plane after plane off the bytes and multiplies each with the same x tile.
 

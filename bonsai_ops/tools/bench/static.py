@@ -108,8 +108,7 @@ def shipped(target: int | str) -> Iterator[tuple[str, str, str]]:
 @cache
 def measure(target: int | str, codec: str, mode: str, dtype: str) -> Row:
     """Compiles one shipped kernel and counts. Bias is compiled in; it is outside of the loop that is counted."""
-    from ...kernels.triton import half as kernels
-    from ...kernels.triton import int8
+    from ...kernels.triton import half, int8
 
     config = configs.CONFIGS[configs.family(target), codec, mode]
     constants = configs.constants(config, codec, mode, bias=True)
@@ -124,7 +123,7 @@ def measure(target: int | str, codec: str, mode: str, dtype: str) -> Row:
         kernel, macs = int8.a8_kernel, config.block_m * config.block_n * configs.GROUP
         types |= {"q_ptr": "*i8", "bias_ptr": "*bf16"}
     else:
-        kernel = kernels.weight_first_kernel if config.weight_first else kernels.input_first_kernel
+        kernel = half.weight_first_kernel if config.weight_first else half.input_first_kernel
         macs = config.block_m * config.block_n * config.block_k * constants["PLANES"]
         types["x_ptr"] = f"*{dtype}"
     aligned = {*types, "N", "K", "stride_xm", "stride_ym"}

@@ -39,7 +39,7 @@ PSNR = 40.0
 """dB between the exact mode and the reference in fp32."""
 
 
-@pytest.mark.skipif(backend.kernels is None, reason="Triton is not installed")
+@pytest.mark.skipif(backend.half is None, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED, reason="the parent's")
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
