@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..bonsai_ops.host.patch.calibrate import MODES, sample_recorded
+from ..bonsai_ops.host.patch.calibrate import DETAILS, sample_recorded
 from ..bonsai_ops.host.sampling import Sampling
 from . import inputs
 
@@ -30,7 +30,7 @@ class CalibrateBitLinear(io.ComfyNode):
                 *inputs.sampling(),
                 io.Combo.Input(
                     "mode",
-                    options=list(MODES),
+                    options=list(DETAILS),
                     default="power",
                     tooltip="power: the size of each input, next to no memory. full: also how inputs go together, for "
                     "error-compensating rounding: more exact, but slower and up to 4 GB of memory.",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bonsai_ops.quantize import Settings, Statistics, quantize_layer
+from bonsai_ops.quantize import Recorder, Settings, Statistics, quantize_layer
 from bonsai_ops.quantize.layer import squared_error
 
 from . import transformer
@@ -67,17 +67,7 @@ def mean_magnitude(weight: torch.Tensor, scheme: str) -> torch.Tensor:
 
 def statistics(model: torch.nn.Module, feed: transformer.Feed, prompts: list[str]) -> dict[str, Statistics]:
     """{layer: what went into it} while the model samples the prompts."""
-    sums: dict[str, list] = {}
-    handles = []
-    for name, layer in transformer.packed_layers(model):
-
-        def record(module: torch.nn.Module, inputs: tuple, name: str = name) -> None:
-            x = inputs[0].detach().flatten(0, -2).float()
-            count, gram = sums.get(name, (0, 0.0))
-            sums[name] = [count + len(x), gram + x.T @ x]
-
-        handles.append(layer.register_forward_pre_hook(record))
-    transformer.sample(model, feed.encode(prompts, transformer.SHORT_TEXT), *SIZE, list(range(len(prompts))))
-    for handle in handles:
-        handle.remove()
-    return {n: Statistics((gram / count).diagonal().clone(), gram / count, count) for n, (count, gram) in sums.items()}
+    recorder = Recorder("full")
+    with recorder.recording(transformer.packed_layers(model)):
+        transformer.sample(model, feed.encode(prompts, transformer.SHORT_TEXT), *SIZE, list(range(len(prompts))))
+    return recorder.result()

@@ -12,6 +12,7 @@ from ..weights.packed_weight import PackedWeight, narrow_exact, pack_signs
 from . import lowrank
 from .compensate import compensate, output_error
 from .groups import existing_scale, quantize_affine, quantize_groups, values
+from .statistics import Statistics
 
 GROUP_SIZES = (256, 128, 64, 32)
 AFFINE = {"4bit": "nibble", "8bit": "byte"}
@@ -39,16 +40,6 @@ class Settings:
             raise ValueError(f"group size {self.group_size} is not offered, expected one of {GROUP_SIZES[::-1]}")
         if self.rank < 0:
             raise ValueError(f"rank {self.rank} is negative")
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What the inputs of a layer were: `power` float32 [K], the mean square of each; `gram` float32 [K, K], the mean
-    of x x^T, or None where only the power was recorded. count: inputs seen."""
-
-    power: torch.Tensor
-    gram: torch.Tensor | None = None
-    count: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bonsai_ops.host.patch.report import LayerReport, Report
-from bonsai_ops.quantize import LayerError, Settings, Statistics, budget, fitting_group, quantize_layer
+from bonsai_ops.quantize import LayerError, Recorder, Settings, Statistics, budget, fitting_group, quantize_layer
 from bonsai_ops.quantize.compensate import compensate, output_error
 from bonsai_ops.quantize.groups import best_scale, quantize_groups, to_codes, values
 from bonsai_ops.weights.packed_weight import PackedWeight, narrow_exact, pack_signs
@@ -153,6 +153,29 @@ def test_zero_and_invalid_weights() -> None:
         with pytest.raises(ValueError):
             Settings(**wrong)
     assert [fitting_group(k, 128) for k in (256, 192, 96, 48)] == [128, 64, 32, None]
+
+
+def test_recording_layers() -> None:
+    """The mean square of each input, and their second moment while there is room for it."""
+    small, large, idle = (torch.nn.Linear(columns, 8) for columns in (32, 64, 32))
+    recorder = Recorder("full", gram_bytes=4 * 32**2)
+    x, wide = inputs(32).view(4, 100, 32), inputs(64)
+    with recorder.recording([("small", small), ("large", large), ("idle", idle)]):
+        for part in x:
+            small(part)
+        large(wide)
+    small(x)  # not recorded any more
+    found = recorder.result()
+    assert set(found) == {"small", "large"} and found["small"].count == 400
+    flat = x.flatten(0, -2)
+    torch.testing.assert_close(found["small"].gram, flat.T @ flat / 400)
+    torch.testing.assert_close(found["small"].power, flat.square().mean(0))
+    torch.testing.assert_close(found["large"].power, wide.square().mean(0))
+    assert found["large"].gram is None  # no room was left for it
+    with pytest.raises(ValueError, match="detail 'best' is unknown, expected power or full"):
+        Recorder("best")
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        Recorder().result()
 
 
 @pytest.mark.parametrize("scheme", LEVELS)

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ... import kernels
-from ...quantize import LayerError, measured, recipe_of
+from ...quantize import LayerError, measured, recipe_of, thinned
 from ..layout import is_packed, mode_of, unwrap
 from ..progress import Counter, Progress
 from ..tensors import linear_modules
-from .calibrate import thinned
 from .layers import Layer, convolutions, dense_weight, other_tensors, stored_bytes
 from .report import LayerReport, Report
 
@@ -36,7 +35,8 @@ STEP_ROWS = 4096
 class Meter:
     """Measures the packed layers of one ModelPatcher against the layers of the same names of another.
 
-    Of each call it takes up to calibrate.TOKENS inputs. Raises ValueError if nothing is packed or the models differ.
+    Of each call it takes the inputs that quantize.thinned leaves. Raises ValueError if nothing is packed or the models
+    differ.
     """
 
     def __init__(self, original: ModelPatcher, patched: ModelPatcher) -> None:

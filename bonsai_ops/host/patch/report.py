@@ -103,10 +103,10 @@ class Report:
         lines += [*self.notes, f"{self.seconds:.1f} s", ""]
         width = max((len(layer.name) for layer in self.layers), default=0)
         for layer in sorted(packed, key=lambda p: -p.error.relative):
-            branch = f" + rank {layer.rank}" if layer.rank else ""
+            made = f"{layer.form} + rank {layer.rank}" if layer.rank else layer.form
             shown = "" if layer.error.output is None else f"  output {layer.error.output:.4f}"
             lines.append(
-                f"{layer.name.ljust(width)}  {layer.form + branch:<16} {layer.bits:6.3f} bit {_mb(layer.nbytes):>10}  "
+                f"{layer.name.ljust(width)}  {made:<16} {layer.bits:6.3f} bit {_mb(layer.nbytes):>10}  "
                 f"error {layer.error.relative:.4f}  {layer.error.sqnr:6.2f} dB{shown}"
             )
         lines += [f"{layer.name.ljust(width)}  kept: {layer.reason}" for layer in kept]
