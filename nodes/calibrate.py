@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
@@ -43,18 +43,5 @@ class CalibrateBitLinear(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: ModelPatcher,
-        positive: list,
-        negative: list,
-        latent: dict,
-        seed: int,
-        steps: int = 4,
-        cfg: float = 1.0,
-        sampler_name: str = "euler",
-        scheduler: str = "simple",
-        mode: str = "power",
-    ) -> io.NodeOutput:
-        sampling = Sampling(positive, negative, latent, seed, steps, cfg, sampler_name, scheduler)
-        return io.NodeOutput(*sample_recorded(model, sampling, mode))
+    def execute(cls, model: ModelPatcher, mode: str = "power", **sampling: Any) -> io.NodeOutput:
+        return io.NodeOutput(*sample_recorded(model, Sampling(**sampling), detail=mode))

@@ -12,7 +12,12 @@ from ..bonsai_ops.host.patch.report import Report
 CATEGORY = "Bonsai"
 
 
-def compute_dtype() -> io.Combo.Input:
+def loading() -> list[io.Input]:
+    """How to load a transformer: the fields of LoadOptions."""
+    return [_compute_dtype(), _memory(), _mode(), _layout()]
+
+
+def _compute_dtype() -> io.Combo.Input:
     return io.Combo.Input(
         "compute_dtype",
         options=list(CHOICES["compute_dtype"]),
@@ -22,7 +27,7 @@ def compute_dtype() -> io.Combo.Input:
     )
 
 
-def memory() -> io.Combo.Input:
+def _memory() -> io.Combo.Input:
     return io.Combo.Input(
         "memory",
         options=list(CHOICES["memory"]),
@@ -32,7 +37,7 @@ def memory() -> io.Combo.Input:
     )
 
 
-def mode() -> io.Combo.Input:
+def _mode() -> io.Combo.Input:
     return io.Combo.Input(
         "mode",
         options=list(CHOICES["mode"]),
@@ -44,7 +49,7 @@ def mode() -> io.Combo.Input:
     )
 
 
-def layout() -> io.Combo.Input:
+def _layout() -> io.Combo.Input:
     return io.Combo.Input(
         "layout",
         options=list(CHOICES["layout"]),
@@ -56,7 +61,7 @@ def layout() -> io.Combo.Input:
 
 
 def sampling() -> list[io.Input]:
-    """What a sampling from noise needs beside the model: the fields of Sampling, in its order."""
+    """What a sampling from noise needs beside the model: the fields of Sampling."""
     return [
         io.Conditioning.Input("positive", tooltip="A typical prompt; several can be combined."),
         io.Conditioning.Input("negative", tooltip="The negative prompt. Without guidance it has no effect."),

@@ -26,22 +26,11 @@ class LoadBonsaiModel(io.ComfyNode):
                     tooltip="A transformer file in models/bonsai or models/diffusion_models. Best: the MLX release "
                     "(diffusion_pytorch_model.safetensors); it runs on every device.",
                 ),
-                inputs.compute_dtype(),
-                inputs.memory(),
-                inputs.mode(),
-                inputs.layout(),
+                *inputs.loading(),
             ],
             outputs=[io.Model.Output(tooltip="An ordinary MODEL: use it with any sampler.")],
         )
 
     @classmethod
-    def execute(
-        cls,
-        model_name: str,
-        compute_dtype: str = "auto",
-        memory: str = "auto",
-        mode: str = "exact",
-        layout: str = "compact",
-    ) -> io.NodeOutput:
-        options = {"compute_dtype": compute_dtype, "memory": memory, "mode": mode, "layout": layout}
+    def execute(cls, model_name: str, **options: str) -> io.NodeOutput:
         return io.NodeOutput(load_bonsai_model(folders.model_path(model_name), options, progress=comfyui_bar()))

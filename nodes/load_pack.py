@@ -27,10 +27,7 @@ class LoadBonsaiPack(io.ComfyNode):
                     options=folders.pack_names(),
                     tooltip="A folder in models/bonsai that holds a whole Bonsai repository: MLX, gemlite or unpacked.",
                 ),
-                inputs.compute_dtype(),
-                inputs.memory(),
-                inputs.mode(),
-                inputs.layout(),
+                *inputs.loading(),
             ],
             outputs=[
                 io.Model.Output(tooltip="An ordinary MODEL: use it with any sampler."),
@@ -40,16 +37,8 @@ class LoadBonsaiPack(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        pack_name: str,
-        compute_dtype: str = "auto",
-        memory: str = "auto",
-        mode: str = "exact",
-        layout: str = "compact",
-    ) -> io.NodeOutput:
+    def execute(cls, pack_name: str, **options: str) -> io.NodeOutput:
         folder = folders.pack_path(pack_name)
-        options = {"compute_dtype": compute_dtype, "memory": memory, "mode": mode, "layout": layout}
         find_text_encoder(folder)  # a missing one is told before the transformer is repacked
         vae = load_vae(folder)
         model = load_bonsai_model(folder, options, progress=comfyui_bar())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
@@ -38,20 +38,7 @@ class MeasureBitLinear(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        original: ModelPatcher,
-        patched: ModelPatcher,
-        positive: list,
-        negative: list,
-        latent: dict,
-        seed: int,
-        steps: int = 4,
-        cfg: float = 1.0,
-        sampler_name: str = "euler",
-        scheduler: str = "simple",
-    ) -> io.NodeOutput:
-        sampling = Sampling(positive, negative, latent, seed, steps, cfg, sampler_name, scheduler)
-        report, drawn = sample_measured(original, patched, sampling, comfyui_bar())
+    def execute(cls, original: ModelPatcher, patched: ModelPatcher, **sampling: Any) -> io.NodeOutput:
+        report, drawn = sample_measured(original, patched, Sampling(**sampling), comfyui_bar())
         shown = inputs.report(report)
         return io.NodeOutput(*shown, drawn, ui={"text": [shown[0]]})

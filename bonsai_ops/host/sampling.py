@@ -52,12 +52,12 @@ class Sampling:
     seed: int
     steps: int
     cfg: float
-    sampler: str
+    sampler_name: str
     scheduler: str
 
     def run(self, model: ModelPatcher) -> dict:
         """The LATENT that `model` draws."""
-        how = (self.steps, self.cfg, self.sampler, self.scheduler, self.positive, self.negative)
+        how = (self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive, self.negative)
         samples = _prepared(model, self.latent)
         return _sampled(comfy.sample.sample, model, self.latent, samples, how, self.seed, self.steps)
 
