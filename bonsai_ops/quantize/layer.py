@@ -121,8 +121,8 @@ def _codes(target: torch.Tensor, settings: Settings, statistics: Statistics | No
     Affine recipes have one way only, which does not look at the inputs.
     """
     scheme, group_size = settings.recipe, settings.group_size
-    if scheme in AFFINE:
-        codec = AFFINE[scheme]
+    if settings.recipe in AFFINE:
+        codec = AFFINE[settings.recipe]
         codes, scale, zero = quantize_affine(target, group_size, codecs.get_codec(codec).radix)
         shape = (target.shape[0], target.shape[1])
         return PackedWeight(codecs.encode(codec, codes), scale, shape, "affine", codec, group_size, zero)
