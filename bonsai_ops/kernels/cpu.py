@@ -28,6 +28,8 @@ NAME = "cpu"
 MODES = (EXACT, "a8")
 LIMITS = Limits(("cpu",), (torch.bfloat16, torch.float32), {"binary": ("bit",), "ternary": ("trit5", "crumb")})
 
+NO_BF16 = "this CPU has no AVX-512 BF16 or AMX"
+
 SCRATCH_BYTES = 32_000_000
 """Bound on what a call allocates beside its result."""
 VALUE_BYTES = 28_400_000
@@ -58,7 +60,7 @@ def declines(call: Call) -> str | None:
     if call.mode == "a8" and not machine.cpu_has_fast_int8():
         return "this CPU has no AVX-512 VNNI or AMX"
     if call.mode == EXACT and call.dtype == torch.bfloat16 and not machine.cpu_has_fast_bf16():
-        return "this CPU has no AVX-512 BF16 or AMX; compute_dtype fp32 is faster"
+        return f"{NO_BF16}; compute_dtype fp32 is faster"
     return None
 
 

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 OVERRIDE = "BONSAI_BACKEND"
 
 BACKENDS: tuple[Backend, ...] = (triton, cpu, eager)
-"""In the order in which they are asked. A new one is a module with the names of call.Backend and a word here."""
+"""In the order in which they are asked. A new one is a module with the names of call.Backend and a word here; the tests
+of the protocol walk this list."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("bonsai_backend", default=None)
 
@@ -91,11 +92,11 @@ def resolve(call: Call) -> Choice:
     check_mode(call.mode)
     backend, declined = _first(call)
     if backend is None:
-        why = "; ".join(f"{name}: {reason}" for name, reason in declined.items() if name != "eager")
+        why = "; ".join(f"{name}: {reason}" for name, reason in declined.items() if name != eager.NAME)
         backend, others = _first(replace(call, mode=EXACT))
         call, declined = replace(call, mode=EXACT), {call.mode: why, **others}
     if call.device.type == "cpu" and call.dtype == torch.float32 and not machine.cpu_has_fast_bf16():
-        declined = {**declined, "bf16": "this CPU has no AVX-512 BF16 or AMX"}
+        declined = {**declined, "bf16": cpu.NO_BF16}
     return Choice(backend, call.mode, declined)
 
 

@@ -16,6 +16,7 @@ LOST_DEVICE = (
     "hardware stack error",
     "device-side assert",
     "cudaerrorassert",
+    "cuda error assert",
     "unspecified launch failure",
     "cuda error launch failed",
     "cudaerrorlaunchfailure",

@@ -110,15 +110,6 @@ def test_why_not_triton(changes: dict, reason: str) -> None:
     assert reason in choice.declined["triton"]
 
 
-def test_why_not_triton_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the command that installs it."""
-    from bonsai_ops.kernels.triton import backend as triton
-
-    monkeypatch.setattr(triton, "_IMPORT_ERROR", ModuleNotFoundError("No module named 'triton'", name="triton"))
-    call = kernels.Call(torch.device("cuda", 0), torch.bfloat16, 128, 256, "ternary", "trit5", 128, (8, 6))
-    assert kernels.resolve(call).declined["triton"] == f"Triton is not installed; to use it, {triton.INSTALL}"
-
-
 def test_why_not_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without it computes in fp32 and says so; bf16 by force goes to the reference, with the cure."""
     monkeypatch.setattr(machine, "cpu_has_fast_bf16", lambda: False)
@@ -269,6 +260,7 @@ DEVICE_ERRORS = [
     RuntimeError("Triton Error [HIP]:  Code: 700, Messsage: an illegal memory access was encountered"),
     RuntimeError("cudaErrorLaunchFailure"),
     RuntimeError("CUDA_ERROR_LAUNCH_FAILED"),
+    RuntimeError("CUDA_ERROR_ASSERT"),
 ]
 if hasattr(torch, "AcceleratorError"):
     DEVICE_ERRORS.append(torch.AcceleratorError("CUDA error: an illegal instruction was encountered"))

@@ -23,17 +23,18 @@ def model(comfy: Any, packs: Mapping[str, Path]) -> Any:
 @pytest.fixture
 def kept(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes that were kept whenever a sampling ended; the layers of the tiny model count as large."""
+    from bonsai_ops import kernels
     from bonsai_ops.kernels import reuse
 
     found: list[int] = []
-    close = reuse.Reuse.close
+    release = kernels.release_memory
 
-    def noting(self: reuse.Reuse) -> None:
-        found.append(self.nbytes)
-        close(self)
+    def noting() -> None:
+        found.append(kernels.kept_bytes())
+        release()
 
     monkeypatch.setattr(reuse, "LEAST_BYTES", 1)
-    monkeypatch.setattr(reuse.Reuse, "close", noting)
+    monkeypatch.setattr(kernels, "release_memory", noting)
     return found
 
 
