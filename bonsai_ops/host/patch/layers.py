@@ -62,11 +62,11 @@ def linear_layers(source: ModelPatcher, twin: BaseModel, options: PatchOptions) 
     ours = dict(twin.diffusion_model.named_modules())
     layers = []
     for name, module in linear_modules(source.model.diffusion_model):
-        weight = module.weight
         layer = Layer(name, module)
+        weight = base_tensor(source, layer.weight)
         excluded = next((p for p in options.exclude if fnmatch.fnmatchcase(name, p)), None)
         columns = weight.shape[1]
-        if is_packed(weight):
+        if stays_packed(source, layer):
             layer.kept = "is packed already"
         elif not any(fnmatch.fnmatchcase(name, p) for p in options.include):
             layer.kept = "not included"
@@ -80,6 +80,11 @@ def linear_layers(source: ModelPatcher, twin: BaseModel, options: PatchOptions) 
             layer.kept = f"its weight is {weight.dtype}, not of a float type"
         layers.append(layer)
     return layers
+
+
+def stays_packed(patcher: ModelPatcher, layer: Layer) -> bool:
+    """True if a layer is packed whenever the model is loaded. A merge of models turns it dense."""
+    return is_packed(base_tensor(patcher, layer.weight)) and not merges_models(patcher.patches.get(layer.key, ()))
 
 
 def other_tensors(source: ModelPatcher, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:

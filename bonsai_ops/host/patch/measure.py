@@ -17,10 +17,10 @@ import torch
 
 from ... import kernels
 from ...quantize import LayerError, measured, recipe_of, thinned
-from ..layout import is_packed, mode_of, unwrap
+from ..layout import mode_of, unwrap
 from ..progress import Counter, Progress
-from ..tensors import linear_modules
-from .layers import Layer, convolutions, dense_weight, other_tensors, stored_bytes
+from ..tensors import base_tensor, linear_modules
+from .layers import Layer, convolutions, dense_weight, other_tensors, stays_packed, stored_bytes
 from .report import LayerReport, Report
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Meter:
     def __init__(self, original: ModelPatcher, patched: ModelPatcher) -> None:
         self._original, self._patched = original, patched
         self._layers = [Layer(name, module) for name, module in linear_modules(patched.model.diffusion_model)]
-        self._packed = [layer for layer in self._layers if is_packed(layer.module.weight)]
+        self._packed = [layer for layer in self._layers if stays_packed(patched, layer)]
         if not self._packed:
             raise ValueError(
                 'no layer of the patched model is packed: connect a model from "Patch to BitLinear" or from '
@@ -102,7 +102,7 @@ class Meter:
 
     def _hook(self, layer: Layer) -> Callable[[torch.nn.Module, tuple], None]:
         def compare(module: torch.nn.Module, inputs: tuple) -> None:
-            if inputs and is_packed(module.weight):  # a merge is dense while it is loaded
+            if inputs:
                 self._compare(layer.name, thinned(inputs[0].detach().flatten(0, -2)), module.weight)
 
         return compare
@@ -121,7 +121,7 @@ class Meter:
     def _row(self, layer: Layer) -> LayerReport:
         if layer.name not in self._dense:
             return LayerReport(layer.name, "kept", layer.shape, stored_bytes(self._patched, layer), reason="not packed")
-        weight = unwrap(layer.module.weight).to(self._original.load_device)
+        weight = unwrap(base_tensor(self._patched, layer.weight)).to(self._original.load_device)
         dense = dense_weight(self._original, self._dense[layer.name], weight.codes.device)
         relative = measured(dense, weight).error.relative
         error, whole = self._sums.get(layer.name, (0.0, 0.0))

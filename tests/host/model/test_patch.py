@@ -384,6 +384,28 @@ def test_a_merge_is_carried_out(unload: Callable[[], None], room: float | None) 
     assert room is None or 0 < len(report.packed) < KINDS["flux"].packed
 
 
+def test_a_merge_of_packed_models(unload: Callable[[], None]) -> None:
+    """A layer that a merge turns dense can be packed again and is not measured, whether the merge is loaded or not."""
+    from bonsai_ops.host.patch.measure import sample_measured
+
+    source = stock("flux")
+    first, second = patch(source)[0], patch(stock("flux", random_tensors(stock("flux").model, seed=3)))[0]
+    merged, key = first.clone(), f"diffusion_model.{KINDS['flux'].layer}.weight"
+    merged.add_patches({key: second.get_key_patches("diffusion_model.")[key]}, 0.5, 0.5)
+    expected = None
+    for _ in range(2):
+        packed, report = patch(merged)
+        assert [x.name for x in report.packed] == [KINDS["flux"].layer]
+        assert sum(x.reason == "is packed already" for x in report.layers) == KINDS["flux"].packed - 1
+        drawn = sample("flux", packed)
+        assert expected is None or torch.equal(drawn, expected)
+        expected = drawn
+        sample("flux", merged)  # it is loaded in the next round
+    report, _ = sample_measured(source, merged, sampling("flux"))
+    count = KINDS["flux"].packed - 1
+    assert len(report.packed) == count and f"measured: {count} of {count} layers" in report.to_text()
+
+
 def test_clone_factory_offload_and_messages(unload: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The factory gives the same model while one is alive; clones are of our class; offloaded equals resident."""
     from bonsai_ops.host import attention
