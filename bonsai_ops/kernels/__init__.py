@@ -6,6 +6,7 @@ custom_op.py   the product as an operator of torch: `linear`, for everyone outsi
 eager.py       the reference; cpu.py, triton/: the fast ones
 """
 
+from ..weights.device_errors import is_the_devices
 from .call import EXACT, MODES, Call, Choice, call_of, check_mode
 from .custom_op import linear
 from .dispatch import (
@@ -18,7 +19,7 @@ from .dispatch import (
     resolve,
     use_backend,
 )
-from .failure import BackendError, is_the_devices
+from .failure import BackendError
 from .machine import cpu_has_fast_bf16
 
 __all__ = [

@@ -21,10 +21,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..weights.device_errors import is_the_devices
 from ..weights.packed_weight import PackedWeight
 from . import cpu, eager, machine, triton
 from .call import EXACT, Backend, Call, Choice, call_of, check_mode
-from .failure import BackendError, is_the_devices
+from .failure import BackendError
 
 logger = logging.getLogger(__name__)
 

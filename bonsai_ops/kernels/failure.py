@@ -1,30 +1,6 @@
-"""What may go wrong in a backend: faults of the backend, which another one makes good, and those that nothing does."""
+"""Faults of a backend, which another one makes good."""
 
 from __future__ import annotations
-
-import torch
-
-OUT_OF_MEMORY = ("out of memory", "cudaerrormemoryallocation", "alloc failed", "defaultcpuallocator")
-LOST_DEVICE = (
-    "illegal memory access",
-    "illegal address",
-    "illegal instruction was encountered",
-    "cudaerrorillegaladdress",
-    "misaligned address",
-    "invalid address space",
-    "invalid program counter",
-    "hardware stack error",
-    "device-side assert",
-    "cudaerrorassert",
-    "cuda error assert",
-    "unspecified launch failure",
-    "cuda error launch failed",
-    "cudaerrorlaunchfailure",
-    "launch timed out",
-    "ecc error",
-    "context is destroyed",
-)
-"""Words of the errors after which CUDA or ROCm answers every further call of the process with the same error."""
 
 
 class BackendError(RuntimeError):
@@ -33,15 +9,3 @@ class BackendError(RuntimeError):
     def __init__(self, cause: str, cure: str) -> None:
         super().__init__(f"{cause}; to use it, {cure}")
         self.cure = cure
-
-
-def is_the_devices(error: BaseException) -> bool:
-    """Whether memory ran out or the device's context is lost, which says nothing about the backend it happened in.
-
-    Triton's "out of resource: shared memory" is neither: the kernel asks for more than a block can have.
-    """
-    known = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError), MemoryError)
-    if isinstance(error, known):
-        return True
-    text = str(error).lower().replace("_", " ")
-    return isinstance(error, RuntimeError) and any(words in text for words in (*OUT_OF_MEMORY, *LOST_DEVICE))

@@ -396,6 +396,19 @@ def test_a_pickle_of_other_things(tmp_path: Path, content: object, found: str) -
     refuse(tmp_path / "state_dict.pt", found, "Expected")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr)
+def test_a_full_memory_is_no_damage(packs: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A download that is as it should be was to be repeated because there was no memory to read it."""
+
+    def load(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)) as caught:
+        open_transformer(packs / "gemlite")
+    assert caught.value is error
+
+
 def test_a_pickle_with_flipped_bytes(packs: Path, tmp_path: Path) -> None:
     """Whatever the damage to the index of the file: it is read, or refused as a PackError."""
     content = (packs / "gemlite" / "state_dict.pt").read_bytes()

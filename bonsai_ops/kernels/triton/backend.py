@@ -12,10 +12,11 @@ import os
 import torch
 
 from ...weights.codec import encode, get_codec
+from ...weights.device_errors import is_the_devices
 from ...weights.packed_weight import SCHEMES, PackedWeight
 from .. import eager
 from ..call import EXACT, refuse_residual
-from ..failure import BackendError, is_the_devices
+from ..failure import BackendError
 from . import configs
 from .configs import GROUP, Config
 

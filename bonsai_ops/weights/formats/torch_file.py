@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..device_errors import is_the_devices
 from ..errors import PackError
 
 DOWNLOAD_AGAIN = "It is damaged or its download was cut off: download it again."
@@ -35,6 +36,8 @@ def load_pickle(path: Path) -> dict:
             "Only tensors are read from a pickle: get the pack from its publisher or use the MLX pack (safetensors).",
         ) from error
     except Exception as error:  # damaged bytes surface as any exception of the unpickler
+        if is_the_devices(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PackError(path, f"is not a readable torch file ({reason.rstrip('. ')})", DOWNLOAD_AGAIN) from error
     if not isinstance(content, dict):
