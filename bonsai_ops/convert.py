@@ -43,7 +43,7 @@ def _convert(source: Path, target: Path, overwrite: bool) -> Path:
     from .weights.formats import native  # torch is there only after the relaunch
     from .weights.read import open_transformer, read_weights, source_record
 
-    pack, entries = open_transformer(source)
+    pack = open_transformer(source)
     if target.is_dir():
         target = target / f"{source.stem if source.is_file() else source.name}-bonsai.safetensors"
     if target.suffix != ".safetensors":
@@ -52,7 +52,7 @@ def _convert(source: Path, target: Path, overwrite: bool) -> Path:
         raise PackError(target, "is the file that is being read", "Choose another name.")
     if target.exists() and not overwrite:
         raise PackError(target, "exists", "Choose another name or say --overwrite.")
-    weights = read_weights(pack, entries, _bar("packing"))
+    weights = read_weights(pack, _bar("packing"))
     record = native.make_record(weights, source_record(pack.path, pack.format, pack.source))
     native.write(target, weights, record, _bar("writing"), overwrite)
     return target

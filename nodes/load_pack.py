@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..bonsai_ops.host import folders
 from ..bonsai_ops.host.loader import load_bonsai_model
 from ..bonsai_ops.host.progress import comfyui_bar
-from ..bonsai_ops.host.text_encoder import find_text_encoder, load_bonsai_text_encoder
+from ..bonsai_ops.host.text_encoder import load_bonsai_text_encoder
 from ..bonsai_ops.host.vae import load_vae
 from . import inputs
 
@@ -39,7 +39,6 @@ class LoadBonsaiPack(io.ComfyNode):
     @classmethod
     def execute(cls, pack_name: str, **options: str) -> io.NodeOutput:
         folder = folders.pack_path(pack_name)
-        find_text_encoder(folder)  # a missing one is told before the transformer is repacked
         vae = load_vae(folder)
         model = load_bonsai_model(folder, options, progress=comfyui_bar())
         clip = load_bonsai_text_encoder(folder, folder_paths.get_folder_paths("embeddings"), progress=comfyui_bar())

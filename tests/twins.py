@@ -76,7 +76,7 @@ def read_dense(path: Path) -> dict[str, torch.Tensor]:
     """{BFL name: fp32 weight} of a pack."""
     from bonsai_ops.weights.read import open_transformer, read_weights
 
-    weights = read_weights(*open_transformer(path))
+    weights = read_weights(open_transformer(path))
     return {n: w.dequantize() if isinstance(w, PackedWeight) else w.float() for n, w in weights.items()}
 
 

@@ -69,7 +69,7 @@ def read_text_encoder(folder: Path) -> tuple[list[int], text_encoder.Encoder]:
 
 def read_values(path: Path) -> dict[str, torch.Tensor]:
     """{BFL name: fp32 weight} of a pack of any format."""
-    weights = read_weights(*open_transformer(path))
+    weights = read_weights(open_transformer(path))
     return {n: w.dequantize() if isinstance(w, PackedWeight) else w.float() for n, w in weights.items()}
 
 

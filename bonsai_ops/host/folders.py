@@ -8,22 +8,19 @@ Names always use forward slashes, so that a workflow made on Windows finds its f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import folder_paths
 
 from ..weights.errors import PackError
-from ..weights.formats import TRANSFORMER_FILES, hqq, mlx
-from .text_encoder import UNPACKED_FOLDER
+from ..weights.formats import PARTS, suffixes_of
+from ..weights.release import find_text_encoder, find_vae, is_text_encoder, may_be_transformer, packs_among
 
 FOLDER = "bonsai"
 LORA_KIND = "loras"
 SHIPPED = Path(__file__).resolve().parents[1] / "models"
-EXTENSIONS = {".safetensors", ".sft", ".pt"}
-MODEL_EXTENSIONS = EXTENSIONS | {".gguf"}
 TRANSFORMER_KIND, TEXT_ENCODER_KIND = "diffusion_models", "text_encoders"
-NO_TRANSFORMER = ("text_encoder", "text_encoders", "tokenizer", "vae", "scheduler")
-"""Folders of a pack in which no transformer lies."""
 
 
 def register() -> None:
@@ -34,29 +31,25 @@ def register() -> None:
     for kind in (FOLDER, LORA_KIND):
         folder_paths.add_model_folder_path(kind, str(SHIPPED / kind))
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | MODEL_EXTENSIONS)
+    ours = {suffix for part in PARTS for suffix in suffixes_of(part)}
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | ours)
 
 
 def model_names() -> list[str]:
     """Transformer files in `models/bonsai` and in ComfyUI's diffusion model folders."""
-    own = [n for n in _names(FOLDER) if not _is_text_encoder(n) and PurePosixPath(n).parent.name not in NO_TRANSFORMER]
-    return own + [n for n in _names(TRANSFORMER_KIND) if PurePosixPath(n).suffix in MODEL_EXTENSIONS and n not in own]
+    own = [name for name in _names(FOLDER) if may_be_transformer(name)]
+    return own + _others(TRANSFORMER_KIND, suffixes_of("transformer"), own)
 
 
 def text_encoder_names() -> list[str]:
     """Text encoder files in `models/bonsai` and in ComfyUI's text encoder folders."""
-    own = [n for n in _names(FOLDER) if _is_text_encoder(n)]
-    return own + [n for n in _names(TEXT_ENCODER_KIND) if PurePosixPath(n).suffix in EXTENSIONS and n not in own]
+    own = [name for name in _names(FOLDER) if is_text_encoder(name)]
+    return own + _others(TEXT_ENCODER_KIND, suffixes_of("text_encoder"), own)
 
 
 def pack_names() -> list[str]:
     """Folders below `models/bonsai` that hold a transformer at one of the published places."""
-    found = set()
-    for name in _names(FOLDER):
-        for place in TRANSFORMER_FILES:
-            if "/" in place and name.endswith("/" + place):
-                found.add(name[: -len(place) - 1])
-    return sorted(found)
+    return packs_among(_names(FOLDER))
 
 
 def model_path(name: str) -> Path:
@@ -70,19 +63,19 @@ def text_encoder_path(name: str) -> Path:
 
 
 def pack_path(name: str) -> Path:
-    """The folder behind a name of `pack_names`. Raises PackError if it is gone."""
+    """The folder behind a name of `pack_names`. Raises PackError if it is gone or has no text encoder or VAE."""
     for root in folder_paths.get_folder_paths(FOLDER):
         path = Path(root) / name
         if ".." not in path.parts and path.is_dir():
+            find_text_encoder(path)  # a missing one is told before the transformer is repacked
+            find_vae(path)
             return path
     raise PackError(name, "is not in models/bonsai", "Put the pack folder there and refresh the page.")
 
 
-def _is_text_encoder(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    folder = parts[-2] if len(parts) > 1 else ""
-    published = {PurePosixPath(mlx.TEXT_ENCODER_FILE).parent.name, PurePosixPath(hqq.FILE).parent.name, UNPACKED_FOLDER}
-    return folder in published or parts[-1] == PurePosixPath(hqq.FILE).name
+def _others(kind: str, suffixes: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Files of a model folder of ComfyUI's with these endings that are not among our own."""
+    return [n for n in _names(kind) if PurePosixPath(n).suffix in suffixes and n not in own]
 
 
 def _names(kind: str) -> list[str]:

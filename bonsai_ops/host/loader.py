@@ -78,8 +78,8 @@ def load_bonsai_model(
     """
     started = time.perf_counter()
     settings = LoadOptions(**dict(options or {}))
-    pack, entries = open_transformer(path)
-    weights = read_weights(pack, entries, progress, settings.layout)
+    pack = open_transformer(path)
+    weights = read_weights(pack, progress, settings.layout)
     count = sum(w.shape[0] * w.shape[1] if isinstance(w, PackedWeight) else w.numel() for w in weights.values())
     dtype = compute_dtype(settings.compute_dtype, comfy.model_management.get_torch_device(), count)
     state_dict = wrapped(weights, dtype, settings.mode)

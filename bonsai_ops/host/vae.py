@@ -16,14 +16,13 @@ import torch
 
 from ..kernels import is_the_devices
 from ..weights.errors import PackError
-from ..weights.formats.json_file import is_count, read_json
 from ..weights.formats.safetensors_file import SafetensorsFile
+from ..weights.json_file import is_count, read_json
+from ..weights.release import VAE_CONFIG, find_vae
 from . import comfyui
 
 PATCH = 2
 """Latent positions are patches of PATCH x PATCH positions of the convolutional latent."""
-FILE = "vae/diffusion_pytorch_model.safetensors"
-CONFIG = "vae/config.json"
 TINY_KEY = "taesd_decoder.1.weight"
 """Tensor [width, latent channels, 3, 3] that only the TAESD family has."""
 TINY_RATIO = 8
@@ -34,9 +33,7 @@ STOCK_WIDTHS = [128, 256, 512, 512]
 
 def load_vae(folder: Path) -> comfy.sd.VAE:
     """The VAE of a pack folder. Raises PackError if it is missing or no FLUX.2 VAE."""
-    path = folder / FILE
-    if not path.is_file():
-        raise PackError(folder, f"holds no {FILE}", "Download the whole repository into this folder.")
+    path = find_vae(folder)
     file = SafetensorsFile(path)
     if TINY_KEY in file.tensors:
         return _load_tiny(file)
@@ -49,7 +46,7 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     except RuntimeError as error:  # torch: a tensor does not fit the module that was built for it
         if is_the_devices(error):
             raise
-        sizes = "the published sizes" if config is None else f"the sizes in {CONFIG}"
+        sizes = "the published sizes" if config is None else f"the sizes in {VAE_CONFIG}"
         raise PackError(
             path, f"has tensors that do not fit {sizes}", f"Download the folder {path.parent} again."
         ) from error
@@ -95,7 +92,7 @@ def _load_tiny(file: SafetensorsFile) -> comfy.sd.VAE:
 
 def _config(folder: Path) -> dict | None:
     """ComfyUI's description of a VAE that is narrower than the published one, None for that. Raises PackError."""
-    path = folder / CONFIG
+    path = folder / VAE_CONFIG
     if not path.is_file():
         return None
     config = read_json(path)

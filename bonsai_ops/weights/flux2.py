@@ -26,8 +26,7 @@ from pathlib import Path
 import torch
 
 from .errors import PackError
-from .formats.dense import require_float
-from .formats.entries import DenseTensor, Entry, describe_shape, fuse_rows
+from .formats.entries import DenseTensor, Entry, fuse_rows
 from .recognise import foreign_model
 
 HEAD_DIM = 128
@@ -159,7 +158,7 @@ def to_bfl(path: Path, entries: Mapping[str, Entry]) -> tuple[Geometry, dict[str
     geometry = _measure(path, entries, diffusers)
     for entry in entries.values():
         if isinstance(entry, DenseTensor):
-            require_float(entry)
+            entry.require_float()
     sources = diffusers_sources(geometry) if diffusers else {name: (name,) for name in expected_shapes(geometry)}
     needed = {old for parts in sources.values() for old in parts}
     missing = sorted(needed - entries.keys())
@@ -177,19 +176,11 @@ def to_bfl(path: Path, entries: Mapping[str, Entry]) -> tuple[Geometry, dict[str
         for part in parts:
             expected = (shape[0] // len(parts), *shape[1:])
             if tuple(part.shape) != expected:
-                raise PackError(
-                    path,
-                    describe_shape(part),
-                    f"Expected {list(expected)} for hidden size {geometry.hidden}. {AS_PUBLISHED}",
-                    part.key,
-                )
+                raise part.wrong_shape(f"Expected {list(expected)} for hidden size {geometry.hidden}. {AS_PUBLISHED}")
         entry = parts[0] if len(parts) == 1 else fuse_rows(name, parts)
         if not is_block_linear(name) and not isinstance(entry, DenseTensor):
-            raise PackError(
-                path,
-                "is packed",
-                "Expected a dense tensor: only the linear layers of the blocks may be packed.",
-                entry.key,
+            raise entry.error(
+                "is packed", "Expected a dense tensor: only the linear layers of the blocks may be packed."
             )
         if diffusers and name == "final_layer.adaLN_modulation.1.weight":
             entry = _swap_halves(entry)
@@ -232,12 +223,7 @@ def _measure(path: Path, entries: Mapping[str, Entry], diffusers: bool) -> Geome
     )
     hidden, in_channels = entries[image].shape
     if hidden % HEAD_DIM or not hidden:
-        raise PackError(
-            path,
-            f"has {hidden} rows",
-            f"Expected a multiple of {HEAD_DIM}, the head size of FLUX.2.",
-            entries[image].key,
-        )
+        raise entries[image].error(f"has {hidden} rows", f"Expected a multiple of {HEAD_DIM}, the head size of FLUX.2.")
     embedder = "time_guidance_embed.guidance_embedder." if diffusers else "guidance_in."
     return Geometry(
         hidden,

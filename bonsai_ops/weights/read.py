@@ -1,79 +1,84 @@
-"""A transformer file of any format -> {BFL name: packed or dense weight}. Knows no ComfyUI."""
+"""Any file -> {name: packed or dense weight}, for transformers and text encoders."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import flux2
+from . import flux2, qwen3
 from .errors import PackError
-from .formats import DenseTensor, Entry, Pack, PackedTensor, open_pack
-from .formats.dense import find_levels
+from .formats import DenseTensor, Entry, Pack, open_pack
 from .formats.entries import DOWNLOAD_AGAIN
 from .packed_weight import PackedWeight, at_density
+from .release import find_text_encoder, find_transformer
 
 HASH_BYTES = 16 << 20
 
 
-def open_transformer(path: str | Path) -> tuple[Pack, dict[str, Entry]]:
-    """(the open pack, {BFL name: entry}): headers only, checked for completeness. Raises PackError.
+def open_transformer(path: str | Path) -> Pack:
+    """A transformer file, or the one of a pack folder, with BFL names: headers only, checked for completeness.
 
-    A native file of another architecture has ComfyUI's names for it; only ComfyUI can tell whether it is complete.
+    Raises PackError. A native file of another architecture has ComfyUI's names for it; only ComfyUI can tell whether
+    it is complete.
     """
-    pack = open_pack(path)
+    pack = open_pack(find_transformer(Path(path)))
     if pack.architecture != "flux2":
-        return pack, dict(pack.entries)
+        return pack
     _, entries = flux2.to_bfl(pack.path, pack.entries)
-    if not any(flux2.is_block_linear(name) and _can_be_packed(pack, entry) for name, entry in entries.items()):
+    if pack.pack_dense is not None:
+        for name, entry in entries.items():
+            if flux2.is_block_linear(name) and isinstance(entry, DenseTensor):
+                entries[name] = pack.pack_dense(entry)
+    if all(isinstance(entry, DenseTensor) for entry in entries.values()):
         raise PackError(pack.path, "has no packed layer", "Use the file as it was published.")
-    return pack, entries
+    return replace(pack, entries=entries)
 
 
-def _can_be_packed(pack: Pack, entry: Entry) -> bool:
-    """Dense tensors of an unpacked file are packed while they are read; those of other formats stay dense."""
-    return pack.format == "unpacked" or not isinstance(entry, DenseTensor)
+def open_text_encoder(path: str | Path) -> tuple[Pack, dict[str, Any]]:
+    """(the text encoder of a file, of its own folder or of a pack folder, its sizes): headers only.
+
+    Its entries are those that are needed (qwen3.py). A sharded one is one pack, called like its first file. Raises
+    PackError.
+    """
+    packs = [open_pack(file, "text_encoder") for file in find_text_encoder(Path(path))]
+    sizes, entries = qwen3.measure(packs[0].path, {name: e for pack in packs for name, e in pack.entries.items()})
+    return replace(packs[0], entries=entries), sizes
 
 
 def read_weights(
-    pack: Pack,
-    entries: Mapping[str, Entry],
-    progress: Callable[[int, int], None] | None = None,
-    density: str = "compact",
+    pack: Pack, progress: Callable[[int, int], None] | None = None, density: str = "compact"
 ) -> dict[str, PackedWeight | torch.Tensor]:
-    """{BFL name: packed or dense weight} of an open pack; the layers of the blocks end up packed in `density`.
+    """{name: packed or dense weight} of an open pack, ternary weights in a density of DENSITIES.
 
     Codes are repacked layer by layer; dense tensors and codes that are in the density already stay mapped from the
-    file. Raises PackError.
+    file. progress(weights done, weights in all) is called a matrix. Raises PackError.
     """
-    total = sum(e.shape[0] * e.shape[1] for e in entries.values() if len(e.shape) == 2)
+    total = sum(_matrix_size(entry) for entry in pack.entries.values())
     done = 0
     weights: dict[str, PackedWeight | torch.Tensor] = {}
-    for name, entry in entries.items():
-        if isinstance(entry, PackedTensor):
-            weights[name] = entry.load()
-        elif not isinstance(entry, DenseTensor):
-            weights[name] = entry.pack()
-        elif pack.format == "unpacked" and flux2.is_block_linear(name):
-            weights[name] = find_levels(entry).pack()
-        else:
-            weights[name] = entry.load()
-        if isinstance(weights[name], PackedWeight):
-            weights[name] = _at_density(entry, weights[name], density)
-        if len(entry.shape) == 2:
-            done += entry.shape[0] * entry.shape[1]
-            if progress is not None:
-                progress(done, total)
+    for name, entry in pack.entries.items():
+        weight = entry.weight()
+        weights[name] = _at_density(entry, weight, density) if isinstance(weight, PackedWeight) else weight
+        if progress is not None and _matrix_size(entry):
+            done += _matrix_size(entry)
+            progress(done, total)
     return weights
+
+
+def _matrix_size(entry: Entry) -> int:
+    return entry.shape[0] * entry.shape[1] if len(entry.shape) == 2 else 0
 
 
 def _at_density(entry: Entry, weight: PackedWeight, density: str) -> PackedWeight:
     try:
         return at_density(weight, density)
     except ValueError as error:
-        raise PackError(entry.path, f"has damaged codes ({error})", DOWNLOAD_AGAIN, entry.key) from error
+        raise entry.error(f"has damaged codes ({error})", DOWNLOAD_AGAIN) from error
 
 
 def source_record(path: Path, kind: str, known: Mapping[str, str]) -> dict[str, str]:

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from bonsai_ops.weights.errors import PackError
-from bonsai_ops.weights.formats import dense, gemlite, mlx
+from bonsai_ops.weights.formats import dense, open_pack
 from bonsai_ops.weights.formats.entries import CodedTensor, DenseTensor, fuse_rows
-from bonsai_ops.weights.formats.safetensors_file import SafetensorsFile
 from bonsai_ops.weights.packed_weight import PackedWeight
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -65,7 +64,7 @@ def mlx_layer(codes: np.ndarray, scale: torch.Tensor, zero: torch.Tensor, bits: 
 def read_gemlite(folder: Path, *layer: object) -> CodedTensor:
     """The entry of a one-layer gemlite file."""
     torch.save({f"a.b.{leaf}": t for leaf, t in gemlite_layer(*layer).items()}, folder / "state_dict.pt")
-    (entry,) = gemlite.read_entries(folder / "state_dict.pt").values()
+    (entry,) = open_pack(folder / "state_dict.pt").entries.values()
     return entry
 
 
@@ -75,7 +74,7 @@ def read_mlx(folder: Path, *layer: object) -> CodedTensor:
     write_safetensors(folder / "w.safetensors", {f"a.b.{leaf}": t for leaf, t in mlx_layer(*layer).items()})
     config = {"bits": layer[3], "group_size": codes.shape[1] // scale.shape[1]}
     (folder / "quantization_config.json").write_text(json.dumps(config))
-    (entry,) = mlx.read_entries(SafetensorsFile(folder / "w.safetensors")).values()
+    (entry,) = open_pack(folder / "w.safetensors").entries.values()
     return entry
 
 
@@ -133,7 +132,7 @@ def test_symmetric_weights_lose_their_zero_table_and_nothing_else(
     codes, scale, zero, bits = draw(shape, 128, kind, torch.float32)
     entry = READERS[reader](tmp_path, codes, scale, zero, bits)
     assert (entry.key, entry.shape, entry.bits, entry.group_size) == ("a.b.weight", shape, bits, 128)
-    weight = entry.pack()
+    weight = entry.weight()
     assert (weight.scheme, weight.zero) == (SCHEME[kind.strip("-")], None)
     assert bool((weight.scale >= 0).all())
     assert_exact(weight, evaluate(codes, scale, zero))
@@ -145,7 +144,7 @@ def test_symmetric_weights_lose_their_zero_table_and_nothing_else(
 def test_tables_of_any_float_dtype(tmp_path: Path, reader: str, kind: str, table_dtype: torch.dtype) -> None:
     """16-bit tables stay 16 bit."""
     codes, scale, zero, bits = draw((96, 256), 128, kind, table_dtype)
-    weight = READERS[reader](tmp_path, codes, scale, zero, bits).pack()
+    weight = READERS[reader](tmp_path, codes, scale, zero, bits).weight()
     assert weight.scheme == SCHEME[kind.strip("-")]
     assert weight.scale.dtype.itemsize <= table_dtype.itemsize
     assert_exact(weight, evaluate(codes, scale, zero))
@@ -156,7 +155,7 @@ def test_tables_of_any_float_dtype(tmp_path: Path, reader: str, kind: str, table
 @pytest.mark.parametrize("reader", READERS)
 def test_group_sizes(tmp_path: Path, reader: str, kind: str, group: int) -> None:
     codes, scale, zero, bits = draw((96, 512), group, kind, torch.float32)
-    weight = READERS[reader](tmp_path, codes, scale, zero, bits).pack()
+    weight = READERS[reader](tmp_path, codes, scale, zero, bits).weight()
     assert (weight.group_size, weight.scheme) == (group, SCHEME[kind.strip("-")])
     assert_exact(weight, evaluate(codes, scale, zero))
 
@@ -176,7 +175,7 @@ def test_one_broken_group_keeps_both_tables(tmp_path: Path, reader: str, bits: i
     codes, scale, zero, _ = draw((96, 512), 128, "binary" if bits == 1 else "ternary", torch.float32)
     codes = np.random.default_rng(1).integers(0, 2**bits, codes.shape)
     zero[95, 3] = torch.nextafter(zero[95, 3], torch.tensor(9.0))
-    weight = READERS[reader](tmp_path, codes, scale, zero, bits).pack()
+    weight = READERS[reader](tmp_path, codes, scale, zero, bits).weight()
     assert (weight.scheme, weight.codec) == ("affine", {1: "bit", 2: "crumb"}[bits])
     assert torch.equal(weight.zero.float(), zero)
     assert_exact(weight, evaluate(codes, scale, zero))
@@ -189,7 +188,7 @@ def test_unrelated_tables_are_kept(tmp_path: Path, reader: str, table_dtype: tor
     rng = np.random.default_rng(2)
     codes = rng.integers(0, 2**bits, (131, 256))
     scale, zero = (torch.from_numpy(rng.normal(size=(131, 2))).to(table_dtype) for _ in range(2))
-    weight = READERS[reader](tmp_path, codes, scale, zero, bits).pack()
+    weight = READERS[reader](tmp_path, codes, scale, zero, bits).weight()
     assert weight.scheme == "affine"
     assert_exact(weight, evaluate(codes, scale, zero))
 
@@ -200,24 +199,24 @@ def test_mlx_4_bit(tmp_path: Path, table_dtype: torch.dtype, group: int) -> None
     rng = np.random.default_rng(3)
     codes = rng.integers(0, 16, (131, 256))
     scale, zero = (torch.from_numpy(rng.normal(size=(131, 256 // group))).to(table_dtype) for _ in range(2))
-    weight = read_mlx(tmp_path, codes, scale, zero, 4).pack()
+    weight = read_mlx(tmp_path, codes, scale, zero, 4).weight()
     assert (weight.scheme, weight.codec, weight.group_size) == ("affine", "nibble", group)
     assert_exact(weight, evaluate(codes, scale, zero))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_mlx_without_its_json(tmp_path: Path, bits: int) -> None:
-    """Groups of 128 for 1 and 2 bit, 64 for 4 bit; 2 and 4 bit look alike, so the caller says which it expects."""
+    """Groups of 128 for 1 and 2 bit, 64 for 4 bit; 2 and 4 bit look alike, so names tell text encoders."""
     group = 64 if bits == 4 else 128
     rng = np.random.default_rng(4)
     codes = rng.integers(0, 2**bits, (96, 512))
     scale, zero = (torch.from_numpy(rng.normal(size=(96, 512 // group))).bfloat16() for _ in range(2))
     path = tmp_path / "w.safetensors"
-    write_safetensors(path, {f"a.{leaf}": t for leaf, t in mlx_layer(codes, scale, zero, bits).items()})
-    order = mlx.TEXT_ENCODER_BITS if bits == 4 else mlx.TRANSFORMER_BITS
-    (entry,) = mlx.read_entries(SafetensorsFile(path), order).values()
+    layer = "model.layers.0.self_attn.q_proj" if bits == 4 else "transformer_blocks.0.attn.to_q"
+    write_safetensors(path, {f"{layer}.{leaf}": t for leaf, t in mlx_layer(codes, scale, zero, bits).items()})
+    (entry,) = open_pack(path).entries.values()
     assert (entry.bits, entry.group_size) == (bits, group)
-    assert_exact(entry.pack(), evaluate(codes, scale, zero))
+    assert_exact(entry.weight(), evaluate(codes, scale, zero))
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", '{"group_size": "128"}', '{"quantization": 4}', "{}"])
@@ -226,7 +225,7 @@ def test_mlx_json_that_names_no_group_size_is_passed_over(tmp_path: Path, conten
     path = tmp_path / "w.safetensors"
     write_safetensors(path, {f"a.{leaf}": t for leaf, t in mlx_layer(codes, scale, zero, bits).items()})
     (tmp_path / "config.json").write_text(content)
-    (entry,) = mlx.read_entries(SafetensorsFile(path), mlx.TRANSFORMER_BITS).values()
+    (entry,) = open_pack(path).entries.values()
     assert (entry.bits, entry.group_size) == (2, 128)
 
 
@@ -240,7 +239,7 @@ def test_a_fourth_level_in_a_ternary_weight_is_refused(tmp_path: Path, reader: s
     file = "state_dict.pt" if reader == "gemlite" else "w.safetensors"
     message = rf"{file}: a\.b\.weight: row 77, column 300 has code 3, a fourth level.*[Dd]ownload"
     with pytest.raises(PackError, match=message):
-        entry.pack()
+        entry.weight()
 
 
 @pytest.mark.parametrize(("kind", "extra"), [("upper", 0), ("-upper", 0), ("mixed", 0), ("mixed", 3)])
@@ -249,7 +248,7 @@ def test_four_levels_of_another_quantizer_are_kept(tmp_path: Path, reader: str, 
     """mx.quantize's own groups may have zero = -2 scale and use all four codes."""
     codes, scale, zero, bits = draw((131, 512), 128, kind, torch.float32)
     codes[77] = extra
-    weight = READERS[reader](tmp_path, codes, scale, zero, bits).pack()
+    weight = READERS[reader](tmp_path, codes, scale, zero, bits).weight()
     assert (weight.scheme, weight.codec) == ("affine", "crumb")
     assert_exact(weight, evaluate(codes, scale, zero))
 
@@ -262,7 +261,7 @@ def test_tables_must_be_finite(tmp_path: Path, reader: str, table: int, value: f
     layer[table][5, 1] = value
     name = ("scale", "zero")[table - 1]
     with pytest.raises(PackError, match=f"a.b.weight: the {name} table holds a value that is not finite"):
-        READERS[reader](tmp_path, *layer).pack()
+        READERS[reader](tmp_path, *layer).weight()
 
 
 def coded(codes: np.ndarray, scale: torch.Tensor, zero: torch.Tensor, bits: int, key: str = "part") -> CodedTensor:
@@ -289,7 +288,7 @@ def test_fused_rows_are_the_rows_of_the_parts(kinds: tuple[str, ...], scheme: st
     layers = [draw((rows, 256), 128, kind, torch.float32, rows) for rows, kind in zip((5, 131, 64), kinds, strict=True)]
     fused = fuse_rows("qkv", [coded(*layer) for layer in layers])
     assert (fused.key, fused.shape) == ("qkv", (200, 256))
-    weight = fused.pack()
+    weight = fused.weight()
     assert weight.scheme == scheme
     assert_exact(weight, torch.cat([evaluate(*layer[:3]) for layer in layers]))
 
@@ -301,7 +300,7 @@ def test_fused_affine_rows_of_mixed_bits(bits: tuple[int, int]) -> None:
     for b in bits:
         scale, zero = (torch.from_numpy(rng.normal(size=(48, 4))).bfloat16() for _ in range(2))
         layers.append((rng.integers(0, 2**b, (48, 256)), scale, zero, b))
-    weight = fuse_rows("x", [coded(*layer) for layer in layers]).pack()
+    weight = fuse_rows("x", [coded(*layer) for layer in layers]).weight()
     assert weight.scheme == "affine"
     assert_exact(weight, torch.cat([evaluate(*layer[:3]) for layer in layers]))
 
@@ -358,7 +357,7 @@ EXPECTED = {
 
 def unpacked(folder: Path, weight: torch.Tensor) -> DenseTensor:
     write_safetensors(folder / "w.safetensors", {"a.weight": weight})
-    (entry,) = dense.read_entries(SafetensorsFile(folder / "w.safetensors")).values()
+    (entry,) = open_pack(folder / "w.safetensors").entries.values()
     return entry
 
 
@@ -368,7 +367,7 @@ def unpacked(folder: Path, weight: torch.Tensor) -> DenseTensor:
 def test_levels_of_a_dense_weight_are_found(tmp_path: Path, kind: str, group: int, dtype: torch.dtype) -> None:
     """With the largest group size for which they hold, and exactly."""
     dtype_values = levels((131, 256), group, dtype, LEVELS[kind])
-    weight = dense.find_levels(unpacked(tmp_path, dtype_values)).pack()
+    weight = dense.find_levels(unpacked(tmp_path, dtype_values)).weight()
     assert (weight.scheme, weight.codec) == EXPECTED[kind]
     assert weight.group_size == group
     assert torch.equal(weight.dequantize(dtype), dtype_values)
@@ -382,7 +381,7 @@ def test_symmetric_levels_of_any_value_are_exact(tmp_path: Path, kind: str, dtyp
     size = torch.from_numpy(rng.lognormal(-4, 1, (96, 2, 1))).to(dtype)
     signs = torch.from_numpy(rng.choice([-1, 1] if kind == "binary" else [-1, 0, 1], (96, 2, 128))).to(dtype)
     values = (size * signs).view(96, 256)
-    weight = dense.find_levels(unpacked(tmp_path, values)).pack()
+    weight = dense.find_levels(unpacked(tmp_path, values)).weight()
     assert weight.scheme == kind and weight.scale.dtype == dtype
     assert torch.equal(weight.dequantize(dtype), values)
 
@@ -413,7 +412,7 @@ def test_more_levels_are_refused(tmp_path: Path, pick: Callable) -> None:
 
 
 def test_a_zero_weight_is_binary(tmp_path: Path) -> None:
-    weight = dense.find_levels(unpacked(tmp_path, torch.zeros(16, 128, dtype=torch.bfloat16))).pack()
+    weight = dense.find_levels(unpacked(tmp_path, torch.zeros(16, 128, dtype=torch.bfloat16))).weight()
     assert weight.scheme == "binary" and not weight.dequantize().any()
 
 
@@ -423,8 +422,8 @@ def test_gemlite_tables_of_numbers_may_have_any_rank_but_not_be_short(tmp_path: 
     layer = gemlite_layer(codes, scale, zero, bits)
     path = tmp_path / "state_dict.pt"
     torch.save({f"a.{leaf}": t[None] if leaf == damage else t for leaf, t in layer.items()}, path)
-    (entry,) = gemlite.read_entries(path).values()
-    assert_exact(entry.pack(), evaluate(codes, scale, zero))
+    (entry,) = open_pack(path).entries.values()
+    assert_exact(entry.weight(), evaluate(codes, scale, zero))
     torch.save({f"a.{leaf}": t[:1] if leaf == damage else t for leaf, t in layer.items()}, path)
     with pytest.raises(PackError, match=rf"state_dict.pt: a.{damage}: has 1 values. Expected {len(layer[damage])}"):
-        gemlite.read_entries(path)
+        open_pack(path)

@@ -94,7 +94,7 @@ def test_every_type(tmp_path: Path, kind: int) -> None:
     entries = open_pack(write(tmp_path / "m.gguf", tensors)).entries
     entry = entries["a.weight"]
     assert isinstance(entry, CodedTensor) and entry.shape == (19, 512)
-    packed = entry.pack()
+    packed = entry.weight()
     assert packed.scheme == ("binary" if kind == Q1_0 else "ternary")
     assert packed.group_size == GROUPS[kind] and torch.equal(packed.dequantize(), values)
     assert torch.equal(entry.read(3, 11), entry.read(0, 19)[3:11])
@@ -120,7 +120,7 @@ def test_the_package_reads_the_same() -> None:
 def test_type_42_with_groups_of_128(tmp_path: Path) -> None:
     """The older fork's blocks under the same number are told by the room that the tensors take."""
     raw, values = coded(PQ2_0, (64, 512))
-    found = open_pack(write(tmp_path / "m.gguf", {"a.weight": (Q2_0, (64, 512), raw)})).entries["a.weight"].pack()
+    found = open_pack(write(tmp_path / "m.gguf", {"a.weight": (Q2_0, (64, 512), raw)})).entries["a.weight"].weight()
     assert found.group_size == 128 and torch.equal(found.dequantize(), values)
 
 
@@ -146,7 +146,7 @@ def test_a_whole_transformer(tmp_path: Path, kind: int) -> None:
         else:
             truth[name] = synthetic.dense_tensor(shape, generator)
             tensors[name] = (30, shape, truth[name].view(torch.uint8).numpy().tobytes())
-    weights = read_weights(*open_transformer(write(tmp_path / "m.gguf", tensors)))
+    weights = read_weights(open_transformer(write(tmp_path / "m.gguf", tensors)))
     assert weights.keys() == truth.keys()
     for name, weight in weights.items():
         assert isinstance(weight, PackedWeight) == flux2.is_block_linear(name)
@@ -178,4 +178,4 @@ def test_refusals(tmp_path: Path) -> None:
     fourth[7] |= 3
     write(path, {"a.weight": (Q2_0, (4, 64), bytes(fourth))})
     with pytest.raises(PackError, match="a fourth level"):
-        open_pack(path).entries["a.weight"].pack()
+        open_pack(path).entries["a.weight"].weight()

@@ -41,7 +41,7 @@ def write(path: Path, weights: Mapping[str, PackedWeight | torch.Tensor], **opti
 
 
 def read(path: Path) -> dict[str, PackedWeight | torch.Tensor]:
-    return {name: entry.load() for name, entry in open_pack(path).entries.items()}
+    return {name: entry.weight() for name, entry in open_pack(path).entries.items()}
 
 
 def same(a: PackedWeight | torch.Tensor, b: PackedWeight | torch.Tensor) -> bool:

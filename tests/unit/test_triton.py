@@ -26,7 +26,7 @@ from bonsai_ops import kernels
 from bonsai_ops.kernels import BackendError, Call, dispatch, eager, triton
 from bonsai_ops.kernels.triton import backend
 from bonsai_ops.weights import codec as codecs
-from bonsai_ops.weights.formats import gemlite
+from bonsai_ops.weights.formats import open_pack
 from bonsai_ops.weights.packed_weight import PackedWeight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -316,7 +316,7 @@ def test_agrees_with_gemlite(
     scale = torch.randint(1, 256, (rows, 2, 1), generator=generator) / 256
     leaves = pack_linear((signs * scale).view(rows, columns), variant, tables)
     torch.save({f"layer.{leaf}": tensor for leaf, tensor in leaves.items()}, tmp_path / "state_dict.pt")
-    weight = gemlite.read_entries(tmp_path / "state_dict.pt")["layer.weight"].pack()
+    weight = open_pack(tmp_path / "state_dict.pt").entries["layer.weight"].weight()
     x = torch.randn(5, columns, generator=generator).to(torch.float16)
     expected = x.double() @ (signs * scale).view(rows, columns).double().t()
     theirs = gemlite_product(x, leaves, monkeypatch)

@@ -38,7 +38,7 @@ def measure(comfyui: Path, folder: Path, *, dense: bool = True) -> dict:
             synthetic.write_mlx(source, variant)
         repacked = _load(comfyui, "bonsai", source)
         if not file.is_file():
-            weights = read_weights(*open_transformer(source))
+            weights = read_weights(open_transformer(source))
             native.write(file, weights, native.make_record(weights))
             del weights
         loaded = _load(comfyui, "bonsai", file)

@@ -12,41 +12,51 @@ with the largest g of 128, 64 and 32 for which it holds.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from ..errors import PackError
 from ..levels import groups_of, signed_levels
-from .entries import CodedTensor, DenseTensor, Entry
+from ..packed_weight import PackedWeight
+from .entries import CodedTensor, DenseTensor, Entry, Pack
 from .safetensors_file import SafetensorsFile
 
+NAME = "unpacked"
+FILE = SafetensorsFile
+PLACES = {
+    "transformer": ("transformer/diffusion_pytorch_model.safetensors",),
+    "text_encoder": ("text_encoder/model.safetensors",),
+}
 GROUP_SIZES = (128, 64, 32)
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 PROBE_ROWS = 64
 CURE = 'Load a dense model with "Load Diffusion Model", or quantize it with "Patch to BitLinear".'
 
 
-def read_entries(file: SafetensorsFile, floats_only: bool = True) -> dict[str, Entry]:
-    """Every tensor of the file as DenseTensor. Raises PackError for a tensor that is not one of FLOATS.
-
-    floats_only False lets it pass, for a caller that first says what kind of model the file is.
-    """
-    entries: dict[str, Entry] = {}
-    for name, (shape, dtype) in file.tensors.items():
-        entries[name] = DenseTensor(file.path, name, shape, dtype, lambda name=name: file.get(name))
-        if floats_only:
-            require_float(entries[name])
-    return entries
+def claims(file: SafetensorsFile) -> bool:
+    """Any file that no other format claims: its weights tell only when they are read."""
+    return True
 
 
-def require_float(entry: DenseTensor) -> None:
-    """Raises PackError unless the entry is one of FLOATS."""
-    if entry.dtype not in FLOATS:
-        raise PackError(
-            entry.path,
-            f"is {entry.dtype} {list(entry.shape)}",
-            "Expected bf16, fp16 or fp32 weights, or a Bonsai pack: gemlite, MLX or our native file.",
-            entry.key,
-        )
+def read(file: SafetensorsFile) -> Pack:
+    """Every tensor of the file as DenseTensor; `pack_dense` makes a LevelsTensor of one."""
+    return Pack(file.path, NAME, {name: file.dense(name) for name in file.tensors}, LevelsTensor.of)
+
+
+@dataclass(frozen=True)
+class LevelsTensor(Entry):
+    """A weight [N, K] stored dense that becomes packed once its levels are found."""
+
+    dense: DenseTensor
+
+    @classmethod
+    def of(cls, dense: DenseTensor) -> LevelsTensor:
+        return cls(dense.path, dense.key, dense.shape, dense)
+
+    def weight(self) -> PackedWeight:
+        return find_levels(self.dense).weight()
+
+    def kind(self) -> str:
+        return self.dense.kind()
 
 
 def find_levels(entry: DenseTensor) -> CodedTensor:
@@ -56,7 +66,7 @@ def find_levels(entry: DenseTensor) -> CodedTensor:
     """
     weight = entry.load()
     if weight.ndim != 2:
-        raise PackError(entry.path, f"has shape {list(entry.shape)}", "Expected a weight [N, K].", entry.key)
+        raise entry.error(f"has shape {list(entry.shape)}", "Expected a weight [N, K].")
     for group_size in GROUP_SIZES:
         if weight.shape[1] % group_size:
             continue
@@ -69,9 +79,7 @@ def find_levels(entry: DenseTensor) -> CodedTensor:
                 spaced = _spaced_tables(weight, group_size, bits)
                 if spaced is not None:
                     return _spaced(entry, weight, group_size, bits, *spaced)
-    raise PackError(
-        entry.path, "has groups of more than three levels, so this is no 1-bit or ternary model", CURE, entry.key
-    )
+    raise entry.error("has groups of more than three levels, so this is no 1-bit or ternary model", CURE)
 
 
 def _symmetric(

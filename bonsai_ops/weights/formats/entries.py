@@ -1,14 +1,16 @@
 """What a format reader hands over for each tensor name: where to get it, nothing read yet.
 
 DenseTensor    an ordinary tensor
-CodedTensor    codes and affine tables as the file stores them; `pack()` proves what they are and packs them
+CodedTensor    codes and affine tables as the file stores them; `weight()` proves what they are and packs them
 PackedTensor   already in our native form
+
+A `Pack` is an opened file: its entries and what it says of itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,33 +22,76 @@ from ..packed_weight import PackedWeight, narrow_exact
 DOWNLOAD_AGAIN = "Download the file again and compare its size and sha256 with the repository's."
 
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of dense weights."""
+
+
 class _FourthLevelError(ValueError):
     """A code that a three-level weight cannot have."""
 
 
 @dataclass(frozen=True)
-class DenseTensor:
-    """A tensor stored as it is. `load()` -> tensor of `shape` and `dtype`."""
+class Entry:
+    """One tensor of a file, not read yet. key: its name there, for messages."""
 
     path: Path
     key: str
     shape: tuple[int, ...]
+
+    def weight(self) -> PackedWeight | torch.Tensor:
+        """The tensor, or the packed weight that has exactly its values. Raises PackError."""
+        raise NotImplementedError
+
+    def error(self, found: str, cure: str) -> PackError:
+        """The error to raise for this tensor."""
+        return PackError(self.path, found, cure, self.key)
+
+    def wrong_shape(self, cure: str) -> PackError:
+        """The error to raise for a shape that does not fit."""
+        return self.error(f"has shape {list(self.shape)}", cure)
+
+    def kind(self) -> str:
+        """What it is, for messages."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DenseTensor(Entry):
+    """A tensor stored as it is. `load()` -> tensor of `shape` and `dtype`."""
+
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
 
+    def weight(self) -> torch.Tensor:
+        return self.load()
+
+    def kind(self) -> str:
+        return f"a dense tensor {list(self.shape)}"
+
+    def require_float(self) -> None:
+        """Raises PackError unless it is one of FLOATS."""
+        if self.dtype not in FLOATS:
+            raise self.error(
+                f"is {self.dtype} {list(self.shape)}",
+                "Expected bf16, fp16 or fp32 weights, or a Bonsai pack: gemlite, MLX or our native file.",
+            )
+
 
 @dataclass(frozen=True)
-class PackedTensor:
+class PackedTensor(Entry):
     """A weight stored in native form. `load()` -> PackedWeight of `shape` (N, K)."""
 
-    path: Path
-    key: str
-    shape: tuple[int, int]
     load: Callable[[], PackedWeight]
+
+    def weight(self) -> PackedWeight:
+        return self.load()
+
+    def kind(self) -> str:
+        return f"a packed tensor {list(self.shape)}"
 
 
 @dataclass(frozen=True)
-class CodedTensor:
+class CodedTensor(Entry):
     """A weight (N, K) stored as codes with two tables, w = code * scale + zero in float32.
 
     bits: 1, 2 or 4 bits a code. tables(): (scale, zero), each [N, K / group_size] of any float dtype.
@@ -54,9 +99,6 @@ class CodedTensor:
     reading: for messages, what makes it this shape where the stored bytes allow several.
     """
 
-    path: Path
-    key: str
-    shape: tuple[int, int]
     bits: int
     group_size: int
     tables: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -64,7 +106,7 @@ class CodedTensor:
     zero_point: bool = False
     reading: str = ""
 
-    def pack(self) -> PackedWeight:
+    def weight(self) -> PackedWeight:
         """The canonical weight with exactly the values of the file.
 
         Binary (zero = -scale/2) and ternary (zero = -scale or -2 scale) tables lose their second table once that
@@ -74,9 +116,7 @@ class CodedTensor:
         scale, zero = self.tables()
         for name, table in (("scale", scale), ("zero", zero)):
             if not bool(torch.isfinite(table).all()):
-                raise PackError(
-                    self.path, f"the {name} table holds a value that is not finite", DOWNLOAD_AGAIN, self.key
-                )
+                raise self.error(f"the {name} table holds a value that is not finite", DOWNLOAD_AGAIN)
         symmetric = None if self.zero_point or self.bits == 4 else self._symmetric(scale.float(), zero.float())
         if symmetric is not None:
             magnitude, read, scheme, codec = symmetric
@@ -84,11 +124,9 @@ class CodedTensor:
                 codes = codecs.encode_rows(codec, *self.shape, read)
             except _FourthLevelError as found:
                 if torch.equal(zero.float(), -scale.float()):
-                    raise PackError(
-                        self.path,
+                    raise self.error(
                         f"{found}, a fourth level, in a ternary weight (zero = -scale) whose codes are 0, 1 and 2",
                         DOWNLOAD_AGAIN,
-                        self.key,
                     ) from None
             else:
                 return PackedWeight(codes, narrow_exact(magnitude), self.shape, scheme, codec, self.group_size)
@@ -96,6 +134,12 @@ class CodedTensor:
         codes = codecs.encode_rows(codec, *self.shape, self.read)
         scheme = "zero_point" if self.zero_point else "affine"
         return PackedWeight(codes, narrow_exact(scale), self.shape, scheme, codec, self.group_size, narrow_exact(zero))
+
+    def wrong_shape(self, cure: str) -> PackError:
+        return self.error(f"has shape {list(self.shape)}{self.reading and f', {self.reading}'}", cure)
+
+    def kind(self) -> str:
+        return f"{self.bits}-bit codes {list(self.shape)}"
 
     def _symmetric(
         self, scale: torch.Tensor, zero: torch.Tensor
@@ -139,7 +183,20 @@ class CodedTensor:
         return table.repeat_interleave(self.group_size, dim=1)
 
 
-Entry = DenseTensor | CodedTensor | PackedTensor
+@dataclass(frozen=True)
+class Pack:
+    """An opened file of weights. format: NAME of the module that read it. entries: {name in it: entry}."""
+
+    path: Path
+    format: str
+    entries: Mapping[str, Entry]
+    pack_dense: Callable[[DenseTensor], Entry] | None = None
+    """What makes a packed layer of a dense one, for a format whose dense layers are low-bit in truth."""
+    source: Mapping[str, str] = field(default_factory=dict)
+    """For a native file: {"file": .., "sha256": ..} of what it was made from."""
+    architecture: str = "flux2"
+    model: Mapping[str, object] = field(default_factory=dict)
+    """For a native file of another architecture: ComfyUI's configuration of it."""
 
 
 def fuse_rows(key: str, parts: Sequence[CodedTensor] | Sequence[DenseTensor]) -> CodedTensor | DenseTensor:
@@ -150,11 +207,9 @@ def fuse_rows(key: str, parts: Sequence[CodedTensor] | Sequence[DenseTensor]) ->
     first = parts[0]
     for part in parts[1:]:
         if type(part) is not type(first) or part.shape[1:] != first.shape[1:]:
-            raise PackError(
-                part.path,
-                f"is stored as {_kind(part)}, but {first.key} as {_kind(first)}",
+            raise part.error(
+                f"is stored as {part.kind()}, but {first.key} as {first.kind()}",
                 "The layers of one attention must be stored alike: use the pack as it was published.",
-                part.key,
             )
     rows = sum(p.shape[0] for p in parts)
     shape = (rows, *first.shape[1:])
@@ -162,11 +217,9 @@ def fuse_rows(key: str, parts: Sequence[CodedTensor] | Sequence[DenseTensor]) ->
         return DenseTensor(first.path, key, shape, first.dtype, lambda: torch.cat([p.load() for p in parts]))
     for part in parts[1:]:
         if (part.group_size, part.zero_point) != (first.group_size, first.zero_point):
-            raise PackError(
-                part.path,
+            raise part.error(
                 f"has group size {part.group_size}, but {first.key} has {first.group_size}",
                 "The layers of one attention must be packed alike: use the pack as it was published.",
-                part.key,
             )
     bits = max(p.bits for p in parts)
     parts = [_widen(p, bits) for p in parts]
@@ -196,25 +249,4 @@ def _widen(part: CodedTensor, bits: int) -> CodedTensor:
         scale, zero = part.tables()
         return scale.float() / 2, zero.float()
 
-    return CodedTensor(
-        part.path,
-        part.key,
-        part.shape,
-        bits,
-        part.group_size,
-        tables,
-        lambda lo, hi: part.read(lo, hi) * 2,
-        part.zero_point,
-    )
-
-
-def describe_shape(entry: Entry) -> str:
-    """The beginning of a message about an entry of a wrong shape."""
-    reading = entry.reading if isinstance(entry, CodedTensor) else ""
-    return f"has shape {list(entry.shape)}{reading and f', {reading}'}"
-
-
-def _kind(entry: Entry) -> str:
-    if isinstance(entry, CodedTensor):
-        return f"{entry.bits}-bit codes {list(entry.shape)}"
-    return f"a {'packed' if isinstance(entry, PackedTensor) else 'dense'} tensor {list(entry.shape)}"
+    return replace(part, bits=bits, tables=tables, read=lambda lo, hi: part.read(lo, hi) * 2)

@@ -16,44 +16,48 @@ they lie: rows 0 .. N/2 - 1 in the high nibbles, the others in the low ones. Not
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from ..errors import PackError
 from ..packed_weight import PackedWeight
-from .entries import DenseTensor, Entry, PackedTensor
-from .torch_file import load_pickle
+from .entries import DenseTensor, Entry, Pack, PackedTensor
+from .torch_file import TorchFile
 
-FILE = "text_encoder-hqq-4bit/qmodel.pt"
+NAME = "hqq"
+FILE = TorchFile
+FILE_NAME = "qmodel.pt"
+PLACES = {"text_encoder": (f"text_encoder-hqq-4bit/{FILE_NAME}",)}
 AS_PUBLISHED = "Use qmodel.pt as it was published."
 PLAIN_TYPES = (bool, int, float, str, type(None), torch.Size, torch.dtype, tuple, list)
 
 
-def read_entries(path: Path) -> dict[str, Entry]:
-    """{`<module>.weight`: entry} of a qmodel.pt. Raises PackError for what HQQ's 4-bit serializer does not write."""
+def claims(file: TorchFile) -> bool:
+    """True if it is called as published or holds a dict for a module."""
+    return file.path.name == FILE_NAME or any(isinstance(v, dict) for v in file.content.values())
+
+
+def read(file: TorchFile) -> Pack:
+    """Every tensor, keyed `<module>.<leaf>`. Raises PackError for what HQQ's 4-bit serializer does not write."""
     entries: dict[str, Entry] = {}
-    for module, leaves in load_pickle(path).items():
+    for module, leaves in file.content.items():
         if not isinstance(module, str) or not isinstance(leaves, dict):
-            raise PackError(
-                path, f"is a {type(leaves).__name__}", f"Expected a dict of tensors. {AS_PUBLISHED}", str(module)
+            raise file.error(
+                f"is a {type(leaves).__name__}", f"Expected a dict of tensors. {AS_PUBLISHED}", str(module)
             )
         for leaf, value in leaves.items():
             if not isinstance(value, (torch.Tensor, *PLAIN_TYPES)):
-                raise PackError(
-                    path,
+                raise file.error(
                     f"is a {type(value).__name__}",
                     f"Expected a tensor or a plain value. {AS_PUBLISHED}",
                     f"{module}.{leaf}",
                 )
         if "W_q" in leaves:
-            entries[f"{module}.weight"] = _packed(path, module, leaves)
+            entries[f"{module}.weight"] = _packed(file, module, leaves)
         else:
             for leaf, value in leaves.items():
                 if isinstance(value, torch.Tensor):
                     name = f"{module}.{leaf}"
-                    entries[name] = DenseTensor(path, name, tuple(value.shape), value.dtype, lambda v=value: v)
-    return entries
+                    entries[name] = DenseTensor(file.path, name, tuple(value.shape), value.dtype, lambda v=value: v)
+    return Pack(file.path, NAME, entries)
 
 
 def _plain(value: object) -> object:
@@ -65,13 +69,11 @@ def _plain(value: object) -> object:
     return tuple(value.tolist()) if value.ndim else value.item()
 
 
-def _packed(path: Path, module: str, leaves: dict) -> PackedTensor:
+def _packed(file: TorchFile, module: str, leaves: dict) -> PackedTensor:
     key = f"{module}.weight"
     for leaf in ("scale", "zero", "nbits", "group_size", "axis", "shape", "packing"):
         if leaf not in leaves:
-            raise PackError(
-                path, "is missing", f"Expected 4-bit HQQ with plain scales. {AS_PUBLISHED}", f"{module}.{leaf}"
-            )
+            raise file.error("is missing", f"Expected 4-bit HQQ with plain scales. {AS_PUBLISHED}", f"{module}.{leaf}")
     told = {
         leaf: _plain(leaves.get(leaf))
         for leaf in ("nbits", "group_size", "axis", "packing", "view_as_float", "quant_scale", "quant_zero")
@@ -82,13 +84,12 @@ def _packed(path: Path, module: str, leaves: dict) -> PackedTensor:
         or told["quant_scale"]
         or told["quant_zero"]
     ):
-        raise PackError(
-            path, f"says {told}", f"Expected nbits 4, axis 1, packing 4bit_u8 and plain tables. {AS_PUBLISHED}", module
+        raise file.error(
+            f"says {told}", f"Expected nbits 4, axis 1, packing 4bit_u8 and plain tables. {AS_PUBLISHED}", module
         )
     shape, group_size, words = tuple(_plain(leaves["shape"])), int(told["group_size"]), leaves["W_q"]
     if len(shape) != 2 or group_size < 32 or group_size % 32 or shape[1] % group_size or shape[0] % 16:
-        raise PackError(
-            path,
+        raise file.error(
             f"is {shape} in groups of {group_size}",
             f"Expected rows in sixteens and columns in groups of a multiple of 32. {AS_PUBLISHED}",
             module,
@@ -99,8 +100,7 @@ def _packed(path: Path, module: str, leaves: dict) -> PackedTensor:
         or words.numel() * 2 != shape[0] * shape[1]
         or any(leaves[leaf].numel() != groups for leaf in ("scale", "zero"))
     ):
-        raise PackError(
-            path,
+        raise file.error(
             f"has {words.numel()} bytes of codes and {leaves['scale'].numel()} scales",
             f"Expected {shape[0] * shape[1] // 2} and {groups}. {AS_PUBLISHED}",
             module,
@@ -118,4 +118,4 @@ def _packed(path: Path, module: str, leaves: dict) -> PackedTensor:
             leaves["zero"].view(table),
         )
 
-    return PackedTensor(path, key, shape, load)
+    return PackedTensor(file.path, key, shape, load)

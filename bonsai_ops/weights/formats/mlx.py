@@ -27,19 +27,24 @@ from pathlib import Path
 import torch
 
 from ..codec import spread_fields
-from ..errors import PackError
-from .entries import CodedTensor, DenseTensor, Entry
-from .json_file import is_count, read_json
+from ..json_file import is_count, read_json
+from .entries import FLOATS, CodedTensor, Entry, Pack
 from .safetensors_file import SafetensorsFile
 
-TRANSFORMER_FILE = "transformer-packed-mflux/diffusion_pytorch_model.safetensors"
-TEXT_ENCODER_FILE = "text_encoder-mlx-4bit/model.safetensors"
+NAME = "mlx"
+FILE = SafetensorsFile
+PLACES = {
+    "transformer": ("transformer-packed-mflux/diffusion_pytorch_model.safetensors",),
+    "text_encoder": ("text_encoder-mlx-4bit/model.safetensors",),
+}
 CONFIG_NAMES = ("quantization_config.json", "config.json")
 TRANSFORMER_BITS = (1, 2, 4)
 TEXT_ENCODER_BITS = (4, 1, 2)
+"""The first that fits is meant where no JSON beside the file names a group size."""
+TEXT_NAMES = ("embed_tokens.", "self_attn.")
+"""Parts of names that only text encoders have."""
 VOCABULARY = 151936
 """Rows of Qwen3's embedding."""
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class _Named:
         )
 
 
-def is_mlx(file: SafetensorsFile) -> bool:
+def claims(file: SafetensorsFile) -> bool:
     """True if some u32 weight has scales and biases beside it."""
     return any(
         dtype == torch.uint32 and name.endswith(".weight") and name[:-7] + ".scales" in file.tensors
@@ -66,19 +71,17 @@ def is_mlx(file: SafetensorsFile) -> bool:
     )
 
 
-def read_entries(file: SafetensorsFile, bits: tuple[int, ...] = TEXT_ENCODER_BITS) -> dict[str, Entry]:
-    """{name without `.weight`-siblings: entry}; packed layers are keyed `<layer>.weight` like dense ones.
-
-    bits: the first that fits is meant where no JSON beside the file names a group size.
-    """
+def read(file: SafetensorsFile) -> Pack:
+    """Every tensor; packed layers are keyed `<layer>.weight` like dense ones."""
+    text = any(part in name for name in file.tensors for part in TEXT_NAMES)
+    bits = TEXT_ENCODER_BITS if text else TRANSFORMER_BITS
     named = _named_sizes(file.path)
     entries: dict[str, Entry] = {}
-    for name, (shape, dtype) in file.tensors.items():
+    for name, (_, dtype) in file.tensors.items():
         layer, _, leaf = name.rpartition(".")
         if leaf in ("scales", "biases", "token_ids"):
             if f"{layer}.weight" not in file.tensors:
-                raise PackError(
-                    file.path,
+                raise file.error(
                     "stands alone",
                     f"Expected the codes {layer}.weight beside it: use the file as it was published.",
                     name,
@@ -89,34 +92,31 @@ def read_entries(file: SafetensorsFile, bits: tuple[int, ...] = TEXT_ENCODER_BIT
             coded = _coded(file, layer, named, bits)
             entries[name] = _expanded(file, layer, coded) if f"{layer}.token_ids" in file.tensors else coded
         elif dtype == torch.uint32:
-            raise PackError(
-                file.path, "has u32 codes without scales and biases", "Use the file as it was published.", name
-            )
+            raise file.error("has u32 codes without scales and biases", "Use the file as it was published.", name)
         else:
-            entries[name] = DenseTensor(file.path, name, shape, dtype, lambda name=name: file.get(name))
-    return entries
+            entries[name] = file.dense(name)
+    return Pack(file.path, NAME, entries)
 
 
 def _coded(file: SafetensorsFile, layer: str, named: _Named | None, preferred: tuple[int, ...]) -> CodedTensor:
     weight, scales, biases = (f"{layer}.{leaf}" for leaf in ("weight", "scales", "biases"))
     for name in (scales, biases):
         if name not in file.tensors:
-            raise PackError(file.path, "is missing", f"{weight} needs it: use the file as it was published.", name)
+            raise file.error("is missing", f"{weight} needs it: use the file as it was published.", name)
     (shape, dtype), (table, _) = file.tensors[weight], file.tensors[scales]
     if dtype != torch.uint32 or len(shape) != 2 or len(table) != 2 or table[0] != shape[0]:
-        raise PackError(
-            file.path,
+        raise file.error(
             f"is {dtype} {list(shape)} with scales {list(table)}",
             "Expected u32 [N, K b / 32] with scales [N, K / g].",
             weight,
         )
     if file.tensors[biases][0] != table:
-        raise PackError(
-            file.path, f"has shape {list(file.tensors[biases][0])}", f"Expected {list(table)} like the scales.", biases
+        raise file.error(
+            f"has shape {list(file.tensors[biases][0])}", f"Expected {list(table)} like the scales.", biases
         )
     for name in (scales, biases):
         if file.tensors[name][1] not in FLOATS:
-            raise PackError(file.path, f"is {file.tensors[name][1]}", "Expected bf16, fp16 or fp32.", name)
+            raise file.error(f"is {file.tensors[name][1]}", "Expected bf16, fp16 or fp32.", name)
     words, groups = shape[1], table[1]
     candidates = [
         (bits, 32 * words // (bits * groups)) for bits in preferred if groups and 32 * words % (bits * groups) == 0
@@ -133,7 +133,7 @@ def _coded(file: SafetensorsFile, layer: str, named: _Named | None, preferred: t
             bits = named.bits or "1, 2 or 4"
             what += f" but was {named.reading(bits)}"
             cure = "Use file and JSON as they were published."
-        raise PackError(file.path, what, cure, weight)
+        raise file.error(what, cure, weight)
     bits, group_size = fitting[0]
 
     def read(lo: int, hi: int) -> torch.Tensor:
@@ -158,8 +158,7 @@ def _expanded(file: SafetensorsFile, layer: str, trimmed: CodedTensor) -> CodedT
     count = trimmed.shape[0] - 1
     ascending = ids.ndim == 1 and len(ids) == count and bool((ids.diff() > 0).all())
     if not ascending or (count and not 0 <= int(ids[0]) <= int(ids[-1]) < VOCABULARY):
-        raise PackError(
-            file.path,
+        raise file.error(
             f"has shape {list(ids.shape)} and does not fit {trimmed.shape[0]} rows",
             f"Expected {count} ascending token ids below {VOCABULARY}: use the file as it was published.",
             key,

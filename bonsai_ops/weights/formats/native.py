@@ -40,9 +40,12 @@ from ... import __version__
 from .. import codec as codecs
 from ..errors import PackError
 from ..packed_weight import FORM, SCHEMES, TABLE_DTYPES, TABLES, PackedWeight
-from .entries import DOWNLOAD_AGAIN, DenseTensor, Entry, PackedTensor
+from .entries import DOWNLOAD_AGAIN, Entry, Pack, PackedTensor
 from .safetensors_file import DTYPES, SafetensorsFile
 
+NAME = "native"
+FILE = SafetensorsFile
+PLACES = {"transformer": ()}
 VERSION = 2
 NEWER_CODECS = ("byte",)
 """Codecs that a reader of version 1 does not know."""
@@ -69,7 +72,7 @@ class NativeRecord:
         return json.dumps(described, sort_keys=True)
 
 
-def is_native(file: SafetensorsFile) -> bool:
+def claims(file: SafetensorsFile) -> bool:
     """True if the record is there or some u8 weight has a `weight_scale` beside it."""
     return RECORD in file.metadata or any(
         dtype == torch.uint8 and name.endswith(".weight") and f"{name}_scale" in file.tensors
@@ -85,8 +88,7 @@ def read_record(file: SafetensorsFile) -> NativeRecord | None:
         record = json.loads(file.metadata[RECORD])
         version = int(record["version"])
         if version > VERSION:
-            raise PackError(
-                file.path,
+            raise file.error(
                 f"is version {version} of the native format, this plugin reads up to {VERSION}",
                 "Update bonsai-image.",
                 RECORD,
@@ -103,27 +105,30 @@ def read_record(file: SafetensorsFile) -> NativeRecord | None:
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, PackError):
             raise
-        raise PackError(file.path, f"has a damaged record ({error!r})", DOWNLOAD_AGAIN, RECORD) from error
+        raise file.error(f"has a damaged record ({error!r})", DOWNLOAD_AGAIN, RECORD) from error
 
 
-def read_entries(file: SafetensorsFile, record: NativeRecord | None) -> dict[str, Entry]:
-    """{name: entry}; packed layers are keyed `<layer>.weight`. Raises PackError where record and tensors disagree."""
+def read(file: SafetensorsFile) -> Pack:
+    """Every tensor; packed layers are keyed `<layer>.weight`. Raises PackError where record and tensors disagree."""
+    record = read_record(file)
     described = dict(record.layers) if record else {}
     entries: dict[str, Entry] = {}
-    for name, (shape, dtype) in file.tensors.items():
+    for name in file.tensors:
         if name.endswith(tuple(f".weight_{table}" for table in TABLES)):
             weight = name.rpartition("_")[0]
             if weight not in file.tensors:
-                raise PackError(file.path, "stands alone", f"Expected the codes {weight}. {DOWNLOAD_AGAIN}", name)
+                raise file.error("stands alone", f"Expected the codes {weight}. {DOWNLOAD_AGAIN}", name)
         elif name.endswith(".weight") and f"{name}_scale" in file.tensors:
             layer = name[: -len(".weight")]
             entries[name] = _packed(file, layer, described.pop(layer, None))
         else:
-            entries[name] = DenseTensor(file.path, name, shape, dtype, lambda name=name: file.get(name))
+            entries[name] = file.dense(name)
     if described:
         layer = next(iter(described))
-        raise PackError(file.path, "is missing", f"The file's record describes it. {DOWNLOAD_AGAIN}", f"{layer}.weight")
-    return entries
+        raise file.error("is missing", f"The file's record describes it. {DOWNLOAD_AGAIN}", f"{layer}.weight")
+    if record is None:
+        return Pack(file.path, NAME, entries)
+    return Pack(file.path, NAME, entries, None, record.source, record.architecture, record.model)
 
 
 def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> PackedTensor:
@@ -131,10 +136,9 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
     (code_shape, code_dtype), (table, table_dtype) = file.tensors[weight], file.tensors[scale]
     has_zero = zero in file.tensors
     if code_dtype != torch.uint8 or len(code_shape) != 2:
-        raise PackError(file.path, f"is {code_dtype} {list(code_shape)}", "Expected u8 codes [n, K].", weight)
+        raise file.error(f"is {code_dtype} {list(code_shape)}", "Expected u8 codes [n, K].", weight)
     if len(table) != 2 or table_dtype not in TABLE_DTYPES or not table[1] or code_shape[1] % table[1]:
-        raise PackError(
-            file.path,
+        raise file.error(
             f"is {table_dtype} {list(table)}",
             f"Expected bf16, fp16 or fp32 [N, K / g] with K = {code_shape[1]}.",
             scale,
@@ -147,26 +151,23 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
             scheme, codec = described["scheme"], described["codec"]
             told = (tuple(described["shape"]), described["group_size"])
         except (KeyError, TypeError) as error:
-            raise PackError(file.path, f"is described by {described!r}", DOWNLOAD_AGAIN, weight) from error
+            raise file.error(f"is described by {described!r}", DOWNLOAD_AGAIN, weight) from error
         if told != (shape, group_size) or str(scheme) not in SCHEMES or codec not in SCHEMES[scheme].codecs:
-            raise PackError(
-                file.path,
+            raise file.error(
                 f"is {shape} in groups of {group_size} by its tensors, but {scheme} {codec} "
                 f"{told[0]} in groups of {told[1]} by the record",
                 DOWNLOAD_AGAIN,
                 weight,
             )
     if has_zero != SCHEMES[scheme].has_zero or codecs.get_codec(codec).byte_rows(shape[0]) != code_shape[0]:
-        raise PackError(
-            file.path,
+        raise file.error(
             f"has {code_shape[0]} byte rows {'with' if has_zero else 'without'} a zero table",
             f"Expected {codecs.get_codec(codec).byte_rows(shape[0])} for {scheme} {codec}. {DOWNLOAD_AGAIN}",
             weight,
         )
 
     if has_zero and (file.tensors[zero][0] != table or file.tensors[zero][1] not in TABLE_DTYPES):
-        raise PackError(
-            file.path,
+        raise file.error(
             f"is {file.tensors[zero][1]} {list(file.tensors[zero][0])}",
             f"Expected bf16, fp16 or fp32 {list(table)} like the scale. {DOWNLOAD_AGAIN}",
             zero,
@@ -192,8 +193,7 @@ def _residual(file: SafetensorsFile, weight: str, shape: tuple[int, int], rank: 
         rank = rank or (found[-1 if is_up else 0] if len(found) == 2 else 0)
         expected = (shape[0], rank) if is_up else (rank, shape[1])
         if found != expected or dtype not in TABLE_DTYPES:
-            raise PackError(
-                file.path,
+            raise file.error(
                 f"is {dtype} {list(found)}" if dtype else "is missing",
                 f"Expected bf16, fp16 or fp32 {list(expected)}, a low-rank residual. {DOWNLOAD_AGAIN}",
                 name,
@@ -215,8 +215,7 @@ def _guess(file: SafetensorsFile, weight: str, rows: int, byte_rows: int, has_ze
         told = [codec for codec in ternary if codecs.holds(codec, 3, file.get(weight))][:1]
         fitting = [found for found in fitting if found[0] != "ternary"] + [("ternary", codec) for codec in told]
     if len(fitting) != 1:
-        raise PackError(
-            file.path,
+        raise file.error(
             f"has {byte_rows} byte rows for {rows} rows, which fits {len(fitting)} codecs",
             'Save the model with "Save Bonsai Model", which records the codec.',
             weight,

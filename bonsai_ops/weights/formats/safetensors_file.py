@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import PackError
+from .entries import DenseTensor
+from .file import PackFile
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,34 +34,33 @@ MAX_HEADER = 100 << 20
 DOWNLOAD_AGAIN = "The file is damaged or its download was cut off: download it again."
 
 
-class SafetensorsFile:
+class SafetensorsFile(PackFile):
     """An open file. `tensors`: {name: (shape, torch dtype)}; `metadata`: {str: str}.
 
     Raises PackError for a file that is not safetensors, is cut off or has a dtype torch does not know.
     """
 
+    SUFFIXES = (".safetensors", ".sft")
+
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         size = path.stat().st_size
         with path.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if size < 10 or length > MAX_HEADER or length < 2:
-                raise PackError(
-                    path,
+                raise self.error(
                     f"is not a safetensors file ({size} bytes, first bytes are no header length)",
                     "Give a .safetensors file as it was published.",
                 )
             raw = f.read(length)
         if len(raw) < length:
-            raise PackError(
-                path, f"ends inside its header ({size} bytes, the header alone has {length})", DOWNLOAD_AGAIN
-            )
+            raise self.error(f"ends inside its header ({size} bytes, the header alone has {length})", DOWNLOAD_AGAIN)
         try:
             header = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise PackError(path, f"has a header that is not JSON ({error})", DOWNLOAD_AGAIN) from error
+            raise self.error(f"has a header that is not JSON ({error})", DOWNLOAD_AGAIN) from error
         if not isinstance(header, dict):
-            raise PackError(path, "has a header that is no table of tensors", DOWNLOAD_AGAIN)
+            raise self.error("has a header that is no table of tensors", DOWNLOAD_AGAIN)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         try:
             described = {
@@ -68,20 +68,24 @@ class SafetensorsFile:
                 for name, e in header.items()
             }
         except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
-            raise PackError(path, "has a header that is no table of tensors", DOWNLOAD_AGAIN) from error
+            raise self.error("has a header that is no table of tensors", DOWNLOAD_AGAIN) from error
         end = 8 + length + max((stop for _, _, stop in described.values()), default=0)
         if size != end:
-            raise PackError(path, f"has {size} bytes, its header describes {end}", DOWNLOAD_AGAIN)
+            raise self.error(f"has {size} bytes, its header describes {end}", DOWNLOAD_AGAIN)
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, (dtype, shape, _) in described.items():
             if dtype not in DTYPES:
-                raise PackError(path, f"has dtype {dtype}", f"Expected one of {', '.join(DTYPES)}.", name)
+                raise self.error(f"has dtype {dtype}", f"Expected one of {', '.join(DTYPES)}.", name)
             self.tensors[name] = (shape, DTYPES[dtype])
         try:
             self._handle = safe_open(str(path), framework="pt", device="cpu")
         except SafetensorError as error:
-            raise PackError(path, f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
+            raise self.error(f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor called `name`, mapped from the file: copied only when something writes to it."""
         return self._handle.get_tensor(name)
+
+    def dense(self, name: str) -> DenseTensor:
+        """The entry of a tensor that is handed over as it is."""
+        return DenseTensor(self.path, name, *self.tensors[name], lambda: self.get(name))

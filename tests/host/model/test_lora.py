@@ -269,6 +269,7 @@ def text_encoders(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
     from bonsai_ops.host import text_encoder
     from bonsai_ops.tools import synthetic
+    from bonsai_ops.weights import qwen3
 
     folder = tmp_path_factory.mktemp("pack") / "tiny"
     synthetic.write_pipeline(folder)
@@ -281,7 +282,7 @@ def text_encoders(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
     config = {
         "vocab_size": synthetic.TINY_TEXT.vocabulary,
         "hidden_size": synthetic.TINY_TEXT.hidden,
-        "num_hidden_layers": text_encoder.LAYERS,
+        "num_hidden_layers": qwen3.LAYERS,
         "final_norm": False,
         "intermediate_size": synthetic.TINY_TEXT.mlp,
         "num_attention_heads": synthetic.TINY_TEXT.heads,

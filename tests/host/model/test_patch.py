@@ -308,7 +308,7 @@ def test_an_unpacked_bonsai_becomes_the_pack(comfy: Any, variant: str, tmp_path:
     from bonsai_ops.weights.read import open_transformer, read_weights
 
     pack = load_bonsai_model(write_pack(tmp_path / "model.safetensors", variant), {"compute_dtype": "fp32"})
-    weights = read_weights(*open_transformer(tmp_path / "model.safetensors"))
+    weights = read_weights(open_transformer(tmp_path / "model.safetensors"))
     dense = {n: w.dequantize(torch.bfloat16) if isinstance(w, PackedWeight) else w for n, w in weights.items()}
     patched, report = patch(load_stock(dense), recipe=variant)
     assert report.total("relative") == 0 and "exactly those of the model" in report.to_text()

@@ -101,7 +101,7 @@ def test_what_ships_is_small_and_has_a_card() -> None:
 
 @pytest.mark.parametrize(("path", "scheme"), [(PACK, "ternary"), (BINARY, "binary")], ids=["ternary", "binary"])
 def test_every_block_layer_is_packed(path: Path, scheme: str) -> None:
-    weights = read_weights(*open_transformer(path))
+    weights = read_weights(open_transformer(path))
     packed = {name for name, weight in weights.items() if hasattr(weight, "scheme")}
     assert packed == {name for name in weights if flux2.is_block_linear(name)}
     assert {weights[name].scheme for name in packed} == {scheme}

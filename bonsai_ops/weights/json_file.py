@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import PackError
+from .errors import PackError
 
 
 def read_json(path: Path) -> Any:

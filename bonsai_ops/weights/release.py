@@ -1,0 +1,111 @@
+"""Where the parts of a release lie: transformer, text encoder, tokenizer, VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from .errors import PackError
+from .formats import formats_of
+
+VAE = "vae/diffusion_pytorch_model.safetensors"
+VAE_CONFIG = "vae/config.json"
+TOKENIZER = "tokenizer"
+NO_TRANSFORMER = ("text_encoder", "text_encoders", TOKENIZER, "vae", "scheduler")
+"""Folders of a release in which no transformer lies."""
+
+
+def places_of(part: str) -> list[str]:
+    """Where releases have that part, in any of its formats."""
+    return [place for form in formats_of(part) for place in form.PLACES[part]]
+
+
+def _with_own_folder(part: str) -> list[str]:
+    """These places, and the same files in a folder that holds nothing else."""
+    places = places_of(part)
+    return list(dict.fromkeys([*places, *(PurePosixPath(place).name for place in places)]))
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
+def find_transformer(path: Path) -> Path:
+    """The transformer file of a pack folder (or `path` itself if it is a file). Raises PackError if there is none."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise PackError(path, "does not exist", "Put the pack under models/bonsai and refresh the page.")
+    found = [path / place for place in _with_own_folder("transformer") if (path / place).is_file()]
+    if not found:
+        natives = _files(path, "*.safetensors")
+        if len(natives) == 1:
+            return natives[0]
+        raise PackError(
+            path,
+            "holds no transformer",
+            f"Expected one of {', '.join(places_of('transformer'))}: download the whole repository into this folder.",
+        )
+    if len(found) > 1:
+        raise PackError(
+            path,
+            f"holds several transformers: {', '.join(str(p.relative_to(path)) for p in found)}",
+            "Choose one of these files instead of the folder.",
+        )
+    return found[0]
+
+
+def find_text_encoder(path: Path) -> list[Path]:
+    """The text encoder file (or the parts of a sharded one) of a pack folder or of its own folder.
+
+    Raises PackError if there is none.
+    """
+    if path.is_file():
+        return [path]
+    for place in map(PurePosixPath, _with_own_folder("text_encoder")):
+        if (path / place).is_file():
+            return [path / place]
+        if parts := _files(path / place.parent, f"{place.stem}*{place.suffix}"):
+            return parts
+    raise PackError(
+        path,
+        "holds no text encoder",
+        f"Expected one of {', '.join(places_of('text_encoder'))}: download the whole repository into this folder.",
+    )
+
+
+def find_vae(folder: Path) -> Path:
+    """The VAE file of a pack folder. Raises PackError if there is none."""
+    path = folder / VAE
+    if not path.is_file():
+        raise PackError(folder, f"holds no {VAE}", "Download the whole repository into this folder.")
+    return path
+
+
+def tokenizers_beside(path: Path) -> Iterator[Path]:
+    """The tokenizer folders of the pack that a text encoder file lies in."""
+    return (folder / TOKENIZER for folder in path.parents[:2] if (folder / TOKENIZER).is_dir())
+
+
+def packs_among(names: list[str]) -> list[str]:
+    """The folders (names with forward slashes) that have one of the named files in a transformer's place."""
+    ends = [f"/{place}" for place in places_of("transformer")]
+    return sorted({name.removesuffix(end) for name in names for end in ends if name.endswith(end)})
+
+
+def is_text_encoder(name: str) -> bool:
+    """Whether a file (a name with forward slashes) lies in a text encoder's place or is called like nothing else."""
+    folders = {PurePosixPath(place).parent.name for place in places_of("text_encoder")} - {""}
+    alone = {
+        PurePosixPath(place).name
+        for form in formats_of("text_encoder")
+        if len(form.PLACES) == 1
+        for place in form.PLACES["text_encoder"]
+    }
+    path = PurePosixPath(name)
+    return path.parent.name in folders or path.name in alone
+
+
+def may_be_transformer(name: str) -> bool:
+    """Whether a file of `models/bonsai` (a name with forward slashes) may be one: no other part's place."""
+    return not is_text_encoder(name) and PurePosixPath(name).parent.name not in NO_TRANSFORMER
