@@ -41,12 +41,12 @@ def main(argv: list[str] | None = None) -> int:
 
         return run_static(arguments.json)
     chosen = [name for name in BENCHMARKS if getattr(arguments, name)] or ["layers", "step"]
-    from .tools.bench import plot, report, timer  # torch is there only after the relaunch
+    from .tools.bench import machine, plot, report, timer  # torch is there only after the relaunch
 
     if arguments.device != "cpu":
         timer.require_gpu()
-    figures: dict = {"machine": report.machine(arguments.threads, arguments.device)}
-    report.show_machine(figures["machine"])
+    figures: dict = {"machine": machine.describe(arguments.threads, arguments.device)}
+    machine.show(figures["machine"])
     comfyui = ensure_or_exit(comfyui=arguments.comfyui).comfyui if set(chosen) & set(IN_HOST) else Path()
     with tempfile.TemporaryDirectory(prefix="bonsai-bench-") as temporary:
         work = arguments.work or Path(temporary)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             measured = _measure(name, arguments, comfyui, work)
             figures |= measured if name == "memory" else {name: measured}
     if arguments.device != "cpu":
-        figures["machine"]["clock_after"] = report.gpu_clock()
+        figures["machine"]["clock_after"] = machine.gpu_clock()
         print(f"clock after the runs: {figures['machine']['clock_after']}")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")

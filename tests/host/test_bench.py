@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bonsai_ops.tools import synthetic
-from bonsai_ops.tools.bench import host, picture, profile, quantize, step
-from bonsai_ops.tools.bench.run_step import STEPS
+from bonsai_ops.tools.bench import picture, profile, quantize, session, step
+from bonsai_ops.tools.bench.inside.step import STEPS
 
 pytestmark = pytest.mark.host
 
@@ -80,9 +80,9 @@ def test_quantizing(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixtur
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
     with (
-        host.Session("run_step", "one step", comfyui=tmp_path) as session,
+        session.Session("step", "one step", comfyui=tmp_path) as child,
         pytest.raises(SystemExit, match=r"(?s)one step failed:.*No module named 'comfy'"),
     ):
-        session.ask()
+        child.ask()
     with pytest.raises(SystemExit, match=r"(?s)loading nothing failed:.*No module named 'comfy'"):
-        host.run("load", "loading nothing", comfyui=tmp_path, kind="idle", file="")
+        session.run("load", "loading nothing", comfyui=tmp_path, kind="idle", file="")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from bonsai_ops import kernels
 from bonsai_ops.tools.bench import energy, layers, picture, plot, report, sweep, timer
-from bonsai_ops.tools.bench.run_profile import StepProfile, kind_of
+from bonsai_ops.tools.bench.inside.profile import StepProfile, kind_of
 
 SDCPP_LOG = """\
 [INFO ] stable-diffusion.cpp:1120 - Version: Flux.2 klein

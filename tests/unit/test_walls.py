@@ -29,7 +29,12 @@ COMFYUI = {
     *("execution", "folder_paths", "latent_preview", "node_helpers", "nodes", "server"),
 }
 """Top-level names of ComfyUI and of its library of kernels."""
-NAMES_COMFYUI = ("bonsai_ops/host/", "nodes/", "bonsai_ops/tools/bench/")
+NAMES_COMFYUI = (
+    "bonsai_ops/host/",
+    "nodes/",
+    "bonsai_ops/tools/bench/inside/",
+    "bonsai_ops/tools/bench/gpu_check/",
+)
 """The folders in which a file may import them."""
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 LONG_FUNCTIONS = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import host
+from . import session
 
 VARIANTS = ("ternary", "binary")
 PUBLISHED_BYTES = {
@@ -82,4 +82,4 @@ def _mb(size: int) -> str:
 
 def _load(comfyui: Path, kind: str, file: Path) -> dict:
     """Loads one file in a fresh process; its figures."""
-    return host.run("load", f"loading {file}", comfyui=comfyui, kind=kind, file=file)
+    return session.run("load", f"loading {file}", comfyui=comfyui, kind=kind, file=file)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import host
+from . import session
 from .energy import Energy, find_energy, per_hour
 from .report import show_table
 
@@ -74,12 +74,12 @@ def measure(
     where the machine does not tell), pictures_per_hour, pictures_per_hour_per_gb (of peak memory).
     """
     text = write_parts(folder)
-    ours = host.run(
-        "run_picture",
+    ours = session.run(
+        "picture",
         "the picture",
         comfyui=comfyui,
         device=device,
-        file=host.ternary_pack(folder),
+        file=session.ternary_pack(folder),
         text=text,
         folder=folder,
         size=size,
@@ -158,7 +158,7 @@ def run_sdcpp(sdcpp: Sdcpp, size: int, threads: int, energy: Energy) -> dict:
         seconds, joules = time.perf_counter() - started, energy.between(before, energy.read())
         text = log.read_text(encoding="utf-8", errors="replace")
     if code:
-        raise SystemExit(f"{' '.join(command)}\nended with code {code}:\n{text[-host.ERROR_CHARACTERS :]}")
+        raise SystemExit(f"{' '.join(command)}\nended with code {code}:\n{text[-session.ERROR_CHARACTERS :]}")
     row = parse_sdcpp(text)
     load = max(0.0, seconds - sum(row[part] for part in PARTS))
     return {**row, "load_s": load, "joules": joules, "no_joules": energy.why_not, "peak_bytes": peak}
@@ -187,7 +187,7 @@ def parse_sdcpp(text: str) -> dict:
         if not found:
             raise SystemExit(
                 f"sd-cli's log has no line `{words}, taking ..`: this benchmark reads the log of stable-diffusion.cpp "
-                f"from January to August 2026. The log ends:\n{text[-host.ERROR_CHARACTERS :]}"
+                f"from January to August 2026. The log ends:\n{text[-session.ERROR_CHARACTERS :]}"
             )
         value, unit = found[-1]
         row[part] = float(value) / (1000 if unit == "ms" else 1)

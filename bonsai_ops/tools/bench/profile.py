@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import host
+from . import session
 from .report import show_table
 
 SHOWN = 25
@@ -21,12 +21,12 @@ def measure(
     rows: {"kind", "op", "cause", "place", "calls", "seconds", "share", "bytes"}, most expensive first. outside_s: time
     of the step outside of torch operations.
     """
-    figures = host.run(
-        "run_profile",
+    figures = session.run(
+        "profile",
         "the profile",
         comfyui=comfyui,
         device=device,
-        file=host.ternary_pack(folder),
+        file=session.ternary_pack(folder),
         size=size,
         options={"mode": mode, "layout": layout},
     )

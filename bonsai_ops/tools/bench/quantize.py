@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import host
+from . import session
 from .report import show_table
 
 WAYS: dict[str, dict] = {
@@ -36,13 +36,13 @@ def measure(
     unknown = [way for way in chosen or () if way not in ways]
     if unknown:
         raise SystemExit(f"--ways {unknown[0]} is unknown, expected some of {', '.join(ways)}")
-    file = host.dense_file(folder)
+    file = session.dense_file(folder)
     print(f"quantizing the linear layers of a dense model of {file.stat().st_size / 1e6:.1f} MB, {device}", flush=True)
     head = ("way", "minutes", "peak MB", "loading MB", "model MB", "bits a weight", "relative error")
     rows: list[dict] = []
     for way in chosen or ways:
-        figures = host.run(
-            "run_quantize", f"quantizing, way {way}", comfyui=comfyui, device=device, file=file, options=ways[way]
+        figures = session.run(
+            "quantize", f"quantizing, way {way}", comfyui=comfyui, device=device, file=file, options=ways[way]
         )
         rows.append({"way": way, "device": device, **figures})
         shown = (

@@ -14,10 +14,10 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import host
-from .host import Session
+from . import session
+from .inside.step import IN_PARTS
 from .report import show_table
-from .run_step import IN_PARTS
+from .session import Session
 
 WAYS = {
     "ours": "ternary pack, packed in memory",
@@ -28,7 +28,7 @@ WAYS = {
 SAME_MODEL = {"dense_bf16_parts": "dense_bf16"}
 """{way: the way whose process it shares}."""
 TURNS = 3
-"""How often each way is asked; run_step times STEPS steps a turn."""
+"""How often each way is asked; inside/step.py times STEPS steps a turn."""
 
 
 def measure(
@@ -124,9 +124,9 @@ def _in_turns(
 def _open(comfyui: Path, folder: Path, way: str, size: int, rank: int, layout: str, device: str) -> Session:
     """One way in a fresh process, its pack written first if it is not there."""
     ours = way.startswith("ours")
-    file = host.ternary_pack(folder) if ours else host.dense_file(folder)
+    file = session.ternary_pack(folder) if ours else session.dense_file(folder)
     mode = way.removeprefix("ours").removeprefix("_") or "exact"
     options = {"mode": mode, "layout": layout} if ours else None
     return Session(
-        "run_step", way, comfyui=comfyui, device=device, way=way, file=file, size=size, rank=rank, options=options
+        "step", way, comfyui=comfyui, device=device, way=way, file=file, size=size, rank=rank, options=options
     )

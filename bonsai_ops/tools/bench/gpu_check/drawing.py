@@ -15,6 +15,7 @@ import torch
 from ....weights import flux2
 from ....weights.formats import native
 from ... import synthetic
+from ..inside.sampling import random_condition, sample
 from .check import Check, packed
 
 if TYPE_CHECKING:
@@ -39,32 +40,12 @@ class Memory(threading.Thread):
 
 def draw(check: Check, model: ModelPatcher, size: int, count: int) -> tuple[torch.Tensor, list[float], float]:
     """(latent on the CPU, seconds of each of `count` steps after a first one, seconds of the first)."""
-    import comfy.sample
-    import comfy.samplers
-
     ends: list[float] = []
-    latent = torch.zeros(1, 128, size // 16, size // 16)
-    channels = model.model.model_config.unet_config["context_in_dim"]
-    embeds = torch.randn(1, 512, channels, generator=torch.Generator().manual_seed(0))
-    condition = [[embeds, {"pooled_output": None}]]
-
-    def ended(*_: object) -> None:
-        check.synchronise()
-        ends.append(time.perf_counter())
-
+    sigmas = torch.linspace(1, 0, count + 2)
     begun = time.perf_counter()
     with torch.inference_mode():
-        out = comfy.sample.sample_custom(
-            model,
-            comfy.sample.prepare_noise(latent, 0),
-            1.0,
-            comfy.samplers.sampler_object("euler"),
-            torch.linspace(1, 0, count + 2),
-            condition,
-            condition,
-            latent,
-            callback=ended,
-            disable_pbar=True,
+        out = sample(
+            model, size, sigmas, random_condition(model), check.device, lambda: ends.append(time.perf_counter())
         )
     return out.float().cpu(), [b - a for a, b in itertools.pairwise(ends)], ends[0] - begun
 

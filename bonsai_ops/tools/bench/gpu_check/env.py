@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .... import kernels
 from ....kernels import dispatch
 from ....kernels.triton import backend
-from .. import report
+from .. import machine
 from .check import Check, packed
 
 PACKAGES = ("triton", "transformers", "numpy", "comfy-kitchen", "comfy-aimdo")
@@ -62,8 +62,8 @@ def _gpu(check: Check) -> None:
     with check.guarded("smi"):
         command = ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader"]
         check.note("smi", subprocess.run(command, capture_output=True, text=True).stdout.strip())
-    check.note("bench_machine", report.machine(None, "cuda"), show=False)
-    check.note("clock", report.gpu_clock())
+    check.note("bench_machine", machine.describe(None, "cuda"), show=False)
+    check.note("clock", machine.gpu_clock())
 
 
 def _copies(check: Check) -> None:

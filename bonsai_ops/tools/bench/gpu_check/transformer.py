@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .... import kernels
-from ..run_step import _with_lora as with_lora
+from ..inside.step import with_lora
 from .check import Check, relative
 from .drawing import busy, draw, load_dense, load_ours, measured, pack_file, unload
 

@@ -1,4 +1,4 @@
-"""One way of the step and LoRA benchmarks, a process of its own (host.py): run_step {"way", "file", "size", "rank"}.
+"""One way of the step and LoRA benchmarks, a process of its own (session.py): step {"way", "file", "size", "rank"}.
 
 rank 0: says when it has loaded, samples for every line that it reads, and prints seconds and joules of each step after
 a first one; at the end bytes of the weights and peak memory. The line IN_PARTS asks for attention in parts, which ours
@@ -13,10 +13,16 @@ import json
 import statistics
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import host
-from .energy import Energy, find_energy
+import torch
+
+from ..energy import Energy, find_energy
+from .sampling import random_condition, sample
+from .start import in_worker, peak_bytes, start
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 STEPS = 2
 ROUNDS = 2
@@ -25,19 +31,17 @@ IN_PARTS = "in parts"
 
 def main(argv: list[str]) -> int:
     """Loads the model, samples and prints the figures."""
-    return host.in_worker(_measure, host.start(argv))
+    return in_worker(_measure, start(argv))
 
 
 def _measure(options: dict) -> int:
     size, rank, device = options["size"], options["rank"], options["device"]
-    import torch
-
     energy = find_energy(device)
     with torch.inference_mode():
         model = load(options["way"], options["file"], options["options"])
         figures = {"bytes": sum(tensor.nbytes for tensor in model.model.diffusion_model.state_dict().values())}
         if rank:
-            patched = _with_lora(model, rank)
+            patched = with_lora(model, rank)
             rounds = [
                 ([s for s, _ in steps(model, size, device)], [s for s, _ in steps(patched, size, device)])
                 for _ in range(ROUNDS)
@@ -53,7 +57,7 @@ def _measure(options: dict) -> int:
     report = model.get_attachment("bonsai")
     figures |= {
         "no_joules": energy.why_not,
-        "peak_rss": host.peak_bytes(device),
+        "peak_rss": peak_bytes(device),
         "mode": getattr(report, "mode", "exact"),
         "declined": dict(report.declined) if report else {},
     }
@@ -61,12 +65,11 @@ def _measure(options: dict) -> int:
     return 0
 
 
-def load(way: str, file: str, options: dict | None) -> object:
+def load(way: str, file: str, options: dict | None) -> ModelPatcher:
     """The model: ours (any ours_..), dense computing in bf16 (dense_bf16), or as stock ComfyUI loads it."""
     import comfy.sd
-    import torch
 
-    from ...host.loader import load_bonsai_model
+    from ....host.loader import load_bonsai_model
 
     if way.startswith("ours"):
         return load_bonsai_model(file, options)
@@ -78,61 +81,40 @@ def load(way: str, file: str, options: dict | None) -> object:
 
 
 def steps(
-    model: object, size: int, device: str, energy: Energy | None = None, count: int = STEPS, last: Any = None
+    model: ModelPatcher, size: int, device: str, energy: Energy | None = None, count: int = STEPS, last: Any = None
 ) -> list[tuple[float, float | None]]:
     """(seconds, joules) of `count` sampling steps; one more goes before them. `last`: a context around the last."""
-    import comfy.sample
-    import comfy.samplers
-    import torch
-
     ends: list[tuple[float, list[float]]] = []
-    latent = torch.zeros(1, 128, size // 16, size // 16)
-    channels = model.model.model_config.unet_config["context_in_dim"]
-    embeds = torch.randn(1, 512, channels, generator=torch.Generator().manual_seed(0))
-    condition = [[embeds, {"pooled_output": None}]]
 
-    def note(*_: object) -> None:
-        host.synchronise(device)
+    def note() -> None:
         if last is not None and len(ends) == count:
             last.__exit__(None, None, None)
         ends.append((time.perf_counter(), energy.read() if energy else []))
         if last is not None and len(ends) == count:
             last.__enter__()
 
-    comfy.sample.sample_custom(
-        model,
-        comfy.sample.prepare_noise(latent, 0),
-        1.0,
-        comfy.samplers.sampler_object("euler"),
-        torch.linspace(1, 0, count + 2),
-        condition,
-        condition,
-        latent,
-        callback=note,
-        disable_pbar=True,
-    )
+    sample(model, size, torch.linspace(1, 0, count + 2), random_condition(model), device, note)
     done = []
-    for (start, before), (end, after) in itertools.pairwise(ends):
+    for (begun, before), (ended, after) in itertools.pairwise(ends):
         spent = energy.between(before, after) if energy else None
-        done.append((end - start, spent))
+        done.append((ended - begun, spent))
     return done
 
 
-def _attending_in_parts(model: object) -> object:
+def _attending_in_parts(model: ModelPatcher) -> ModelPatcher:
     """A clone that does on a CPU."""
-    from ...host.attention import attend_in_parts
+    from ....host.attention import attend_in_parts
 
     clone = model.clone()
     attend_in_parts(clone)
     return clone
 
 
-def _with_lora(model: object, rank: int) -> object:
+def with_lora(model: ModelPatcher, rank: int) -> ModelPatcher:
     """A clone with a LoRA of small random values on every linear layer of the blocks, by ComfyUI's own code."""
     import comfy.sd
-    import torch
 
-    from ...weights import flux2
+    from ....weights import flux2
 
     generator = torch.Generator().manual_seed(1)
     lora = {}

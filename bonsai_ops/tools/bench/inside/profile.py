@@ -1,4 +1,4 @@
-"""The profile of one step, a process of its own (host.py): run_profile {"file", "size", "options"}.
+"""The profile of one step, a process of its own (session.py): profile {"file", "size", "options"}.
 
 A TorchDispatchMode times every operation that reaches torch and walks the Python stack to who asked for it. The packed
 product is one operation (bonsai::linear); what it does inside is not taken apart.
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..environment import PLUGIN
-from . import host
-from .run_step import load, steps
+from ...environment import PLUGIN
+from .start import start, synchronise
+from .step import load, steps
 
 KINDS = (
     # (kind, parts of names of functions whose operations belong to it, parts of names of operations)
@@ -54,10 +54,10 @@ class StepProfile(TorchDispatchMode):
         self.table: dict[tuple[str, str, str, str], list[float]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        host.synchronise(self.device)
+        synchronise(self.device)
         started = time.perf_counter()
         result = func(*args, **(kwargs or {}))
-        host.synchronise(self.device)
+        synchronise(self.device)
         seconds = time.perf_counter() - started
         cause, place, functions = self._asked_by(sys._getframe(1))
         op = str(func).removesuffix(".default")
@@ -94,7 +94,7 @@ class StepProfile(TorchDispatchMode):
 
 def main(argv: list[str]) -> int:
     """Loads the model, samples a step to warm up and one under the profile; prints the figures."""
-    options = host.start(argv)
+    options = start(argv)
     import comfy_kitchen
 
     profile = StepProfile(

@@ -1,9 +1,9 @@
 """A real ComfyUI for a benchmark: every measured thing is a process of its own, so that memory belongs to it.
 
-The parent calls `run(module, ..)`; the child is `python -m bonsai_ops.bench.<module> OPTIONS`, OPTIONS being JSON with
-at least {"comfyui", "threads"}. It calls `start` first and prints its figures as one line of JSON at the end. What is
-measured in turns with others is a `Session` instead: the child prints a line when it has loaded, and one for each line
-that it reads.
+The parent calls `run(module, ..)`; the child is `python -m bonsai_ops.tools.bench.inside.<module> OPTIONS`, OPTIONS
+being JSON with at least {"comfyui", "threads"}. It calls `start` first and prints its figures as one line of JSON at
+the end. What is measured in turns with others is a `Session` instead: the child prints a line when it has loaded, and
+one for each line that it reads.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from ..environment import PLUGIN, clean_environment
-from .report import peak_rss, reset_peak_rss
 
 ERROR_CHARACTERS = 3000
 
 
 def run(module: str, what: str, **options: object) -> dict:
-    """The figures that bonsai_ops.bench.<module> prints for `options`. Raises SystemExit if it fails; names `what`."""
+    """The figures that inside.<module> prints for `options`. Raises SystemExit, which names `what`, if it fails."""
     with Session(module, what, **options) as session:
         return session.finish()
 
@@ -36,7 +33,7 @@ class Session:
 
     def __init__(self, module: str, what: str, **options: object) -> None:
         given = {"threads": torch.get_num_threads(), **options}
-        command = [sys.executable, "-m", f"{__package__}.{module}", json.dumps(given, default=str)]
+        command = [sys.executable, "-m", f"{__package__}.inside.{module}", json.dumps(given, default=str)]
         self._what = what
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by __exit__)
         self._child = subprocess.Popen(
@@ -82,45 +79,6 @@ class Session:
         self._child.wait()
         self._errors.seek(0)
         return SystemExit(f"{self._what} failed:\n{self._errors.read()[-ERROR_CHARACTERS:]}")
-
-
-def start(argv: list[str]) -> dict:
-    """Puts ComfyUI on the path with its options set; returns the child's options. Before anything imports comfy."""
-    options = json.loads(argv[0])
-    torch.set_num_threads(options["threads"])
-    sys.path.insert(0, str(options["comfyui"]))
-    sys.argv = ["main.py", *(["--cpu"] if options.get("device", "cpu") == "cpu" else [])]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    return options
-
-
-def in_worker(function: Callable[[dict], int], options: dict) -> int:
-    """function(options) in a thread of its own, as ComfyUI's server runs a prompt: glibc serves it from other heaps."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, options).result()
-
-
-def synchronise(device: str) -> None:
-    """Waits until the device has done what was asked of it."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def peak_bytes(device: str) -> int:
-    """Peak memory of this process: resident set on the CPU, allocated memory on the GPU."""
-    if device == "cpu":
-        return peak_rss()
-    return torch.cuda.max_memory_allocated()
-
-
-def reset_peak(device: str) -> None:
-    """Lets peak_bytes count from what is in memory now on, where the system can."""
-    if device == "cpu":
-        reset_peak_rss()
-    else:
-        torch.cuda.reset_peak_memory_stats()
 
 
 def ternary_pack(work: Path) -> Path:

@@ -1,4 +1,4 @@
-"""One way of the quantizer's benchmark, a process of its own (host.py): run_quantize {"file", "options", "device"}.
+"""One way of the quantizer's benchmark, a process of its own (session.py): quantize {"file", "options", "device"}.
 
 Loads a dense file through ComfyUI in bf16, as a GPU holds it (on a CPU ComfyUI's own choice is fp32, twice as large),
 patches it and prints the figures. options: those of PatchOptions. Where the system allows it, peak_bytes is that of the
@@ -11,27 +11,27 @@ import gc
 import json
 import sys
 
-from . import host
+from .start import peak_bytes, reset_peak, start
 
 
 def main(argv: list[str]) -> int:
     """Loads, patches and prints {"seconds", "peak_bytes", "loaded_peak_bytes", "layers", "bytes", "bits", ..}."""
-    options = host.start(argv)
+    options = start(argv)
     import comfy.sd
     import torch
 
-    from ...host.patch import PatchOptions, patch_model
+    from ....host.patch import PatchOptions, patch_model
 
     with torch.inference_mode():
         model = comfy.sd.load_diffusion_model(options["file"], model_options={"dtype": torch.bfloat16})
         gc.collect()  # the file's tensors and with them its pages
-        loaded = host.peak_bytes(options["device"])
-        host.reset_peak(options["device"])
+        loaded = peak_bytes(options["device"])
+        reset_peak(options["device"])
         _, report = patch_model(model, PatchOptions(**options["options"]))
     weights = sum(layer.weights for layer in report.packed)
     figures = {
         "seconds": report.seconds,
-        "peak_bytes": host.peak_bytes(options["device"]),
+        "peak_bytes": peak_bytes(options["device"]),
         "loaded_peak_bytes": loaded,
         "layers": len(report.packed),
         "bytes": report.nbytes,

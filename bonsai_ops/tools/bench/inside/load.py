@@ -1,4 +1,4 @@
-"""One row of the memory benchmark, a process of its own (host.py): load {"kind", "file"}.
+"""One row of the memory benchmark, a process of its own (session.py): load {"kind", "file"}.
 
 kind: idle (load nothing), bonsai (our loader) or stock (ComfyUI's). After loading, every weight is read once, as a
 first sampling step would, so that mapped files count in the peak.
@@ -10,18 +10,18 @@ import json
 import sys
 import time
 
-from . import host
+from .start import start
 
 
 def main(argv: list[str]) -> int:
     """Loads and prints {"resident_bytes", "load_seconds", "peak_rss_bytes"}."""
-    options = host.start(argv)
+    options = start(argv)
     kind, file = options["kind"], options["file"]
     import comfy.sd
     import torch
 
-    from ...host.loader import load_bonsai_model
-    from .report import peak_rss
+    from ....host.loader import load_bonsai_model
+    from ..machine import peak_rss
 
     resident, seconds = 0, 0.0
     with torch.inference_mode():

@@ -1,0 +1,1 @@
+"""What runs within a ComfyUI, each a process of its own that a Session starts."""
