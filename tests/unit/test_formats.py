@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from bonsai_ops.weights import formats, release
 from bonsai_ops.weights.errors import PackError
 from bonsai_ops.weights.formats import dense, open_pack
-from bonsai_ops.weights.formats.entries import CodedTensor, DenseTensor, fuse_rows
+from bonsai_ops.weights.formats.entries import CodedTensor, DenseTensor, Pack, PackedTensor, fuse_rows
+from bonsai_ops.weights.formats.file import PackFile
 from bonsai_ops.weights.packed_weight import PackedWeight
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -426,4 +429,42 @@ def test_gemlite_tables_of_numbers_may_have_any_rank_but_not_be_short(tmp_path: 
     assert_exact(entry.weight(), evaluate(codes, scale, zero))
     torch.save({f"a.{leaf}": t[:1] if leaf == damage else t for leaf, t in layer.items()}, path)
     with pytest.raises(PackError, match=rf"state_dict.pt: a.{damage}: has 1 values. Expected {len(layer[damage])}"):
+        open_pack(path)
+
+
+def test_native_parts_of_an_attention_are_refused(tmp_path: Path) -> None:
+    """A native file with diffusers names ended in an AttributeError."""
+    codes = torch.zeros(8, 128, dtype=torch.uint8)
+    weight = PackedWeight(codes, torch.ones(32, 1).bfloat16(), (32, 128), "binary", "bit", 128)
+    parts = [PackedTensor(tmp_path / "a.safetensors", name, (32, 128), lambda: weight) for name in "qkv"]
+    with pytest.raises(PackError, match=r"a\.safetensors: q: is a packed tensor \[32, 128\] with a name of diffusers"):
+        fuse_rows("qkv", parts)
+
+
+def test_a_new_format_is_a_module_and_a_word_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ToyFile(PackFile):
+        SUFFIXES = (".toy",)
+
+    def read(file: PackFile) -> Pack:
+        return Pack(file.path, "toy", {"a": DenseTensor(file.path, "a", (1,), torch.float32, lambda: torch.ones(1))})
+
+    toy = SimpleNamespace(
+        NAME="toy",
+        FILE=ToyFile,
+        PLACES={"transformer": ("transformer-toy/weights.toy",), "text_encoder": ()},
+        claims=lambda file: file.path.read_bytes() == b"toy",
+        read=read,
+    )
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, toy))
+    path = tmp_path / "transformer-toy" / "weights.toy"
+    path.parent.mkdir()
+    path.write_bytes(b"toy")
+    assert formats.suffixes_of("transformer")[-1] == formats.suffixes_of("text_encoder")[-1] == ".toy"
+    assert release.find_transformer(tmp_path) == path
+    assert release.packs_among(["folder/transformer-toy/weights.toy"]) == ["folder"]
+    for part in formats.PARTS:
+        pack = open_pack(path, part)
+        assert pack.format == "toy" and torch.equal(pack.entries["a"].weight(), torch.ones(1))
+    path.write_bytes(b"boy")
+    with pytest.raises(PackError, match=r"is of no known format. Expected native, mlx"):
         open_pack(path)

@@ -215,6 +215,8 @@ def fuse_rows(key: str, parts: Sequence[CodedTensor] | Sequence[DenseTensor]) ->
     shape = (rows, *first.shape[1:])
     if isinstance(first, DenseTensor):
         return DenseTensor(first.path, key, shape, first.dtype, lambda: torch.cat([p.load() for p in parts]))
+    if not isinstance(first, CodedTensor):
+        raise first.error(f"is {first.kind()} with a name of diffusers", "Expected BFL names in a native file.")
     for part in parts[1:]:
         if (part.group_size, part.zero_point) != (first.group_size, first.zero_point):
             raise part.error(
