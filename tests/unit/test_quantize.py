@@ -322,3 +322,28 @@ def test_report() -> None:
     assert "outputs, inputs of this sampling: 0.7000" in measured.to_text() and (measured.draw() != picture).any()
     assert picture.shape == (460, 960, 3) and 0 <= picture.min() < picture.max() <= 1
     assert Report("empty", [], 0, 0, 0.0).draw().shape == picture.shape
+
+
+def test_a_recorder_needs_no_comfyui() -> None:
+    """Power and second moment of what goes into the layers that it is given; training uses it too."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.nn.Linear(32, 64), torch.nn.Linear(64, 32)
+    recorder, seen = Recorder("full", gram_bytes=4 * 32**2), []
+    with recorder.recording([("first", first), ("second", second)]):
+        for _ in range(3):
+            x = torch.randn(2, 5, 32, generator=generator)
+            seen.append(x.flatten(0, 1).double())
+            second(first(x))
+    first(torch.full((4, 32), 1e6))
+    x, found = torch.cat(seen), recorder.result()
+    assert found.keys() == {"first", "second"} and found["first"].count == found["second"].count == 30
+    torch.testing.assert_close(found["first"].gram.double(), x.T @ x / 30, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["first"].power.double(), x.square().mean(0), rtol=1e-5, atol=1e-6)
+    assert found["second"].gram is None, "gram_bytes was used up"
+
+
+def test_a_recorder_says_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="'most' is unknown, expected power or full"):
+        Recorder("most")
+    with pytest.raises(ValueError, match="no linear layer of the model was called"):
+        Recorder().result()
