@@ -47,8 +47,7 @@ def unpacked(model: torch.nn.Module, scheme: str) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, value in transformer.state_dict(model).items():
         if name.removesuffix(".weight") in packed and scheme != "dense":
-            signs, scale = transformer.quantize(value, scheme)
-            value = (signs * scale[..., None]).flatten(1)
+            value = transformer.rounded(value, scheme)
         tensors[name] = value.detach().bfloat16().contiguous()
     return tensors
 

@@ -98,6 +98,12 @@ def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Ten
     return signs, scale.bfloat16().float()
 
 
+def rounded(weight: torch.Tensor, scheme: str) -> torch.Tensor:
+    """The values [N, K] that a master weight has when it is packed."""
+    signs, scale = quantize(weight, scheme)
+    return (signs * scale[..., None]).flatten(1)
+
+
 class Packed(torch.nn.Module):
     """Parametrization: the packed values forward, the identity backward; `scheme` dense does nothing."""
 
@@ -106,8 +112,7 @@ class Packed(torch.nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         if self.scheme == "dense":
             return weight
-        signs, scale = quantize(weight, self.scheme)
-        return weight + ((signs * scale[..., None]).flatten(1) - weight).detach()
+        return weight + (rounded(weight, self.scheme) - weight).detach()
 
 
 def parametrized(scheme: str) -> tuple[Flux2Transformer2DModel, Packed]:

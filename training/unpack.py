@@ -6,7 +6,6 @@ Masters begin at the packed values: three levels round to themselves, and so do 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,8 +18,6 @@ from bonsai_ops.weights.read import open_transformer, read_weights
 
 from . import export, text_encoder, transformer, vae
 from .checkpoint import Checkpoint
-
-DOUBLE, SINGLE = "double_blocks", "single_blocks"
 
 
 def unpack(work: Path, models: Path) -> None:
@@ -35,7 +32,7 @@ def unpack(work: Path, models: Path) -> None:
     for scheme, name in (("ternary", export.TRANSFORMER_FILE), ("binary", export.BINARY_FILE)):
         if (folder / name).is_file() and not (work / f"{scheme}.pt").is_file():
             model, _ = transformer.parametrized(scheme)
-            tensors = diffusers_names(read_values(folder / name))
+            tensors = read_values(folder / name)
             masters = {n: n.replace(".parametrizations.weight.original", ".weight") for n in model.state_dict()}
             model.load_state_dict({name: tensors[plain] for name, plain in masters.items()})
             Checkpoint(work / f"{scheme}.pt", model=model, average=model).save(0)
@@ -68,25 +65,8 @@ def read_text_encoder(folder: Path) -> tuple[list[int], text_encoder.Encoder]:
 
 
 def read_values(path: Path) -> dict[str, torch.Tensor]:
-    """{BFL name: fp32 weight} of a pack of any format."""
-    weights = read_weights(open_transformer(path))
-    return {n: w.dequantize() if isinstance(w, PackedWeight) else w.float() for n, w in weights.items()}
-
-
-def diffusers_names(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights under diffusers' names: rows taken apart, halves of norm_out swapped back."""
-    blocks = {kind: {n.split(".")[1] for n in weights if n.startswith(f"{kind}.")} for kind in (DOUBLE, SINGLE)}
-    geometry = flux2.Geometry(
-        hidden=weights["img_in.weight"].shape[0],
-        context=weights["txt_in.weight"].shape[1],
-        in_channels=weights["img_in.weight"].shape[1],
-        double_blocks=len(blocks[DOUBLE]),
-        single_blocks=len(blocks[SINGLE]),
-    )
-    found: dict[str, torch.Tensor] = {}
-    for name, parts in flux2.diffusers_sources(geometry).items():
-        tensor = weights[name]
-        if name == "final_layer.adaLN_modulation.1.weight":
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        found |= dict(zip(parts, (part.contiguous() for part in tensor.chunk(len(parts))), strict=True))
-    return found
+    """{diffusers name: fp32 weight} of a pack of any format."""
+    pack = open_transformer(path)
+    weights = read_weights(pack)
+    values = {n: w.dequantize() if isinstance(w, PackedWeight) else w.float() for n, w in weights.items()}
+    return flux2.to_diffusers(flux2.measure(pack.path, pack.entries), values)

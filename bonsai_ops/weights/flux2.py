@@ -1,4 +1,4 @@
-"""Names and shapes of a FLUX.2 transformer: diffusers -> BFL (what ComfyUI's Flux class wants), any width and depth.
+"""Names and shapes of a FLUX.2 transformer: diffusers -> BFL (what ComfyUI's Flux class wants) and back, any size.
 
     diffusers                                              BFL
     transformer_blocks.i.attn.to_q, to_k, to_v             double_blocks.i.img_attn.qkv       rows one after another
@@ -33,6 +33,7 @@ HEAD_DIM = 128
 MLP_RATIO = 3
 TIME_CHANNELS = 256
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+SWAPPED = "final_layer.adaLN_modulation.1.weight"
 AS_PUBLISHED = "Use the file as it was published."
 
 
@@ -63,7 +64,7 @@ def expected_shapes(g: Geometry) -> dict[str, tuple[int, ...]]:
         "double_stream_modulation_img.lin.weight": (6 * h, h),
         "double_stream_modulation_txt.lin.weight": (6 * h, h),
         "single_stream_modulation.lin.weight": (3 * h, h),
-        "final_layer.adaLN_modulation.1.weight": (2 * h, h),
+        SWAPPED: (2 * h, h),
         "final_layer.linear.weight": (g.in_channels, h),
     }
     if g.guidance:
@@ -114,7 +115,7 @@ def diffusers_sources(g: Geometry) -> dict[str, tuple[str, ...]]:
         "double_stream_modulation_img.lin.weight": "double_stream_modulation_img.linear.weight",
         "double_stream_modulation_txt.lin.weight": "double_stream_modulation_txt.linear.weight",
         "single_stream_modulation.lin.weight": "single_stream_modulation.linear.weight",
-        "final_layer.adaLN_modulation.1.weight": "norm_out.linear.weight",
+        SWAPPED: "norm_out.linear.weight",
         "final_layer.linear.weight": "proj_out.weight",
     }
     fused: dict[str, tuple[str, ...]] = {bfl: (name,) for bfl, name in sources.items()}
@@ -155,7 +156,7 @@ def to_bfl(path: Path, entries: Mapping[str, Entry]) -> tuple[Geometry, dict[str
     diffusers = any(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in entries)
     if not diffusers:
         entries = {re.sub(r"(norm\.(?:query|key)_norm)\.weight$", r"\1.scale", name): e for name, e in entries.items()}
-    geometry = _measure(path, entries, diffusers)
+    geometry = measure(path, entries, diffusers)
     for entry in entries.values():
         if isinstance(entry, DenseTensor):
             entry.require_float()
@@ -182,10 +183,19 @@ def to_bfl(path: Path, entries: Mapping[str, Entry]) -> tuple[Geometry, dict[str
             raise entry.error(
                 "is packed", "Expected a dense tensor: only the linear layers of the blocks may be packed."
             )
-        if diffusers and name == "final_layer.adaLN_modulation.1.weight":
+        if diffusers and name == SWAPPED:
             entry = _swap_halves(entry)
         renamed[name] = entry
     return geometry, renamed
+
+
+def to_diffusers(geometry: Geometry, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """{diffusers name: tensor} of a transformer {BFL name: tensor}: what `to_bfl` puts together, taken apart."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parts in diffusers_sources(geometry).items():
+        tensor = _swapped(weights[name]) if name == SWAPPED else weights[name]
+        found |= dict(zip(parts, (rows.contiguous() for rows in tensor.chunk(len(parts))), strict=True))
+    return found
 
 
 def _strip_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -206,8 +216,11 @@ def _refuse_extra(path: Path, geometry: Geometry, extra: Sequence[str]) -> None:
         )
 
 
-def _measure(path: Path, entries: Mapping[str, Entry], diffusers: bool) -> Geometry:
-    """The sizes from the embedders' shapes and the highest block numbers."""
+def measure(path: Path, entries: Mapping[str, Entry], diffusers: bool = False) -> Geometry:
+    """The sizes from the embedders' shapes and the highest block numbers; names are BFL's or diffusers'.
+
+    Raises PackError where they cannot be those of a FLUX.2 transformer.
+    """
     image, text, marker = (
         ("x_embedder.weight", "context_embedder.weight", "double_stream_modulation_img.linear.weight")
         if diffusers
@@ -241,9 +254,10 @@ def _blocks(entries: Mapping[str, Entry], prefix: str) -> int:
     return min(max(numbers, default=-1) + 1, len(entries))
 
 
-def _swap_halves(entry: DenseTensor) -> DenseTensor:
-    def load() -> torch.Tensor:
-        scale, shift = entry.load().chunk(2)
-        return torch.cat([shift, scale])
+def _swapped(tensor: torch.Tensor) -> torch.Tensor:
+    """Both halves of dim 0 in the other order."""
+    return torch.cat(tensor.chunk(2)[::-1])
 
-    return replace(entry, load=load)
+
+def _swap_halves(entry: DenseTensor) -> DenseTensor:
+    return replace(entry, load=lambda: _swapped(entry.load()))

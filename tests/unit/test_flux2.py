@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,19 @@ def test_values_go_where_they_belong() -> None:
         assert torch.equal(new[to], old[source]), to
     scale, shift = old["norm_out.linear.weight"].chunk(2)
     assert torch.equal(new["final_layer.adaLN_modulation.1.weight"], torch.cat([shift, scale]))
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_every_value_finds_its_way_back(guidance: bool) -> None:
+    """diffusers' names, BFL's and diffusers' again; and from the middle to the middle."""
+    g = replace(SMALL, guidance=guidance)
+    entries, old = filled(diffusers_list(g))
+    found, renamed = flux2.to_bfl(FILE, entries)
+    new = {name: entry.load() for name, entry in renamed.items()}
+    back = flux2.to_diffusers(flux2.measure(FILE, renamed), new)
+    assert found == g and back.keys() == old.keys()
+    assert [name for name in old if not torch.equal(back[name], old[name])] == []
+    assert all(tensor.is_contiguous() for tensor in back.values())
 
 
 def test_values_with_bfl_names_stay_as_they_are() -> None:
