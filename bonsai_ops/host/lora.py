@@ -88,6 +88,11 @@ class LayerPatches:
         """Drops the matrices that `add_to` kept."""
         self._prepared = {}
 
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """The matrices that `add_to` holds for its next call."""
+        return [matrix for place in self._prepared.values() for *_, down, up in place for matrix in (down, up)]
+
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """The dense weight with all patches, by ComfyUI's own arithmetic in the weight's dtype."""
         return comfy.lora.calculate_weight(self.patches, weight, self.key, intermediate_dtype=weight.dtype)

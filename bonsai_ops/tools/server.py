@@ -167,7 +167,7 @@ class ComfyServer:
             self._check_alive()
             entry = self.get(f"/history/{prompt_id}").get(prompt_id)
             if entry is not None:
-                _check_entry(entry)
+                check_entry(entry)
                 return entry
             now = time.monotonic()
             if now - start > timeout:
@@ -268,7 +268,7 @@ def _joined(error: Mapping[str, Any]) -> str:
     return ": ".join(str(error[key]) for key in ("message", "details") if error.get(key))
 
 
-def _check_entry(entry: Mapping[str, Any]) -> None:
+def check_entry(entry: Mapping[str, Any]) -> None:
     """Raise for a history entry that reports an error or an interruption."""
     status = entry.get("status") or {}
     messages = dict(status.get("messages", ()))

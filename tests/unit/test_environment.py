@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from bonsai_ops.tools import environment
-from bonsai_ops.tools.environment import comfyui_download, lock, own_comfyui, pins, places, plugin_link, prepare, steps
+from bonsai_ops.tools.environment import comfyui_download, pins, places, plugin_link, prepare, steps
 
 
 @pytest.fixture
@@ -157,12 +157,11 @@ class TestComfyUI:
         with pytest.raises(environment.SetupError, match="expected"):
             comfyui_download.comfyui_step("9.9.9").run(lambda: None)
 
-    def test_own_comfyui_installs_nothing(self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_own_comfyui_installs_nothing(self, home: Path, tmp_path: Path) -> None:
         root = tmp_path / "portable" / "ComfyUI"
         root.mkdir(parents=True)
         (root / "main.py").touch()
         (root / "comfyui_version.py").write_text('__version__ = "0.30.0"\n')
-        monkeypatch.setattr(own_comfyui, "_has_torch", lambda python: True)
         expected = environment.Environment(Path(sys.executable), root.resolve())
         assert environment.ensure(comfyui=root) == expected
         assert environment.ensure(comfyui=root.parent) == expected
@@ -216,7 +215,7 @@ class TestSteps:
         ],
     )
     def test_cause_is_explained(self, output: str, cure: str) -> None:
-        assert cure in steps._explain(output)
+        assert cure in steps.explain(output)
 
 
 class TestRelaunch:
@@ -325,11 +324,20 @@ class TestLock:
     def test_untouched_lock_is_taken_over(self, content: bytes, tmp_path: Path) -> None:
         file = tmp_path / "lock"
         file.write_bytes(content)
-        assert not lock._remove_stale_lock(file)
+        taken: list[float] = []
+
+        def take() -> None:
+            with environment.hold_lock(file, poll=0.01):
+                taken.append(time.monotonic())
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join(0.3)
+        assert not taken and file.read_bytes() == content, "it was touched just now"
         old = time.time() - 1000
         os.utime(file, (old, old))
-        with environment.hold_lock(file):
-            assert file.read_text().startswith(f"{os.getpid()} ")
+        thread.join(30)
+        assert taken and not file.exists()
 
     def test_only_one_of_many_processes_holds_it(self, tmp_path: Path) -> None:
         """The lock of an ended process is taken over once, whoever comes first."""

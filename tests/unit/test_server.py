@@ -105,4 +105,4 @@ def test_port_in_use_is_refused(comfyui: Path) -> None:
 def test_interruption_is_its_own_error() -> None:
     messages = [["execution_interrupted", {"node_id": "3", "node_type": "Sampler"}]]
     with pytest.raises(PromptInterruptedError, match="node 3"):
-        server._check_entry({"status": {"status_str": "error", "messages": messages}})
+        server.check_entry({"status": {"status_str": "error", "messages": messages}})

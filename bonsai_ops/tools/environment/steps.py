@@ -126,10 +126,11 @@ def pip(arguments: Sequence[str], tick: Tick) -> None:
     ]
     if run_logged(command, log, tick) != 0:
         tail = show_tail(log)
-        raise SetupError(f"pip {arguments[0]} failed: {_explain(tail)} (whole log: {log}).")
+        raise SetupError(f"pip {arguments[0]} failed: {explain(tail)} (whole log: {log}).")
 
 
-def _explain(tail: str) -> str:
+def explain(tail: str) -> str:
+    """The cause of a failed pip and its cure, from the last lines of its output."""
     causes = (
         (
             r"No space left|not enough space|Errno 28|WinError 112",
