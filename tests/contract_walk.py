@@ -25,21 +25,26 @@ HOST_PACKAGES = frozenset(
 
 @dataclass
 class Said:
-    """What one file of ours says. dotted: names of ComfyUI; keywords: {dotted name called: keyword arguments}.
+    """What one file of ours says.
 
-    strings: every string; attributes: every attribute that does not hang on a module; defined: functions, classes and
-    attributes that it makes.
+    dotted: names of ComfyUI, also as strings. keywords: {dotted name called: keyword arguments}. strings: every string.
+    attributes: every attribute that does not hang on a module. typed: (class of ComfyUI, attribute) of parameters with
+    such a type. asked: attributes that hasattr, or getattr with a default, asks for. caught: errors that it catches.
+    defined: functions, classes and attributes that it makes.
     """
 
     dotted: set[str] = field(default_factory=set)
     keywords: dict[str, set[str]] = field(default_factory=dict)
     strings: set[str] = field(default_factory=set)
     attributes: set[str] = field(default_factory=set)
+    typed: set[tuple[str, str]] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
+    caught: set[str] = field(default_factory=set)
     defined: set[str] = field(default_factory=set)
 
     def add(self, other: Said) -> None:
         """Takes over what another file of the same user says."""
-        for name in ("dotted", "strings", "attributes", "defined"):
+        for name in ("dotted", "strings", "attributes", "typed", "asked", "caught", "defined"):
             getattr(self, name).update(getattr(other, name))
         for name, keywords in other.keywords.items():
             self.keywords.setdefault(name, set()).update(keywords)
@@ -52,9 +57,11 @@ class Said:
 
 def read(path: Path) -> Said:
     """What the file says."""
-    tree = _without_types(ast.parse(path.read_text(encoding="utf-8")))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typed = set(_of_parameters(tree, _imported(tree)[0]))
+    tree = _without_types(tree)
     modules, ours = _imported(tree)
-    said, inside = Said(), set()
+    said, inside = Said(typed=typed), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = _dotted(node.func, modules)
@@ -62,9 +69,10 @@ def read(path: Path) -> Said:
                 said.keywords.setdefault(name, set()).update(k.arg for k in node.keywords if k.arg)
             else:
                 said.keywords.setdefault("", set()).update(k.arg for k in node.keywords if k.arg)
-            asked = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-            if asked in ("optional", "needed") and isinstance(node.args[0], ast.Constant):
-                said.dotted.add(node.args[0].value)
+            if ast.unparse(node.func) == "hasattr" or (ast.unparse(node.func) == "getattr" and len(node.args) == 3):
+                said.asked.add(ast.unparse(node.args[1]).strip("'"))
+        if isinstance(node, ast.ExceptHandler) and node.type is not None:
+            said.caught.update(n.id for n in ast.walk(node.type) if isinstance(n, ast.Name))
         if isinstance(node, (ast.Attribute, ast.Name)) and id(node) not in inside:
             inside.update(id(part) for part in _chain(node))
             name = _dotted(node, modules)
@@ -76,6 +84,8 @@ def read(path: Path) -> Said:
                     said.attributes.update(part.attr for part in _chain(node) if isinstance(part, ast.Attribute))
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             said.strings.add(node.value)
+            if re.fullmatch(r"\w+(\.\w+)+", node.value) and node.value.partition(".")[0] in HOST_PACKAGES:
+                said.dotted.add(node.value)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             said.defined.add(node.name)
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -87,6 +97,22 @@ def read(path: Path) -> Said:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
             said.defined.add(node.attr)
     return said
+
+
+def _of_parameters(tree: ast.Module, modules: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """(class of ComfyUI, attribute) of every parameter that is said to be of one."""
+    for function in ast.walk(tree):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        classes: dict[str, str] = {}
+        for parameter in (*function.args.args, *function.args.kwonlyargs):
+            for part in ast.walk(parameter.annotation) if parameter.annotation else ():
+                name = _dotted(part, modules) if isinstance(part, (ast.Name, ast.Attribute)) else None
+                if name is not None:
+                    classes[parameter.arg] = name
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in classes:
+                yield classes[node.value.id], node.attr
 
 
 def _without_types(tree: ast.Module) -> ast.Module:

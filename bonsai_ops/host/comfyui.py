@@ -107,7 +107,7 @@ def gaps() -> Iterator[Gap]:
 
 def require() -> None:
     """Asks once, when the plugin starts. Raises MissingNameError; missing optional names are logged."""
-    found = list(gaps())
+    found = [gap for gap in gaps() if not gap.need.user.startswith("tools/")]
     required = [gap for gap in found if gap.need.costs is None]
     if required:
         raise MissingNameError(required)
@@ -133,7 +133,7 @@ def needed(name: str) -> Any:
 
 
 def _need_of(name: str) -> Need:
-    return next(need for need in NEEDS if name in need.names)
+    return next(need for need in NEEDS if name in (need.name, *need.names))
 
 
 @functools.cache

@@ -41,6 +41,8 @@ class Need:
 IO, PATCHER = "comfy_api.latest.io", "comfy.model_patcher.ModelPatcher"
 BASE_MODEL, CONFIGURATION = "comfy.model_base.BaseModel", "comfy.supported_models_base.BASE"
 TENSOR, PARAMS = "comfy_kitchen.tensor.QuantizedTensor", "comfy_kitchen.tensor.base.BaseLayoutParams"
+KLEIN = "comfy.text_encoders.flux"
+NO_ENCODER = "no pack's text encoder is loaded; CLIPLoader with qwen_3_4b.safetensors and type flux2 serves as well"
 SLOW_LORAS = "LoRAs on packed layers are exact but slow: each call unpacks the layer"
 
 NEEDS = (
@@ -71,8 +73,6 @@ NEEDS = (
     Need("nodes", f"{IO}.Hidden", "to save the workflow with a model", "prompt extra_pnginfo"),
     Need("nodes", "comfy.cli_args.args", "to respect --disable-metadata", "disable_metadata"),
     Need("nodes", "comfy.samplers.KSampler", "to offer its choices", "SAMPLERS SCHEDULERS"),
-    Need("nodes", "comfy.utils.ProgressBar", "to show progress", "update_absolute"),
-    Need("nodes", "comfy.model_management", "to be cancelled", "throw_exception_if_processing_interrupted"),
     Need("nodes", "folder_paths", "to find embeddings", "get_folder_paths"),
     Need("nodes", "folder_paths", "to choose where to write", "get_output_directory get_save_image_path"),
     # files in and out
@@ -90,19 +90,21 @@ NEEDS = (
         words="custom_operations dtype",
         takes="model_options disable_dynamic",
     ),
+    Need("host/loader.py", "comfy.model_management", "to choose the device", "get_torch_device unet_offload_device"),
+    Need("host/precision.py", "comfy.model_management.unet_manual_cast", "to choose the dtype"),
     Need(
-        "host/loader.py",
-        "comfy.model_management",
-        "to choose device and dtype",
-        "get_torch_device unet_offload_device is_device_cpu unet_manual_cast",
-    ),
-    Need(
-        "host/loader.py",
+        "host/precision.py",
         "comfy.model_management.unet_dtype",
         "to choose the dtype",
         takes="model_params weight_dtype supported_dtypes",
     ),
-    Need("host/loader.py", "comfy.cli_args.args", "to choose the dtype", "fp32_unet bf16_unet fp16_unet"),
+    Need("host/precision.py", "comfy.cli_args.args", "to choose the dtype", "fp32_unet bf16_unet fp16_unet"),
+    Need("host/progress.py", "comfy.utils.ProgressBar", "to show progress", "update_absolute"),
+    Need(
+        "host/progress.py",
+        "comfy.model_management.throw_exception_if_processing_interrupted",
+        "to be cancelled",
+    ),
     Need("host/loader.py", BASE_MODEL, "to compute in that dtype", words="manual_cast_dtype"),
     Need("host/loader.py", CONFIGURATION, "to compute in that dtype", "set_inference_dtype"),
     Need("host/loader.py", PATCHER, "to be cloned", words="model cached_patcher_init"),
@@ -115,13 +117,13 @@ NEEDS = (
     ),
     Need("host/text_encoder.py", PATCHER, "to be cloned", words="cached_patcher_init"),
     Need("host/text_encoder.py", "comfy.supported_models_base.ClipTarget", "to name class and tokenizer"),
-    Need("host/text_encoder.py", "comfy.text_encoders.flux.klein_te", "to read prompts as FLUX.2 Klein does"),
+    Need("host/text_encoder.py", f"{KLEIN}.klein_te", "to read prompts as FLUX.2 Klein does", costs=NO_ENCODER),
     Need(
         "host/text_encoder.py",
-        "comfy.text_encoders.flux.KleinTokenizer",
+        f"{KLEIN}.KleinTokenizer",
         "to read prompts as FLUX.2 Klein does",
-        "tokenize_with_weights",
-        "qwen3_4b tokenizer",
+        words="tokenize_with_weights qwen3_4b tokenizer",
+        costs=NO_ENCODER,
     ),
     Need(
         "host/vae.py",
@@ -228,6 +230,7 @@ NEEDS = (
     Need("host/model_class.py", "comfy.model_base.ModelType", "to set how a twin is sampled", "__members__"),
     Need("host/model_class.py", "comfy.supported_models.models", "to read a saved model of any class"),
     Need("host/model_class.py", PATCHER, "to manage a twin"),
+    Need("host/model_class.py", "comfy.model_management.is_device_cpu", "to know a CPU"),
     Need(
         "host/model_class.py",
         "comfy.model_patcher.CoreModelPatcher",
@@ -257,15 +260,16 @@ NEEDS = (
     ),
     # Patch to BitLinear
     Need("host/patch/layers.py", "comfy.lora.calculate_weight", "to carry out merges", takes="intermediate_dtype"),
-    Need("host/patch/layers.py", "comfy.model_management.soft_empty_cache", "to retry on the CPU"),
     Need("host/patch/layers.py", TENSOR, "to unpack quantized layers", "dequantize"),
-    Need("host/patch/layers.py", PATCHER, "to read layers", words="model patches offload_device"),
+    Need("host/patch/layers.py", PATCHER, "to read layers", words="model patches"),
     Need("host/patch/layers.py", BASE_MODEL, "to find its layers", words="diffusion_model"),
-    Need("host/patch/model.py", PATCHER, "to read a model", words="model patches load_device"),
+    Need("host/patch/model.py", PATCHER, "to read a model", words="model patches"),
+    Need("host/patch/work.py", "comfy.model_management.soft_empty_cache", "to retry on the CPU"),
+    Need("host/patch/work.py", PATCHER, "to choose devices", words="load_device offload_device"),
     Need("host/patch/measure.py", PATCHER, "to compare models", words="model load_device"),
     Need("host/patch/measure.py", BASE_MODEL, "to find its layers", words="diffusion_model"),
+    Need("host/patch/calibrate.py", PATCHER, "to find its layers", words="model"),
     Need("host/patch/calibrate.py", BASE_MODEL, "to find its layers", words="diffusion_model"),
-    Need("host/patch/assemble.py", "comfy.model_management.is_device_cpu", "to know a CPU"),
     Need("host/patch/assemble.py", TENSOR, "to unpack quantized layers", "dequantize"),
     Need(
         "host/patch/assemble.py",
@@ -280,9 +284,19 @@ NEEDS = (
         BASE_MODEL,
         "to make a twin of it",
         "get_dtype_inference",
-        "diffusion_model model_config",
+        "diffusion_model model_config model_type",
     ),
     Need("host/patch/assemble.py", f"{PATCHER}.clone", "to clone it", takes="disable_dynamic model_override"),
     Need("host/comfyui.py", PATCHER, "to know clones of one model", words="clone_base_uuid", costs="", since="0.24"),
-    # benchmarks, within a ComfyUI
+    # benchmarks; the plugin starts without these
+    Need("tools/bench/inside", "comfy.options.enable_args_parsing", "to set the options of ComfyUI"),
+    Need("tools/bench/inside", "comfy.sd.load_diffusion_model", "to time dense models", takes="model_options"),
+    Need("tools/bench/inside", "comfy.sd.load_lora_for_models", "to time LoRAs"),
+    Need("tools/bench/inside", "comfy.sample.prepare_noise", "to time steps and pictures"),
+    Need(
+        "tools/bench/inside", "comfy.sample.sample_custom", "to time steps and pictures", takes="callback disable_pbar"
+    ),
+    Need("tools/bench/inside", PATCHER, "to time models one by one", "clone", "model"),
+    Need("tools/bench/inside", "comfy_kitchen", "to tell its kernels from others", "__file__"),
+    Need("tools/bench/inside", "comfy.samplers.sampler_object", "to time steps and pictures"),
 )

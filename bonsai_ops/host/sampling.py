@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import latent_preview
 import torch
 
+from . import comfyui
 from .schedule import official_sigmas
 
 if TYPE_CHECKING:
@@ -81,13 +81,14 @@ def _sampled(
 
     how: its arguments between the noise and the samples.
     """
+    preview = comfyui.optional("latent_preview.prepare_callback")
     made = sample(
         model,
         comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
         *how,
         samples,
         noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps),
+        callback=None if preview is None else preview(model, steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )

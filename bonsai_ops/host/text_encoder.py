@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.sd
 import comfy.supported_models_base
-import comfy.text_encoders.flux as flux_text
 import torch
 from transformers import Qwen2Tokenizer
 
@@ -23,6 +22,7 @@ from ..weights.errors import PackError
 from ..weights.packed_weight import PackedWeight
 from ..weights.read import open_text_encoder, read_weights
 from ..weights.release import tokenizers_beside
+from . import comfyui
 from .layout import wrapped
 from .linear import make_bonsai_ops
 from .patcher import adopt
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 512
+KLEIN, KLEIN_TOKENIZER = "comfy.text_encoders.flux.klein_te", "comfy.text_encoders.flux.KleinTokenizer"
 TEMPLATE_IDS = {
     "<|endoftext|>": 151643,
     "<|im_start|>": 151644,
@@ -43,7 +44,7 @@ TEMPLATE_IDS = {
 }
 
 
-class TruncatingTokenizer(flux_text.KleinTokenizer):
+class TruncatingTokenizer(comfyui.optional(KLEIN_TOKENIZER) or object):
     """Klein's tokenizer that keeps the first 512 tokens of a longer prompt."""
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict:
@@ -68,16 +69,18 @@ def load_bonsai_text_encoder(
     """Loads the text encoder of a pack: an MLX .safetensors, an HQQ qmodel.pt, an unpacked file or a pack folder.
 
     embedding_directory: folders of textual inversions, as ComfyUI's own loaders get them. progress(weights done,
-    weights in all) is called a layer. Raises PackError for a file that cannot be used.
+    weights in all) is called a layer. Raises PackError for a file that cannot be used, MissingNameError in a ComfyUI
+    that does not know Klein's text encoder.
     """
     started = time.perf_counter()
+    comfyui.needed(KLEIN_TOKENIZER)
     pack, sizes = open_text_encoder(path)
     weights = read_weights(pack, progress)
     packed = [w for w in weights.values() if isinstance(w, PackedWeight)]
     resident = sum(w.nbytes for w in weights.values())
     # fp32: ComfyUI feeds text encoders fp32; packed and dense matrices keep their own bytes whatever stands here.
     options = {"custom_operations": make_bonsai_ops(), "qwen3_4b_model_config": sizes, "dtype": torch.float32}
-    target = comfy.supported_models_base.ClipTarget(_tokenizer_class(pack.path), flux_text.klein_te())
+    target = comfy.supported_models_base.ClipTarget(_tokenizer_class(pack.path), comfyui.needed(KLEIN)())
     clip = comfy.sd.CLIP(
         target,
         state_dict=[wrapped(weights, torch.float32)],

@@ -341,3 +341,18 @@ def test_save_clip_node(text_encoders: tuple[Any, Any], comfy_base_directory: Pa
         (found,) = (t for n, t in saved.items() if n.endswith(suffix + ending))
         (expected,) = (t for n, t in state.items() if n.endswith(suffix + ending))
         assert torch.equal(found, expected) and found.dtype == expected.dtype
+
+
+@pytest.mark.parametrize(("missing", "memory"), [("PLAIN_LORA", 0), ("LOWVRAM_PATCH", 1), ("LOWVRAM_PATCH", 0)])
+def test_loras_are_exact_in_a_comfyui_without_a_class(
+    missing: str, memory: float, pair: Pair, lora_file: LoraFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slower, as contract.py says: each call unpacks the layer."""
+    from bonsai_ops.host import linear, lora
+
+    for module in (linear, lora):
+        if hasattr(module, missing):
+            monkeypatch.setattr(module, missing, ())
+    name = lora_file(bfl_lora())
+    found, truth = (loaded(with_lora(model, name), memory) for model in (pair.packed, pair.dense))
+    assert relative(predict(found), predict(truth)) < 1e-5
