@@ -9,6 +9,7 @@ import pytest
 from bonsai_ops.tools import synthetic
 from bonsai_ops.tools.bench import picture, profile, quantize, session, step
 from bonsai_ops.tools.bench.inside.step import STEPS
+from bonsai_ops.tools.bench.ways import STEP_WAYS, named
 
 pytestmark = pytest.mark.host
 
@@ -37,15 +38,18 @@ def test_a_picture_part_by_part(comfyui_path: Path, work: Path, capsys: pytest.C
 
 def test_a_step_in_turns(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = step.measure(comfyui_path, work, 64)
-    for way in step.WAYS:
-        assert len(figures[f"{way}_seconds"]) == STEPS * (1 if way == "stock" else step.TURNS)
-        assert min(figures[f"{way}_seconds"]) <= figures[f"{way}_s"] <= max(figures[f"{way}_seconds"])
-        if way in step.SAME_MODEL:
-            assert figures[f"{way}_peak_rss"] is None
+    measured = [way for way in STEP_WAYS if way.mode == "exact"]
+    assert [f"{way.name}_s" for way in measured] == [key for key in figures if key.endswith("_s")]
+    for way in measured:
+        name = way.name
+        assert len(figures[f"{name}_seconds"]) == STEPS * (1 if name == "stock" else step.TURNS)
+        assert min(figures[f"{name}_seconds"]) <= figures[f"{name}_s"] <= max(figures[f"{name}_seconds"])
+        if way.shares:
+            assert figures[f"{name}_peak_rss"] is None
         else:
-            assert figures[f"{way}_peak_rss"] > 1e8
+            assert figures[f"{name}_peak_rss"] > 1e8
     assert figures["ours_bytes"] < 0.5 * figures["dense_bf16_bytes"]
-    assert step.WAYS["ours"] in capsys.readouterr().out
+    assert named(STEP_WAYS, "ours").text in capsys.readouterr().out
 
 
 def test_what_a_lora_costs(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:

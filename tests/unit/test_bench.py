@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from bonsai_ops import kernels
-from bonsai_ops.tools.bench import energy, layers, picture, plot, report, sweep, timer
+from bonsai_ops.tools.bench import energy, layers, picture, plot, report, step, sweep, table, timer, ways
 from bonsai_ops.tools.bench.inside.profile import StepProfile, kind_of
 
 SDCPP_LOG = """\
@@ -207,7 +208,7 @@ def test_plot_is_a_png(rows: list[dict], tmp_path: Path) -> None:
         assert image.size == size
         assert image.width == plot.WIDTH
         colours = {colour for _, colour in image.getcolors(1 << 16)}
-    assert {plot.OURS, plot.OURS_2, plot.RIVAL} <= colours
+    assert {ways.OURS, ways.OURS_2, ways.RIVAL} <= colours
     assert plot.draw(file, {"machine": {}}) is None
 
 
@@ -239,3 +240,42 @@ def test_profile_says_who_asked(tmp_path: Path) -> None:
 )
 def test_kinds(op: str, functions: list[str], kind: str) -> None:
     assert kind_of(op, functions) == kind
+
+
+def test_a_benchmark_is_listed_once() -> None:
+    names = [benchmark.name for benchmark in table.BENCHMARKS]
+    assert len(set(names)) == len(names) and set(table.USUAL) <= set(names)
+    parser = argparse.ArgumentParser()
+    table.add_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    for benchmark in table.BENCHMARKS:
+        arguments = parser.parse_args([f"--{benchmark.name}"])
+        assert table.chosen(arguments) == [benchmark]
+        assert f"--{benchmark.name} {benchmark.help}" in text
+        assert set(benchmark.options) <= set(table.OPTIONS)
+    assert {name for benchmark in table.BENCHMARKS for name in benchmark.options} == set(table.OPTIONS)
+    assert [benchmark.name for benchmark in table.chosen(parser.parse_args([]))] == list(table.USUAL)
+    assert "--rank RANK lora: rank of the LoRA" in text
+
+
+def test_the_command_line_reaches_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(layers, "measure", lambda *given: [{"given": given}])
+    monkeypatch.setattr(step, "measure", lambda *given: {"given": given})
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    table.add_arguments(parser)
+    given = parser.parse_args(["--layers", "--tokens", "7", "--step", "--mode", "a8", "exact", "--layout", "fast"])
+    found = [benchmark.measure(table.Run(given, tmp_path, tmp_path)) for benchmark in table.chosen(given)]
+    assert found == [[{"given": (7, "cpu", 5)}], {"given": (tmp_path, tmp_path, 512, ["a8", "exact"], "fast", "cpu")}]
+
+
+def test_an_unknown_mode_of_a_step_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--mode a7 is unknown, expected some of exact"):
+        step.measure(tmp_path, tmp_path, 64, ["a7"])
+
+
+def test_every_way_of_a_step_is_drawn_in_its_own_name(tmp_path: Path) -> None:
+    figures = {"size": 64} | {f"{w.name}_{key}": 1.0 for w in ways.STEP_WAYS for key in ("s", "bytes")}
+    labels = [bar.label for _, bars in plot.step_panel(figures).groups for bar in bars]
+    assert labels == [way.label for way in ways.STEP_WAYS] and len(set(labels)) == len(labels)
+    assert "Bonsai Image, int8 activations" in labels

@@ -29,13 +29,14 @@ from ...weights import codec
 from ...weights.packed_weight import SCHEMES, PackedWeight, recode
 from .report import show_table
 from .timer import Timer, make_timer, run_with_scratch, speed_ratio, spread, time_in_turns
+from .ways import LAYER_WAYS
 
 GROUP_SIZE = 128
 CHECKED_ROWS = 64
 QUIET = 0.15
 """Largest spread of the dense product on a machine that is doing nothing else."""
-OURS = ("trit5", "planes", "bit", "a8", "fp16_accumulate")
-RIVALS = ("bf16_kept", "unpack", "fp32", "gemlite")
+OURS = tuple(way.name for way in LAYER_WAYS if way.ours)
+RIVALS = tuple(way.name for way in LAYER_WAYS if not way.ours and way.name != "bf16")
 
 
 @dataclass(frozen=True)

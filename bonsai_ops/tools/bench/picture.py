@@ -5,6 +5,7 @@ Everything has the published sizes (Qwen3 4B in MLX 4-bit, the 4B transformer, t
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -59,12 +60,26 @@ class Sdcpp:
         return [str(part) for pair in ((self.program,), *options.items(), self.arguments) for part in pair] + ["-v"]
 
 
+def sdcpp_of(arguments: argparse.Namespace) -> Sdcpp | None:
+    """What --sdcpp and its options describe, None without them. Ends the program if one is missing."""
+    if arguments.sdcpp is None:
+        return None
+    files = {name: getattr(arguments, f"sdcpp_{name}") for name in ("model", "llm", "vae")}
+    missing = [f"--sdcpp-{name}" for name, file in files.items() if file is None]
+    if missing:
+        raise SystemExit(f"--sdcpp also needs {', '.join(missing)}")
+    for file in (arguments.sdcpp, *files.values()):
+        if not file.is_file():
+            raise SystemExit(f"{file} is not there: --sdcpp and its options name files")
+    return Sdcpp(arguments.sdcpp, **files, arguments=tuple(arguments.sdcpp_argument))
+
+
 def measure(
     comfyui: Path,
     folder: Path,
     size: int,
     mode: str = "exact",
-    layout: str = "compact",
+    density: str = "compact",
     device: str = "cpu",
     sdcpp: Sdcpp | None = None,
 ) -> dict:
@@ -83,7 +98,7 @@ def measure(
         text=text,
         folder=folder,
         size=size,
-        options={"mode": mode, "layout": layout},
+        options={"mode": mode, "layout": density},
         prompt=PROMPT,
     )
     figures: dict = {"size": size, "mode": mode, "device": device, "ours": with_totals(ours)}

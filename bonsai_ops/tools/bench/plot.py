@@ -8,44 +8,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .table import BENCHMARKS
+from .ways import LAYER_WAYS, OURS, PROGRAMS, RIVAL, STEP_WAYS, SWEEP_WAYS, Way, named
+
 WIDTH, MARGIN, LABEL, VALUE = 1200, 40, 340, 150
 BAR, GAP, GROUP_GAP, TITLE, NOTE = 22, 6, 18, 34, 26
 INK, PALE, LINE, PAPER = (33, 37, 41), (108, 117, 125), (206, 212, 218), (255, 255, 255)
-OURS, OURS_2, OURS_3, RIVAL, RIVAL_2 = (46, 125, 50), (102, 187, 106), (0, 131, 143), (120, 134, 156), (176, 186, 201)
-COLOURS = {
-    "trit5": OURS,
-    "planes": OURS_2,
-    "bit": (156, 204, 101),
-    "a8": OURS_3,
-    "fp16_accumulate": (38, 166, 154),
-    "bf16_kept": RIVAL,
-    "unpack": RIVAL_2,
-    "fp32": RIVAL,
-    "gemlite": (141, 110, 99),
-    "bf16": RIVAL,
-    "ours": OURS,
-    "dense_bf16": RIVAL,
-    "dense_bf16_parts": RIVAL,
-    "stock": RIVAL_2,
-    "sdcpp": RIVAL,
-}
-NAMES = {
-    "trit5": "ternary, compact",
-    "planes": "ternary, 2-bit planes",
-    "bit": "1-bit",
-    "a8": "int8 activations",
-    "fp16_accumulate": "fp16 sums",
-    "bf16_kept": "dense bf16, kept result",
-    "unpack": "unpacked at each call",
-    "fp32": "dense fp32",
-    "gemlite": "gemlite",
-    "bf16": "dense bf16",
-    "ours": "Bonsai Image",
-    "dense_bf16": "dense, bf16",
-    "dense_bf16_parts": "dense, in parts",
-    "stock": "stock ComfyUI",
-    "sdcpp": "stable-diffusion.cpp",
-}
 
 
 @dataclass(frozen=True)
@@ -75,9 +43,8 @@ class Panel:
 
 
 def draw(file: Path, figures: Mapping[str, object]) -> tuple[int, int] | None:
-    """Draws what `figures` holds of layers, sweep, step, profile and picture; (width, height), None if nothing."""
-    makers = {"layers": _layers, "sweep": _sweep, "step": _step, "profile": _profile, "picture": _picture}
-    panels = [make(figures[name]) for name, make in makers.items() if figures.get(name)]
+    """Draws what `figures` holds of the benchmarks that have a panel; (width, height), None if nothing."""
+    panels = [b.panel(figures[b.name]) for b in BENCHMARKS if b.panel and figures.get(b.name)]
     if not panels:
         return None
     machine = figures.get("machine") or {}
@@ -131,11 +98,12 @@ def _draw_panel(canvas: ImageDraw.ImageDraw, panel: Panel, y: int) -> None:
     canvas.line((left, top - 4, left, bottom), fill=LINE, width=2)
 
 
-def _layers(rows: list[dict]) -> Panel:
+def layers_panel(rows: list[dict]) -> Panel:
+    """Speed of each way relative to dense bf16, a group a shape."""
     groups = []
     for row in rows:
-        ways = [name for name in COLOURS if row.get(f"{name}_vs_bf16") is not None]
-        bars = [_bar(name, row[f"{name}_vs_bf16"], f"{row[f'{name}_vs_bf16']:.2f} x") for name in ways]
+        speeds = [(way, row.get(f"{way.name}_vs_bf16")) for way in LAYER_WAYS]
+        bars = [_bar(way, speed, f"{speed:.2f} x") for way, speed in speeds if speed is not None]
         groups.append((f"{row['k']} to {row['n']}", bars))
     return Panel(
         f"Linear layers, {rows[0]['m']} tokens",
@@ -145,11 +113,12 @@ def _layers(rows: list[dict]) -> Panel:
     )
 
 
-def _sweep(rows: list[dict]) -> Panel:
+def sweep_panel(rows: list[dict]) -> Panel:
+    """Microseconds a token, a group a number of tokens."""
     groups = []
     for row in rows:
-        ways = [name for name in ("bf16", "trit5", "a8") if row.get(f"{name}_us_per_token") is not None]
-        bars = [_bar(name, row[f"{name}_us_per_token"], f"{row[f'{name}_us_per_token']:.0f} us") for name in ways]
+        costs = [(named(LAYER_WAYS, name), row.get(f"{name}_us_per_token")) for name in SWEEP_WAYS]
+        bars = [_bar(way, cost, f"{cost:.0f} us") for way, cost in costs if cost is not None]
         groups.append((f"{row['m']} tokens", bars))
     return Panel(
         "Cost of a token against the number of tokens",
@@ -158,17 +127,20 @@ def _sweep(rows: list[dict]) -> Panel:
     )
 
 
-def _step(figures: dict) -> Panel:
-    ways = [name.removesuffix("_s") for name in figures if name.endswith("_s")]
-    texts = {way: f"{figures[f'{way}_s']:.1f} s, {figures[f'{way}_bytes'] / 1e9:.2f} GB" for way in ways}
+def step_panel(figures: dict) -> Panel:
+    """Seconds of a step."""
+    ways = [way for way in STEP_WAYS if f"{way.name}_s" in figures]
+    seconds = {way: figures[f"{way.name}_s"] for way in ways}
+    texts = {way: f"{seconds[way]:.1f} s, {figures[f'{way.name}_bytes'] / 1e9:.2f} GB" for way in ways}
     return Panel(
         f"One step of the 4B model at {figures['size']}x{figures['size']}",
         "seconds in the real host, shorter is faster; GB of weights",
-        [("", [_bar(way, figures[f"{way}_s"], texts[way]) for way in ways])],
+        [("", [_bar(way, seconds[way], texts[way]) for way in ways])],
     )
 
 
-def _profile(figures: dict) -> Panel:
+def profile_panel(figures: dict) -> Panel:
+    """Shares of a step by kind and cause."""
     kinds: dict[tuple[str, str], float] = {("outside of torch", "Python"): figures["outside_s"]}
     for row in figures["rows"]:
         key = (row["kind"], row["cause"])
@@ -190,20 +162,17 @@ def _profile(figures: dict) -> Panel:
     )
 
 
-def _picture(figures: dict) -> Panel:
+def picture_panel(figures: dict) -> Panel:
+    """Seconds of each part, a bar a program."""
     groups = []
     parts = (("text encoder", "text_encoder_s"), ("steps", "steps_s"), ("VAE decode", "vae_s"), ("together", "total_s"))
     for label, key in parts:
-        programs = [name for name in ("ours", "sdcpp") if name in figures]
-        groups.append((label, [_bar(name, figures[name][key], f"{figures[name][key]:.1f} s") for name in programs]))
+        seconds = [(way, figures[way.name][key]) for way in PROGRAMS if way.name in figures]
+        groups.append((label, [_bar(way, value, f"{value:.1f} s") for way, value in seconds]))
     return Panel(
         f"One picture of {figures['size']}x{figures['size']}", "seconds without loading, shorter is faster", groups
     )
 
 
-def _name(way: str) -> str:
-    return NAMES.get(way) or f"{NAMES['ours']}, {NAMES.get(way.removeprefix('ours_'), way)}"
-
-
-def _bar(way: str, value: float, text: str) -> Bar:
-    return Bar(_name(way), value, text, COLOURS.get(way, OURS_3))
+def _bar(way: Way, value: float, text: str) -> Bar:
+    return Bar(way.label, value, text, way.colour)

@@ -14,7 +14,7 @@ SHOWN = 25
 
 
 def measure(
-    comfyui: Path, folder: Path, size: int, mode: str = "exact", layout: str = "compact", device: str = "cpu"
+    comfyui: Path, folder: Path, size: int, mode: str = "exact", density: str = "compact", device: str = "cpu"
 ) -> dict:
     """Prints the tables; returns {"size", "mode", "step_s", "outside_s", "rows"}.
 
@@ -28,7 +28,7 @@ def measure(
         device=device,
         file=session.ternary_pack(folder),
         size=size,
-        options={"mode": mode, "layout": layout},
+        options={"mode": mode, "layout": density},
     )
     rows, total = figures["rows"], figures["step_s"]
     for row in rows:
@@ -56,4 +56,4 @@ def measure(
             for row in rows[:SHOWN]
         ],
     )
-    return {"size": size, "mode": mode, "layout": layout, "device": device, **figures}
+    return {"size": size, "mode": mode, "layout": density, "device": device, **figures}

@@ -6,8 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-TABLES = ("layers", "sweep", "step", "lora", "profile", "picture", "quantize")
-"""Figures that --csv writes, in this order."""
+from .table import BENCHMARKS
 
 
 def show_table(head: Sequence[str], rows: Sequence[Sequence[object]], width: int = 0, *, headed: bool = True) -> None:
@@ -52,11 +51,11 @@ def _flat(row: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def write_csv(file: Path, figures: Mapping[str, object]) -> list[Path]:
-    """Writes the tables of TABLES that `figures` holds; returns the files.
+    """Writes the tables that `figures` holds; returns the files.
 
     One table goes into `file`, several into NAME-<table>.csv beside it; the columns are the keys of the JSON.
     """
-    chosen = [name for name in TABLES if figures.get(name)]
+    chosen = [name for name in (b.name for b in BENCHMARKS if b.csv) if figures.get(name)]
     files = []
     for name in chosen:
         target = file if len(chosen) == 1 else file.with_name(f"{file.stem}-{name}{file.suffix or '.csv'}")

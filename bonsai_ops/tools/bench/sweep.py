@@ -9,6 +9,7 @@ from ...weights.packed_weight import recode
 from . import layers
 from .report import show_table
 from .timer import make_timer, time_in_turns
+from .ways import SWEEP_WAYS
 
 TOKENS = (256, 512, 1024, 1536, 2560, 4608)
 """512 of text and an image of 0 .. 1024x1024 pixels."""
@@ -36,7 +37,7 @@ def measure(device: str = "cpu", tokens: tuple[int, ...] = TOKENS, rounds: int =
                 found = time_in_turns(ways, timer, rounds)
             for name, seconds in found.items():
                 row[f"{name}_s"] = row.get(f"{name}_s", 0.0) + statistics.median(seconds)
-    names = [name for name in ("bf16", "trit5", "a8") if all(f"{name}_s" in row for row in rows)]
+    names = [name for name in SWEEP_WAYS if all(f"{name}_s" in row for row in rows)]
     middle = min(rows, key=lambda row: abs(row["m"] - 1536))
     for row in rows:
         for name in names:

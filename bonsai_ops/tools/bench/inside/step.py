@@ -1,4 +1,4 @@
-"""One way of the step and LoRA benchmarks, a process of its own (session.py): step {"way", "file", "size", "rank"}.
+"""One way of the step and LoRA benchmarks, a process of its own (session.py): step {"model", "file", "size", "rank"}.
 
 rank 0: says when it has loaded, samples for every line that it reads, and prints seconds and joules of each step after
 a first one; at the end bytes of the weights and peak memory. The line IN_PARTS asks for attention in parts, which ours
@@ -38,7 +38,7 @@ def _measure(options: dict) -> int:
     size, rank, device = options["size"], options["rank"], options["device"]
     energy = find_energy(device)
     with torch.inference_mode():
-        model = load(options["way"], options["file"], options["options"])
+        model = load(options["model"], options["file"], options["options"])
         figures = {"bytes": sum(tensor.nbytes for tensor in model.model.diffusion_model.state_dict().values())}
         if rank:
             patched = with_lora(model, rank)
@@ -65,15 +65,15 @@ def _measure(options: dict) -> int:
     return 0
 
 
-def load(way: str, file: str, options: dict | None) -> ModelPatcher:
-    """The model: ours (any ours_..), dense computing in bf16 (dense_bf16), or as stock ComfyUI loads it."""
+def load(kind: str, file: str, options: dict | None = None) -> ModelPatcher:
+    """The model: ours, dense computing in bf16 (dense_bf16), or as ComfyUI loads it (stock). options: of our loader."""
     import comfy.sd
 
     from ....host.loader import load_bonsai_model
 
-    if way.startswith("ours"):
+    if kind == "ours":
         return load_bonsai_model(file, options)
-    if way == "dense_bf16":
+    if kind == "dense_bf16":
         model = comfy.sd.load_diffusion_model(file, model_options={"dtype": torch.bfloat16})
         model.model.manual_cast_dtype = None
         return model
