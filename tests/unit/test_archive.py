@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LEFT_OUT = [line.rstrip("/") for line in (REPOSITORY / ".comfyignore").read_text(encoding="utf-8").split()]
+LEFT_OUT = [line.strip("/") for line in (REPOSITORY / ".comfyignore").read_text(encoding="utf-8").split()]
 FOLDERS = ("tests", "training")
 MODULE = re.compile(rf"({'|'.join((*FOLDERS, 'peers'))})(\..*|$)")
 PATH = re.compile(rf"(^|.*[\s/\\])({'|'.join(FOLDERS)})[/\\].*", re.DOTALL)

@@ -1,4 +1,7 @@
-"""The walls of the house: which folder may import which, who may name ComfyUI, and how large a room may be."""
+"""The walls of the house: which folder may import which, who may name ComfyUI, and how large a room may be.
+
+docs/architecture.md says what each wing is for.
+"""
 
 from __future__ import annotations
 
@@ -173,6 +176,7 @@ def test_no_file_is_long() -> None:
 def test_no_function_is_long_without_a_reason() -> None:
     long = {n: lines for file in files() for n, lines in functions(file) if lines > MOST_LINES_OF_A_FUNCTION}
     assert {name: lines for name, lines in long.items() if name not in LONG_FUNCTIONS} == {}
+    assert set(LONG_FUNCTIONS) <= set(long), "no longer long: take it from the list"
 
 
 @pytest.mark.parametrize(
