@@ -83,3 +83,12 @@ def test_a_use_is_found(source: str) -> None:
 @pytest.mark.parametrize("source", ["'''See tests/peers.'''", "step('tests', 'python -m tests')", "import pytests"])
 def test_a_word_is_no_use(source: str) -> None:
     assert not list(uses(source))
+
+
+def test_the_page_for_maintainers_names_what_is_there() -> None:
+    """Every file and folder in docs/architecture.md, counted from the repository or from bonsai_ops."""
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:\w+/)+\w*(?:\.\w+)?)[:`]", page))
+    assert {"bonsai_ops/weights/", "host/loader.py", "tests/unit/test_walls.py"} <= named
+    roots = (REPOSITORY, REPOSITORY / "bonsai_ops", REPOSITORY / "bonsai_ops" / "host")
+    assert [name for name in sorted(named) if not any((root / name).exists() for root in roots)] == []
