@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from random_weights import random_weight
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import dispatch, machine
@@ -79,17 +79,6 @@ everything_exact = pytest.mark.parametrize(ARGUMENTS, [case for case in TAKEN if
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.NAME)
 
 
-@functools.cache
-def random_weight(pair: tuple[str, str], rows: int, columns: int, group: int, table: torch.dtype) -> PackedWeight:
-    generator = torch.Generator().manual_seed(rows + columns)
-    scheme, codec = pair
-    levels = SCHEMES[scheme].levels or codecs.get_codec(codec).radix
-    codes = torch.randint(0, levels, (rows, columns), dtype=torch.uint8, generator=generator)
-    scale = (torch.rand(rows, columns // group, generator=generator) + 0.5).to(table)
-    zero = {"affine": -scale * (levels // 2), "zero_point": scale * 8}.get(scheme)
-    return PackedWeight(codecs.encode(codec, codes), scale, (rows, columns), *pair, group, zero)
-
-
 def random_input(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
@@ -130,7 +119,7 @@ def test_values(backend: Backend, mode: str, device: str, pair: tuple[str, str],
     for shape, table in zip(SHAPES, tables, strict=False):
         if backend.declines(call_for(device, dtype, pair, mode, shape)) is not None:
             continue
-        weight = random_weight(pair, *shape, table).to(device)
+        weight = random_weight(*pair, *shape, table).to(device)
         bias = random_input(shape[0], dtype=dtype, device=device).float()
         x = random_input(3, 7, shape[1], dtype=dtype, device=device)
         for b in (None, bias):
@@ -140,7 +129,7 @@ def test_values(backend: Backend, mode: str, device: str, pair: tuple[str, str],
 @everything_taken
 def test_inputs(backend: Backend, mode: str, device: str, pair: tuple[str, str], dtype: torch.dtype) -> None:
     """One token, none, many; strides and offsets; tokens of zeros give the bias."""
-    weight = random_weight(pair, 83, 384, 128, torch.bfloat16).to(device)
+    weight = random_weight(*pair, 83, 384, 128, torch.bfloat16).to(device)
     bias = random_input(83, dtype=dtype, device=device)
     whole = random_input(4, 5, 400, dtype=dtype, device=device)
     turned = random_input(384, 5, dtype=dtype, device=device).t()
@@ -174,7 +163,7 @@ def test_exact_values(backend: Backend, mode: str, device: str, pair: tuple[str,
 @everything_taken
 def test_a_residual(backend: Backend, mode: str, device: str, pair: tuple[str, str], dtype: torch.dtype) -> None:
     """`linear` adds it once, in every mode; the backend alone adds it too or refuses it."""
-    weight = random_weight(pair, 83, 384, 128, torch.bfloat16).to(device)
+    weight = random_weight(*pair, 83, 384, 128, torch.bfloat16).to(device)
     up, down = (random_input(*shape, dtype=torch.bfloat16, device=device) for shape in ((83, 3), (3, 384)))
     weight = dataclasses.replace(weight, up=up, down=down)
     x, bias = (random_input(*shape, dtype=dtype, device=device) for shape in ((2, 5, 384), (83,)))

@@ -11,24 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from random_weights import random_weight
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import BackendError, cpu, dispatch, eager, is_the_devices, machine
 from bonsai_ops.tools.bench.timer import run_with_scratch
-from bonsai_ops.weights import codec
 from bonsai_ops.weights.packed_weight import PackedWeight
 
-CODECS = {"bit": ("binary", 2), "trit5": ("ternary", 3), "crumb": ("ternary", 3)}
-"""{codec: (scheme, code values)} of what the fast backends take."""
+SCHEME = {"bit": "binary", "trit5": "ternary", "crumb": "ternary"}
+"""{codec: scheme} of what the fast backends take."""
 SHAPES = [(1, 128), (8, 256), (130, 384), (384, 512), (1000, 1024)]
-
-
-def random_weight(name: str, rows: int, columns: int, group_size: int = 128) -> PackedWeight:
-    scheme, radix = CODECS[name]
-    generator = torch.Generator().manual_seed(rows + columns)
-    codes = torch.randint(0, radix, (rows, columns), dtype=torch.uint8, generator=generator)
-    scale = (torch.rand(rows, columns // group_size, generator=generator) + 0.5).bfloat16()
-    return PackedWeight(codec.encode(name, codes), scale, (rows, columns), scheme, name, group_size)
 
 
 @pytest.fixture
@@ -39,10 +31,10 @@ def no_failures() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mode", ["exact", "a8"])
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", SCHEME)
 def test_cpu_backend_in_many_products(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of rows across planes, pieces of chunks and tokens in turns: the same values as in one go."""
-    weight = random_weight(name, 1000, 256)
+    weight = random_weight(SCHEME[name], name, 1000, 256)
     x = torch.randn(50, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     whole = cpu.multiply(x, weight, mode=mode)
     for bound, value in {
@@ -58,14 +50,14 @@ def test_cpu_backend_in_many_products(name: str, mode: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("mode", ["exact", "a8"])
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", SCHEME)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(4608, 3072), (1024, 12288)])
 def test_cpu_backend_stays_within_its_scratch(
     name: str, mode: str, dtype: torch.dtype, rows: int, columns: int
 ) -> None:
     """Real widths, 1536 tokens."""
-    weight, x = random_weight(name, rows, columns), torch.ones(1536, columns, dtype=dtype)
+    weight, x = random_weight(SCHEME[name], name, rows, columns), torch.ones(1536, columns, dtype=dtype)
     found, nbytes = run_with_scratch(lambda: cpu.multiply(x, weight, mode=mode), "cpu")
     assert found.shape == (1536, rows)
     assert 5_000_000 < nbytes <= cpu.SCRATCH_BYTES
@@ -73,7 +65,7 @@ def test_cpu_backend_stays_within_its_scratch(
 
 def test_choice_and_reasons() -> None:
     """fp16 goes to the reference with the reason; bf16 and fp32 to the CPU's own path where the CPU can."""
-    weight = random_weight("trit5", 128, 256)
+    weight = random_weight("ternary", "trit5", 128, 256)
     device = torch.device("cpu")
     assert kernels.resolve(kernels.call_of(device, torch.float32, weight)).backend.NAME == "cpu"
     choice = kernels.resolve(kernels.call_of(device, torch.float16, weight))
@@ -128,7 +120,7 @@ def test_a_mode_that_nothing_offers_is_exact(monkeypatch: pytest.MonkeyPatch) ->
         choice = kernels.resolve(dataclasses.replace(call, mode=mode))
         assert (choice.backend.NAME, choice.mode) == ("cpu", "exact")
         assert "triton: the weight is on cpu; cpu: " in choice.declined[mode] and reason in choice.declined[mode]
-    weight, x = random_weight("trit5", 128, 256), torch.randn(3, 256)
+    weight, x = random_weight("ternary", "trit5", 128, 256), torch.randn(3, 256)
     assert torch.equal(kernels.linear(x, weight, mode="a8"), kernels.linear(x, weight))
     assert kernels.resolve(call).mode == "exact" and "a8" not in kernels.resolve(call).declined
     with pytest.raises(ValueError, match="mode 'fast' is unknown, expected one of exact, fp16_accumulate, a8"):
@@ -147,7 +139,7 @@ def test_a_mode_goes_before_a_faster_backend(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_forcing_a_backend() -> None:
-    weight = random_weight("bit", 128, 256)
+    weight = random_weight("binary", "bit", 128, 256)
     call = kernels.call_of(torch.device("cpu"), torch.bfloat16, weight)
     with kernels.use_backend("eager"):
         choice = kernels.resolve(call)
@@ -207,7 +199,7 @@ def test_broken_backend_costs_speed_not_the_picture(
     """One that raises at its first launch is left out from then on, said once, and the result is the reference's."""
     fused = Breaking({"exact": FileNotFoundError("no compiler here")})
     fused.install(monkeypatch)
-    weight, x = random_weight("trit5", 128, 256), torch.randn(4, 256)
+    weight, x = random_weight("ternary", "trit5", 128, 256), torch.randn(4, 256)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert torch.equal(kernels.linear(x, weight), eager.multiply(x, weight))
@@ -225,7 +217,7 @@ def test_a_failure_is_one_of_a_mode(no_failures: None, monkeypatch: pytest.Monke
     """The backend goes on in the others, and the reason stands under the mode."""
     fused = Breaking({"a8": BackendError("it computed wrong values", "report it")})
     fused.install(monkeypatch)
-    weight, x = random_weight("crumb", 128, 256), torch.randn(4, 256)
+    weight, x = random_weight("ternary", "crumb", 128, 256), torch.randn(4, 256)
     for mode in ("a8", "exact", "a8"):
         assert torch.equal(kernels.linear(x, weight, mode=mode), eager.multiply(x, weight))
     assert fused.launches == ["a8", "exact", "exact", "exact"]
@@ -241,7 +233,7 @@ def test_one_cure_is_said_once(
     modes = ("fp16_accumulate", "exact")
     fused = Breaking({mode: BackendError(f"gcc: /tmp/{mode}", "install a C compiler") for mode in modes})
     fused.install(monkeypatch)
-    kernels.linear(torch.randn(4, 256), random_weight("crumb", 128, 256), mode="fp16_accumulate")
+    kernels.linear(torch.randn(4, 256), random_weight("ternary", "crumb", 128, 256), mode="fp16_accumulate")
     assert fused.launches == list(modes)
     assert len(caplog.records) == 1 and "install a C compiler" in caplog.text
 
@@ -273,7 +265,7 @@ def test_errors_of_the_device_are_the_callers(
     """Raised as they are, and the backend is asked again at the next call."""
     fused = Breaking({"exact": error})
     fused.install(monkeypatch)
-    weight, x = random_weight("trit5", 128, 256), torch.randn(4, 256)
+    weight, x = random_weight("ternary", "trit5", 128, 256), torch.randn(4, 256)
     for _ in range(2):
         with pytest.raises(type(error)) as found:
             kernels.linear(x, weight)
@@ -284,7 +276,7 @@ def test_errors_of_the_device_are_the_callers(
 def test_arguments_that_do_not_fit_retire_nothing(no_failures: None, monkeypatch: pytest.MonkeyPatch) -> None:
     fused = Breaking({})
     fused.install(monkeypatch)
-    weight, x = random_weight("trit5", 128, 256), torch.ones(4, 256)
+    weight, x = random_weight("ternary", "trit5", 128, 256), torch.ones(4, 256)
     with pytest.raises(ValueError, match="input has 255 columns, the packed weight 256"):
         kernels.linear(x[:, :255], weight)
     with pytest.raises(ValueError, match=r"bias has shape \(127,\), the packed weight 128 rows"):

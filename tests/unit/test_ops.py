@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import sys
@@ -11,32 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_weights import random_weight
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import custom_op, eager
-from bonsai_ops.weights import codec
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAIRS = [(scheme.name, codec) for scheme in SCHEMES.values() for codec in scheme.codecs]
-RADIX = {"binary": 2, "ternary": 3}
-"""Code values of the schemes whose codecs have room for more."""
-# relative to the largest output: rounding of the output, and for fp32 the order of the sum
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}
-
-
-@functools.cache
-def random_weight(scheme: str, name: str, rows: int = 136, columns: int = 256, seed: int = 0) -> PackedWeight:
-    generator = torch.Generator().manual_seed(seed)
-    radix = RADIX.get(scheme, codec.get_codec(name).radix)
-    codes = torch.randint(0, radix, (rows, columns), dtype=torch.uint8, generator=generator)
-    tables = [torch.rand(rows, columns // 64, generator=generator).add(0.5).bfloat16() for _ in range(2)]
-    if scheme == "affine":
-        tables[1] = -tables[0] * (radix // 2)
-    elif scheme == "zero_point":
-        tables[1] = tables[1] * 8
-    zero = tables[1] if scheme in ("affine", "zero_point") else None
-    return PackedWeight(codec.encode(name, codes), tables[0], (rows, columns), scheme, name, 64, zero)
+SIZE = (136, 256, 64)
+"""Rows, columns and group size of the weights."""
+# relative to the largest output: rounding of the product and of the sum with the bias; fp32: the order of the sum
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 8e-4, torch.bfloat16: 2**-7}
 
 
 def arguments(weight: PackedWeight) -> tuple:
@@ -56,7 +41,7 @@ def test_linear_is_the_dense_product(
     scheme: str, name: str, dtype: torch.dtype, tokens: tuple[int, ...], bias: bool
 ) -> None:
     """By the backend of this machine, against float64 with the weight in the computing dtype; tolerance by dtype."""
-    weight = random_weight(scheme, name)
+    weight = random_weight(scheme, name, *SIZE)
     x = torch.randn(*tokens, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     b = torch.linspace(-1, 1, 136).to(dtype) if bias else None
     y = kernels.linear(x, weight, b)
@@ -68,19 +53,19 @@ def test_linear_is_the_dense_product(
 @pytest.mark.parametrize(("scheme", "name"), PAIRS)
 def test_no_tokens(scheme: str, name: str) -> None:
     x = torch.ones(0, 256, requires_grad=True)
-    y = kernels.linear(x, random_weight(scheme, name))
+    y = kernels.linear(x, random_weight(scheme, name, *SIZE))
     assert y.shape == (0, 136)
     y.sum().backward()
     assert x.grad.shape == (0, 256)
 
 
 def test_a_bias_of_another_dtype_is_rounded_to_the_inputs() -> None:
-    weight, x, bias = random_weight("ternary", "trit5"), torch.randn(3, 256).bfloat16(), torch.randn(136)
+    weight, x, bias = random_weight("ternary", "trit5", *SIZE), torch.randn(3, 256).bfloat16(), torch.randn(136)
     assert torch.equal(kernels.linear(x, weight, bias), kernels.linear(x, weight, bias.bfloat16()))
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
-    weight = random_weight("ternary", "trit5")
+    weight = random_weight("ternary", "trit5", *SIZE)
     with pytest.raises(ValueError, match="input has 255 columns, the packed weight 256"):
         kernels.linear(torch.ones(3, 255), weight)
     with pytest.raises(ValueError, match="input is on meta, the packed weight on cpu"):
@@ -91,7 +76,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(("scheme", "name"), PAIRS)
 def test_gradients_are_those_of_the_dense_layer(scheme: str, name: str, dtype: torch.dtype) -> None:
     """With respect to x and bias, against float64; tolerance by dtype."""
-    weight = random_weight(scheme, name)
+    weight = random_weight(scheme, name, *SIZE)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, 9, 256, generator=generator).to(dtype).requires_grad_()
     bias = torch.randn(136, generator=generator).to(dtype).requires_grad_()
@@ -106,7 +91,7 @@ def test_gradients_are_those_of_the_dense_layer(scheme: str, name: str, dtype: t
 def with_residual() -> PackedWeight:
     """A ternary weight with a low-rank residual of rank 5."""
     up, down = torch.randn(136, 5, generator=torch.Generator().manual_seed(4)), torch.full((5, 256), 0.5)
-    return dataclasses.replace(random_weight("ternary", "trit5"), up=up, down=down)
+    return dataclasses.replace(random_weight("ternary", "trit5", *SIZE), up=up, down=down)
 
 
 def test_the_gradient_of_a_low_rank_residual() -> None:
@@ -119,7 +104,7 @@ def test_the_gradient_of_a_low_rank_residual() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_gradient_of_a_layer_of_many_pieces(dtype: torch.dtype) -> None:
     """27 pieces, whose sum must not be rounded to the dtype after each; tolerance by dtype."""
-    weight = random_weight("ternary", "trit5", rows=9216, columns=3072)
+    weight = random_weight("ternary", "trit5", 9216, 3072, 64)
     assert len(list(weight.pieces(dtype))) > 10
     grad = torch.randn(2, 9216, generator=torch.Generator().manual_seed(3)).to(dtype)
     exact = grad.double() @ weight.dequantize(dtype).double()
@@ -127,7 +112,7 @@ def test_the_gradient_of_a_layer_of_many_pieces(dtype: torch.dtype) -> None:
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
-    weight, x, bias = random_weight("affine", "crumb"), torch.randn(3, 256), torch.randn(136, requires_grad=True)
+    weight, x, bias = random_weight("affine", "crumb", *SIZE), torch.randn(3, 256), torch.randn(136, requires_grad=True)
     kernels.linear(x, weight, bias).sum().backward()
     assert x.grad is None and torch.equal(bias.grad, torch.full((136,), 3.0))
     assert not kernels.linear(x, weight).requires_grad
@@ -138,7 +123,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 @pytest.mark.parametrize(("scheme", "name"), [("ternary", "trit5"), ("zero_point", "nibble")])
 def test_the_operators_are_registered_soundly(scheme: str, name: str, bias: bool, dtype: torch.dtype) -> None:
     """Schema, fake tensors and autograd, by torch's own check."""
-    weight = random_weight(scheme, name)
+    weight = random_weight(scheme, name, *SIZE)
     x = torch.randn(2, 3, 256, dtype=dtype, requires_grad=True)
     b = torch.randn(136, dtype=dtype) if bias else None
     torch.library.opcheck(
@@ -154,7 +139,7 @@ def test_the_operators_are_registered_soundly(scheme: str, name: str, bias: bool
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_compile_has_no_graph_break(backend: str, residual: bool) -> None:
     """Values and gradient as without it, also for a second number of tokens."""
-    weight, bias = with_residual() if residual else random_weight("ternary", "trit5"), torch.randn(136)
+    weight, bias = with_residual() if residual else random_weight("ternary", "trit5", *SIZE), torch.randn(136)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.gelu(kernels.linear(x * 2, weight, bias)) + 1
@@ -185,7 +170,7 @@ def test_a_second_import_shares_the_operators(monkeypatch: pytest.MonkeyPatch) -
         assert second is not custom_op and other.PackedWeight is not PackedWeight
         assert torch.ops.bonsai.linear.default is registered[0]
         assert torch.ops.bonsai.linear_transposed.default is registered[1]
-        weight = random_weight("ternary", "trit5")
+        weight = random_weight("ternary", "trit5", *SIZE)
         twin = other.PackedWeight(weight.codes, weight.scale, weight.shape, *arguments(weight)[1:])
         x, y = (torch.ones(3, 256, requires_grad=True) for _ in range(2))
         first_result, second_result = kernels.linear(x, weight), second.linear(y, twin)

@@ -1,0 +1,26 @@
+"""Packed weights of random codes, for the tests of what multiplies them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from bonsai_ops.weights import codec as codecs
+from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
+
+
+@functools.cache
+def random_weight(
+    scheme: str, codec: str, rows: int, columns: int, group_size: int = 128, table: torch.dtype = torch.bfloat16
+) -> PackedWeight:
+    """A weight [rows, columns] whose scales are 0.5 .. 1.5 in the dtype `table`; a zero table centres the codes.
+
+    The same one at each call: not to be written to.
+    """
+    generator = torch.Generator().manual_seed(rows + columns)
+    levels = SCHEMES[scheme].levels or codecs.get_codec(codec).radix
+    codes = torch.randint(0, levels, (rows, columns), dtype=torch.uint8, generator=generator)
+    scale = (torch.rand(rows, columns // group_size, generator=generator) + 0.5).to(table)
+    zero = {"affine": -scale * (levels // 2), "zero_point": scale * 8}.get(scheme)
+    return PackedWeight(codecs.encode(codec, codes), scale, (rows, columns), scheme, codec, group_size, zero)
