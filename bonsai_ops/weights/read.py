@@ -27,13 +27,13 @@ def open_transformer(path: str | Path) -> Pack:
     it is complete.
     """
     pack = open_pack(find_transformer(Path(path)))
-    if pack.architecture != "flux2":
-        return pack
-    _, entries = flux2.to_bfl(pack.path, pack.entries)
-    if pack.pack_dense is not None:
-        for name, entry in entries.items():
-            if flux2.is_block_linear(name) and isinstance(entry, DenseTensor):
-                entries[name] = pack.pack_dense(entry)
+    entries = pack.entries
+    if pack.architecture == "flux2":
+        _, entries = flux2.to_bfl(pack.path, entries)
+        if pack.pack_dense is not None:
+            for name, entry in entries.items():
+                if flux2.is_block_linear(name) and isinstance(entry, DenseTensor):
+                    entries[name] = pack.pack_dense(entry)
     if all(isinstance(entry, DenseTensor) for entry in entries.values()):
         raise PackError(pack.path, "has no packed layer", "Use the file as it was published.")
     return replace(pack, entries=entries)

@@ -492,8 +492,9 @@ def test_an_fp8_klein(packs: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_native_file_with_no_packed_layer(packs: Path, tmp_path: Path) -> None:
-    record = {"version": 1, "variant": "ternary", "architecture": "flux2", "layers": {}}
+@pytest.mark.parametrize("architecture", ["flux2", "SDXL"])
+def test_a_native_file_with_no_packed_layer(packs: Path, tmp_path: Path, architecture: str) -> None:
+    record = {"version": 1, "variant": "ternary", "architecture": architecture, "layers": {}}
     save_file(load_file(packs / "dense.safetensors"), tmp_path / "n.safetensors", {"bonsai": json.dumps(record)})
     refuse(tmp_path / "n.safetensors", "has no packed layer")
 
