@@ -66,7 +66,7 @@ def _tests(check: Check, name: str, files: list[str], left_out: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "--tb=line"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "60"]
-    command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "-m", "not slow", "--deselect", left_out, *files]
+    command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "-m", "not slow", "--ignore", left_out, *files]
     done = subprocess.run(
         command, cwd=check.settings.project, env={**os.environ, **variables}, capture_output=True, text=True
     )
