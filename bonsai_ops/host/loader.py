@@ -90,7 +90,7 @@ def load_bonsai_model(
     adopt(model)
     attend_in_parts(model)
     model.cached_patcher_init = (load_bonsai_model, (str(path), asdict(settings)))
-    origin = Origin(str(pack.path), pack.format, pack.source, pack.architecture, pack.model)
+    origin = Origin(str(pack.path), pack.format, pack.source, pack.architecture, pack.configuration)
     inventory = attach_inventory(model, origin)
     logger.info(
         "Bonsai: %s %s, %d layers packed, %.1f MB resident, computes in %s, backend %s, %s%s, %.1f s from %s",
@@ -112,7 +112,7 @@ def _make(
     pack: Pack, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype, disable_dynamic: bool
 ) -> ModelPatcher:
     """The ModelPatcher around a state dict: of the configuration that the file describes, else as ComfyUI sees fit."""
-    described = described_configuration(pack.model) if pack.model else None
+    described = described_configuration(pack.configuration) if pack.configuration else None
     if described is not None:
         return _described(pack, *described, state_dict, dtype, disable_dynamic)
     model = comfy.sd.load_diffusion_model_state_dict(

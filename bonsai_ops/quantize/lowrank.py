@@ -9,22 +9,22 @@ EXACT_BELOW = 512
 EXTRA, ROUNDS, SEED = 16, 4, 0
 
 
-def fit(residual: torch.Tensor, rank: int, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(up bf16 [N, r], down bf16 [r, K]) close to a residual float32 [N, K], r = min(rank, N, K). Deterministic.
+def fit(rest: torch.Tensor, rank: int, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(up bf16 [N, r], down bf16 [r, K]) close to `rest` float32 [N, K], r = min(rank, N, K). Deterministic.
 
     importance: float [K]; the error of column k counts importance[k] times. Columns of importance 0 get a small one.
     """
-    rank = min(rank, *residual.shape)
+    rank = min(rank, *rest.shape)
     if importance is None:
         width = None
     else:
-        width = importance.to(residual.device, torch.float32).sqrt()
+        width = importance.to(rest.device, torch.float32).sqrt()
         width = width.clamp_min(1e-3 * float(width.mean()) or 1.0)
-        residual = residual * width
-    if min(residual.shape) <= EXACT_BELOW:
-        left, size, right = torch.linalg.svd(residual, full_matrices=False)
+        rest = rest * width
+    if min(rest.shape) <= EXACT_BELOW:
+        left, size, right = torch.linalg.svd(rest, full_matrices=False)
     else:
-        left, size, right = _randomized(residual, rank + EXTRA)
+        left, size, right = _randomized(rest, rank + EXTRA)
     root = size[:rank].sqrt()
     up, down = left[:, :rank] * root, right[:rank] * root.unsqueeze(-1)
     if width is not None:

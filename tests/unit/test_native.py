@@ -390,7 +390,7 @@ def test_another_architecture_is_recorded(tmp_path: Path) -> None:
     weights = {"x.weight": packed("ternary", "trit5")}
     native.write(tmp_path / "w.safetensors", weights, native.make_record(weights, SOURCE, "SD3", model))
     pack = open_pack(tmp_path / "w.safetensors")
-    assert (pack.architecture, pack.model) == ("SD3", model)
+    assert (pack.architecture, pack.configuration) == ("SD3", model)
     record = native.read_record(SafetensorsFile(tmp_path / "w.safetensors"))
     assert record.version == 2 and record.layers.keys() == {"x"}
 

@@ -55,7 +55,9 @@ def test_values_of_an_old_file(name: str) -> None:
 
 def test_records_of_old_files() -> None:
     first, second = (open_pack(DATA / f"{name}.safetensors") for name in FILES)
-    assert (first.format, first.architecture, first.model) == ("native", "flux2", {})
+    assert (first.format, first.architecture, first.configuration) == ("native", "flux2", {})
     assert first.source == {"file": "pack.safetensors", "sha256": "00"}
     assert (second.format, second.architecture) == ("native", "SDXL")
-    assert second.model == {"class": "SDXL", "model_type": "EPS"} and second.source == {"file": "pack.safetensors"}
+    assert second.configuration == {"class": "SDXL", "model_type": "EPS"} and second.source == {
+        "file": "pack.safetensors"
+    }

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -195,7 +196,7 @@ class Pack:
     source: Mapping[str, str] = field(default_factory=dict)
     """For a native file: {"file": .., "sha256": ..} of what it was made from."""
     architecture: str = "flux2"
-    model: Mapping[str, object] = field(default_factory=dict)
+    configuration: Mapping[str, Any] = field(default_factory=dict)
     """For a native file of another architecture: ComfyUI's configuration of it."""
 
 
