@@ -10,7 +10,7 @@ from peers.tiny_klein import is_quantized
 from safetensors.torch import save_file
 
 from bonsai_ops.tools.environment import PLUGIN
-from training.unpack import diffusers_names, read_values
+from training.unpack import read_values
 
 pytestmark = pytest.mark.parity
 
@@ -23,7 +23,7 @@ FILES = {"ternary": PACK, "binary": PACK / "binary.safetensors"}
 def test_other_formats_hold_the_same_model(packer: str, scheme: str, tmp_path: Path) -> None:
     truth = read_values(FILES[scheme])
     tensors: dict[str, torch.Tensor] = {}
-    for name, values in diffusers_names(truth).items():
+    for name, values in truth.items():
         tensor = values.bfloat16()
         layer = name.removesuffix(".weight")
         if not is_quantized(name) or packer == "unpacked":
