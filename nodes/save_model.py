@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..bonsai_ops.host.progress import comfyui_bar
-from ..bonsai_ops.host.save import save_bonsai_model
+from ..bonsai_ops.host.save import save_bonsai_model, workflow_metadata
 from . import inputs
 
 if TYPE_CHECKING:
@@ -46,10 +45,8 @@ class SaveBonsaiModel(io.ComfyNode):
             filename_prefix, folder_paths.get_output_directory()
         )
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-        extra = {}
-        if not comfy.cli_args.args.disable_metadata:
-            if cls.hidden.prompt is not None:
-                extra["prompt"] = json.dumps(cls.hidden.prompt)
-            extra |= {key: json.dumps(value) for key, value in (cls.hidden.extra_pnginfo or {}).items()}
+        hidden = cls.hidden
+        said = not comfy.cli_args.args.disable_metadata
+        extra = workflow_metadata(hidden.prompt, hidden.extra_pnginfo) if said else {}
         save_bonsai_model(model, path, progress=comfyui_bar(), extra=extra)
         return io.NodeOutput(ui={"text": [str(path)]})

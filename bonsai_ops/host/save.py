@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -49,16 +50,23 @@ def base_weights(model: ModelPatcher) -> dict[str, PackedWeight | torch.Tensor]:
     return weights
 
 
+def workflow_metadata(prompt: object, extra_pnginfo: Mapping[str, object] | None) -> dict[str, str]:
+    """What ComfyUI hands a saving node, each as JSON: the prompt, and whatever the page and other nodes added."""
+    own = {} if prompt is None else {"prompt": json.dumps(prompt, default=str)}
+    return native.join_metadata(own, {k: json.dumps(v, default=str) for k, v in (extra_pnginfo or {}).items()})
+
+
 def save_bonsai_model(
     model: ModelPatcher,
     path: Path,
     *,
     progress: Progress | None = None,
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> None:
     """Writes the model's base weights to a new native file. Raises ValueError or PackError, or OSError from the disk.
 
-    progress(bytes done, bytes in all); what it raises ends the save and leaves nothing behind.
+    progress(bytes done, bytes in all); what it raises ends the save and leaves nothing behind. extra: further metadata,
+    as of workflow_metadata.
     """
     weights = base_weights(model)
     if model.patches:

@@ -293,6 +293,34 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     assert path.read_bytes() == b"other" and leftovers(tmp_path) == ["w.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["text", {"a": [1, None]}, 3, None, Path("folder"), "\ud800"],
+    ids=["text", "dict", "3", "None", "Path", "half"],
+)
+@pytest.mark.parametrize("name", ["bonsai", "format", "note", "\udfff"], ids=ascii)
+def test_foreign_metadata_never_replaces_the_record(tmp_path: Path, name: str, value: object) -> None:
+    """Such a file was written and could never be loaded."""
+    path, weights = tmp_path / "w.safetensors", {"a.weight": packed("ternary", "trit5")}
+    write(path, weights, extra={name: value, "workflow": "{}"})
+    assert same(read(path)["a.weight"], weights["a.weight"])
+    metadata = SafetensorsFile(path).metadata
+    assert metadata["format"] == "pt" and metadata["workflow"] == "{}" and len(metadata) == 4
+    (foreign,) = [text for key, text in metadata.items() if key not in ("format", "bonsai", "workflow")]
+    assert foreign == {"text": "text", "\ud800": "\\ud800"}.get(value if isinstance(value, str) else "", foreign)
+    assert name not in ("bonsai", "format") or metadata[f"{name}_"] == foreign
+
+
+def test_what_could_not_be_read_again_gets_no_name(tmp_path: Path) -> None:
+    weights = {"a.weight": packed("ternary", "trit5")}
+    (tmp_path / "w.safetensors").write_bytes(b"mine")
+    for extra in ({}, {"b.weight_scale": torch.ones(3)}):
+        record = native.make_record({} if extra else {"gone.weight": weights["a.weight"]})
+        with pytest.raises(PackError, match=r"w\.safetensors: was not written, for it could not be read again \("):
+            native.write(tmp_path / "w.safetensors", weights | extra, record, overwrite=True)
+    assert leftovers(tmp_path) == ["w.safetensors"] and (tmp_path / "w.safetensors").read_bytes() == b"mine"
+
+
 def test_a_loaded_file_may_be_replaced_by_its_own_weights(tmp_path: Path) -> None:
     """The mapping stays valid while the new file is written beside the old one."""
     path, weights = tmp_path / "w.safetensors", mixed()

@@ -259,25 +259,53 @@ def to_tensors(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, 
     return tensors
 
 
+def join_metadata(own: Mapping[str, str], foreign: Mapping[str, object]) -> dict[str, str]:
+    """`own` and what others want to have said, as text: JSON for values that are none.
+
+    A foreign entry of a name that is taken goes under that name with "_" behind it.
+    """
+    joined = dict(own)
+    for name, value in foreign.items():
+        name = _storable(str(name))
+        while name in joined:
+            name += "_"
+        joined[name] = _storable(value if isinstance(value, str) else json.dumps(value, default=str))
+    return joined
+
+
+def _storable(text: str) -> str:
+    """`text` without halves of surrogate pairs, which no reader of safetensors takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why a native file cannot be opened, None if it can. The file is closed again: Windows renames no open one."""
+    try:
+        read(SafetensorsFile(path))
+    except PackError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
 def write(
     path: Path,
     weights: Mapping[str, PackedWeight | torch.Tensor],
     record: NativeRecord,
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> None:
     """Writes a native file under a temporary name beside `path` and renames it: `path` is complete or absent.
 
-    extra: further metadata (ComfyUI's prompt and workflow). progress(bytes done, bytes in all) is called between
-    pieces; what it raises (a cancel) ends the writing. Whatever goes wrong, nothing is left behind. Raises
-    PackError if `path` exists and not `overwrite`, OSError from the disk.
+    extra: further metadata (ComfyUI's prompt and workflow), see join_metadata. progress(bytes done, bytes in all) is
+    called between pieces; what it raises (a cancel) ends the writing. Whatever goes wrong, nothing is left behind.
+    Raises PackError if `path` exists and not `overwrite` or if what was written cannot be read, OSError from the disk.
     """
     if path.exists() and not overwrite:
         raise PackError(path, "exists", "Choose another name or remove it first.")
     tensors = to_tensors(weights)
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    described = {"format": "pt", RECORD: record.to_json(), **(extra or {})}
+    described = join_metadata({"format": "pt", RECORD: record.to_json()}, extra or {})
     header: dict[str, object] = {"__metadata__": described}
     offset = 0
     for name in order:
@@ -306,6 +334,10 @@ def write(
                         progress(done, offset)
             out.flush()
             os.fsync(out.fileno())
+        if (fault := _unreadable(Path(temporary))) is not None:
+            raise PackError(
+                path, f"was not written, for it could not be read again ({fault})", "Report it to bonsai-image."
+            )
         os.chmod(temporary, 0o644)
         if path.exists() and not overwrite:
             raise PackError(path, "exists", "It appeared while this file was written: choose another name.")

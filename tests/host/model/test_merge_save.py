@@ -64,6 +64,25 @@ def save_ours(model: Any, path: Path) -> Path:
     return path
 
 
+def test_a_workflow_that_names_our_record(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
+    """Notes that other nodes put into extra_pnginfo took the place of our record: nothing could load the file."""
+    from bonsai_ops.host.save import save_bonsai_model, workflow_metadata
+    from bonsai_ops.weights.formats.safetensors_file import SafetensorsFile
+
+    pair, path = make_pair("ternary"), tmp_path / "m.safetensors"
+    notes = {"bonsai": {"a": 1}, "format": "webp", "prompt": 3, "where": Path("x"), "workflow": {}}
+    save_bonsai_model(pair.packed, path, extra=workflow_metadata({"1": {}}, notes))
+    load(path)
+    metadata = SafetensorsFile(path).metadata
+    assert {name: metadata[name] for name in ("prompt", "prompt_", "bonsai_", "format_", "workflow")} == {
+        "prompt": '{"1": {}}',
+        "prompt_": "3",
+        "bonsai_": '{"a": 1}',
+        "format_": '"webp"',
+        "workflow": "{}",
+    }
+
+
 @pytest.mark.parametrize("memory", [0, 1], ids=["resident", "offloaded"])
 @pytest.mark.parametrize("partner", ["dense", "packed"])
 @pytest.mark.parametrize("order", ["first", "second"])
