@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from bonsai_ops.tools.synthetic import TINY, write_dense, write_gemlite, write_mlx
 from bonsai_ops.weights.errors import PackError
-from bonsai_ops.weights.read import open_transformer, read_weights
+from bonsai_ops.weights.read import open_text_encoder, open_transformer, read_weights
 
 MLX_FILE = "diffusion_pytorch_model.safetensors"
 LAYER = "transformer_blocks.0.attn.to_k"
@@ -155,6 +155,30 @@ def test_a_zip_that_is_no_torch_file(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(name, "hello")
     refuse(path, "is not a readable torch file", "download it again")
+
+
+@pytest.mark.parametrize("part", ["everything", "data.pkl", "data/0", "data/5"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_torch_file_that_was_zipped_again(packs: Path, tmp_path: Path, part: str, method: int) -> None:
+    """torch maps its members as they lie: compressed bytes came out as weights."""
+    path = tmp_path / "state_dict.pt"
+    with zipfile.ZipFile(packs / "gemlite" / path.name) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            again = part == "everything" or name.endswith(f"/{part}")
+            new.writestr(name, old.read(name), method if again else zipfile.ZIP_STORED)
+    refuse(path, part.removeprefix("everything"), "is compressed or encrypted", "use the file as it was published")
+
+
+def test_a_text_encoder_that_was_zipped_again(tmp_path: Path) -> None:
+    torch.save({"embed_tokens": {"weight": torch.zeros(64, 64)}}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as old,
+        zipfile.ZipFile(tmp_path / "qmodel.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(PackError, match=r"qmodel\.pt: .*: is compressed or encrypted"):
+        open_text_encoder(tmp_path / "qmodel.pt")
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".onnx", ""])

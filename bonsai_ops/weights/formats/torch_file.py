@@ -13,6 +13,8 @@ import torch
 from ..device_errors import is_the_devices
 from .file import PackFile
 
+ENCRYPTED = 1
+"""Bit of a zip member's flags."""
 DOWNLOAD_AGAIN = "It is damaged or its download was cut off: download it again."
 
 
@@ -31,6 +33,7 @@ class TorchFile(PackFile):
             raise self.error(
                 f"is not a complete torch file ({size} bytes that do not end as a zip archive)", DOWNLOAD_AGAIN
             )
+        self._require_stored()
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
@@ -49,3 +52,18 @@ class TorchFile(PackFile):
         if not isinstance(content, dict):
             raise self.error(f"holds a {type(content).__name__}", "Expected a dict of tensors.")
         self.content: dict[Any, Any] = content
+
+    def _require_stored(self) -> None:
+        """Refuses members that torch would map as they lie although they are compressed or encrypted."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+            raise self.error(f"is not a readable torch file ({str(error).rstrip('. ')})", DOWNLOAD_AGAIN) from error
+        for member in members:
+            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & ENCRYPTED:
+                raise self.error(
+                    "is compressed or encrypted: the file was zipped again",
+                    "torch stores its members as they are: use the file as it was published.",
+                    member.filename,
+                )
