@@ -95,6 +95,19 @@ def test_one_byte_is_the_documented_one(name: str, digits: tuple[int, ...], byte
     assert int(packed.count_nonzero()) == (byte != 0)
 
 
+@pytest.mark.parametrize(("name", "radix"), [*RADIX.items(), ("crumb", 3)])
+def test_holds_knows_every_byte_of_a_codec(name: str, radix: int) -> None:
+    """All 256, each alone at either end of several pieces; good are those that decode and encode give again."""
+    for byte in range(256):
+        packed = torch.full((8, 32), byte, dtype=torch.uint8)
+        codes = codec.decode(name, packed, 8 * FIELDS[name])
+        good = int(codes.max()) < radix and torch.equal(codec.encode(name, codes), packed)
+        for place in (0, -1):
+            many = torch.zeros(3, codec.CHECKED_BYTES, dtype=torch.uint8)
+            many[place, place] = byte
+            assert codec.holds(name, radix, many) == good, byte
+
+
 @pytest.mark.parametrize(
     ("name", "byte_rows", "digest"),
     [

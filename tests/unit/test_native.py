@@ -17,6 +17,7 @@ from bonsai_ops.weights.errors import PackError
 from bonsai_ops.weights.formats import native, open_pack
 from bonsai_ops.weights.formats.safetensors_file import SafetensorsFile
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
+from bonsai_ops.weights.read import read_weights
 
 PAIRS = [(scheme.name, codec) for scheme in SCHEMES.values() for codec in scheme.codecs]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -265,6 +266,24 @@ def test_a_damaged_record_is_refused(tmp_path: Path, record: str) -> None:
     save_file(native.to_tensors({"a.weight": packed("binary", "bit")}), path, {"bonsai": record})
     with pytest.raises(PackError, match=r"w\.safetensors: bonsai: has a damaged record .*\. Download the file again"):
         open_pack(path)
+
+
+@pytest.mark.parametrize("density", ["compact", "fast"])
+@pytest.mark.parametrize(
+    ("name", "byte"), [("crumb", 0b00011000 | 0b11), ("crumb", 0xFF), ("trit5", 1), ("trit5", 237)]
+)
+@pytest.mark.parametrize("has_record", [True, False])
+def test_bytes_that_are_no_codes_are_refused(
+    tmp_path: Path, has_record: bool, name: str, byte: int, density: str
+) -> None:
+    """Code 3 of a ternary weight was drawn where nothing had to be repacked."""
+    weight = packed("ternary", name)
+    weight.codes[5, 7] = byte
+    tensors = native.to_tensors({"a.weight": weight})
+    record = {"bonsai": native.make_record({"a.weight": weight}).to_json()} if has_record else None
+    save_file(tensors, tmp_path / "w.safetensors", record)
+    with pytest.raises(PackError, match=rf"a\.weight: holds bytes that are no codes of a ternary {name} weight\. Down"):
+        read_weights(open_pack(tmp_path / "w.safetensors"), density=density)
 
 
 @pytest.mark.parametrize("left", [0, 1, 9, 100, -1, -5000])

@@ -177,8 +177,11 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
 
     def load() -> PackedWeight:
         up, down = (file.get(name) for name in residual) if residual else (None, None)
-        table = file.get(zero) if has_zero else None
-        return PackedWeight(file.get(weight), file.get(scale), shape, scheme, codec, group_size, table, up, down)
+        table, codes = file.get(zero) if has_zero else None, file.get(weight)
+        radix = SCHEMES[scheme].levels or codecs.get_codec(codec).radix
+        if not codecs.holds(codec, radix, codes):
+            raise file.error(f"holds bytes that are no codes of a {scheme} {codec} weight", DOWNLOAD_AGAIN, weight)
+        return PackedWeight(codes, file.get(scale), shape, scheme, codec, group_size, table, up, down)
 
     return PackedTensor(file.path, weight, shape, load)
 
