@@ -16,6 +16,8 @@ import torch
 
 from ..kernels import is_the_devices
 from ..weights.errors import PackError
+from ..weights.finite import NOT_FINITE, is_finite
+from ..weights.formats.entries import DOWNLOAD_AGAIN
 from ..weights.formats.safetensors_file import SafetensorsFile
 from ..weights.json_file import is_count, read_json
 from ..weights.release import VAE_CONFIG, find_vae
@@ -35,6 +37,9 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     """The VAE of a pack folder. Raises PackError if it is missing or no FLUX.2 VAE."""
     path = find_vae(folder)
     file = SafetensorsFile(path)
+    for name in file.tensors:
+        if not is_finite(file.get(name)):
+            raise file.error(NOT_FINITE, DOWNLOAD_AGAIN, name)
     if TINY_KEY in file.tensors:
         return _load_tiny(file)
     for key in ("bn.running_mean", "decoder.conv_in.weight"):

@@ -12,12 +12,15 @@ import torch
 
 from . import flux2, qwen3
 from .errors import PackError
+from .finite import NOT_FINITE, is_finite
 from .formats import DenseTensor, Entry, Pack, open_pack
 from .formats.entries import DOWNLOAD_AGAIN
 from .packed_weight import PackedWeight, at_density
 from .release import find_text_encoder, find_transformer
 
 HASH_BYTES = 16 << 20
+WEIGHTS = (".weight", ".bias")
+"""What is a number to compute with in a model of any architecture; a buffer may be a mask of infinities."""
 
 
 def open_transformer(path: str | Path) -> Pack:
@@ -56,13 +59,15 @@ def read_weights(
     """{name: packed or dense weight} of an open pack, ternary weights in a density of DENSITIES.
 
     Codes are repacked layer by layer; dense tensors and codes that are in the density already stay mapped from the
-    file. progress(weights done, weights in all) is called a matrix. Raises PackError.
+    file. progress(weights done, weights in all) is called a matrix. Raises PackError, also for NaN and infinity.
     """
     total = sum(_matrix_size(entry) for entry in pack.entries.values())
     done = 0
     weights: dict[str, PackedWeight | torch.Tensor] = {}
     for name, entry in pack.entries.items():
         weight = entry.weight()
+        if pack.architecture == "flux2" or name.endswith(WEIGHTS):
+            _require_finite(entry, weight)
         weights[name] = _at_density(entry, weight, density) if isinstance(weight, PackedWeight) else weight
         if progress is not None and _matrix_size(entry):
             done += _matrix_size(entry)
@@ -72,6 +77,13 @@ def read_weights(
 
 def _matrix_size(entry: Entry) -> int:
     return entry.shape[0] * entry.shape[1] if len(entry.shape) == 2 else 0
+
+
+def _require_finite(entry: Entry, weight: PackedWeight | torch.Tensor) -> None:
+    tables = weight.tables() if isinstance(weight, PackedWeight) else {"": weight}
+    for table, tensor in tables.items():
+        if not is_finite(tensor):
+            raise entry.error(f"the {table} table {NOT_FINITE}" if table else NOT_FINITE, DOWNLOAD_AGAIN)
 
 
 def _at_density(entry: Entry, weight: PackedWeight, density: str) -> PackedWeight:

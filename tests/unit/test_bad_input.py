@@ -384,6 +384,45 @@ def test_a_scale_that_is_not_a_number(change_mlx: Callable) -> None:
     refuse(path, "img_attn.qkv.weight", "the scale table holds a value that is not finite", headers_only=False)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "name", ["proj_out.weight", "norm_out.linear.weight", "transformer_blocks.0.attn.norm_q.weight"]
+)
+def test_a_dense_tensor_that_is_not_finite(
+    change_mlx: Callable, change_gemlite: Callable, name: str, bad: float
+) -> None:
+    """It made a black picture."""
+
+    def spoil(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.reshape(-1)[-1] = bad
+        return tensor
+
+    for change in (change_mlx, change_gemlite):
+        refuse(change(edit(name, spoil)), "holds a value that is not finite", "ownload", headers_only=False)
+
+
+def test_an_unpacked_weight_that_is_not_finite(packs: Path, tmp_path: Path) -> None:
+    tensors = load_file(packs / "dense.safetensors")
+    name = "double_blocks.0.img_attn.qkv.weight"
+    tensors[name][3, 3] = float("nan")
+    save_file(tensors, tmp_path / "dense.safetensors")
+    pack = open_transformer(tmp_path / "dense.safetensors")
+    with pytest.raises(PackError, match=rf"{name}: holds a value that is not finite\. Download"):
+        pack.entries[name].weight()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_vae_that_is_not_finite(tiny_vae: Path, comfyui_path: Path, bad: float) -> None:
+    from bonsai_ops.host.vae import load_vae
+
+    path = tiny_vae / "vae" / MLX_FILE
+    tensors = load_file(path)
+    tensors["decoder.conv_in.bias"][1] = bad
+    save_file(tensors, path)
+    with pytest.raises(PackError, match=r"decoder\.conv_in\.bias: holds a value that is not finite\. Download"):
+        load_vae(tiny_vae)
+
+
 class Harm:
     """Unpickling it makes a file."""
 

@@ -286,6 +286,29 @@ def test_bytes_that_are_no_codes_are_refused(
         read_weights(open_pack(tmp_path / "w.safetensors"), density=density)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("table", ["scale", "zero", "up", "down", "dense"])
+def test_tables_that_are_not_finite_are_refused(tmp_path: Path, table: str, bad: float) -> None:
+    weight, dense = with_residual(packed("affine", "nibble")), torch.ones(3, 5).bfloat16()
+    (dense if table == "dense" else getattr(weight, table))[2, 1] = bad
+    write(tmp_path / "w.safetensors", {"a.weight": weight, "b.weight": dense})
+    found = r"b\.weight: holds" if table == "dense" else rf"a\.weight: the {table} table holds"
+    with pytest.raises(PackError, match=rf"{found} a value that is not finite\. Download"):
+        read_weights(open_pack(tmp_path / "w.safetensors"))
+
+
+def test_a_mask_of_infinities_belongs_to_a_model(tmp_path: Path) -> None:
+    """A buffer of another architecture, saved with it; and no value at all, or none that could be infinite."""
+    weights = {"a.weight": packed("ternary", "trit5"), "mask": torch.full((2, 2), float("-inf"))}
+    weights |= {
+        "none.weight": torch.empty(0, 3),
+        "steps": torch.tensor(3),
+        "b.weight": torch.ones(3).to(torch.float8_e5m2),
+    }
+    native.write(tmp_path / "w.safetensors", weights, native.make_record(weights, SOURCE, "SD3", {"class": "SD3"}))
+    assert read_weights(open_pack(tmp_path / "w.safetensors")).keys() == weights.keys()
+
+
 @pytest.mark.parametrize("left", [0, 1, 9, 100, -1, -5000])
 def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, left: int) -> None:
     path = tmp_path / "w.safetensors"

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..finite import NOT_FINITE, is_finite
 from ..levels import groups_of, signed_levels
 from ..packed_weight import PackedWeight
-from .entries import CodedTensor, DenseTensor, Entry, Pack
+from .entries import DOWNLOAD_AGAIN, CodedTensor, DenseTensor, Entry, Pack
 from .safetensors_file import SafetensorsFile
 
 NAME = "unpacked"
@@ -65,6 +66,8 @@ def find_levels(entry: DenseTensor) -> CodedTensor:
     Raises PackError if the groups of the weight have more levels than two or three equally spaced ones.
     """
     weight = entry.load()
+    if not is_finite(weight):
+        raise entry.error(NOT_FINITE, DOWNLOAD_AGAIN)
     if weight.ndim != 2:
         raise entry.error(f"has shape {list(entry.shape)}", "Expected a weight [N, K].")
     for group_size in GROUP_SIZES:

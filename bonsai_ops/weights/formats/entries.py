@@ -18,6 +18,7 @@ import torch
 
 from .. import codec as codecs
 from ..errors import PackError
+from ..finite import NOT_FINITE, is_finite
 from ..packed_weight import PackedWeight, narrow_exact
 
 DOWNLOAD_AGAIN = "Download the file again and compare its size and sha256 with the repository's."
@@ -116,8 +117,8 @@ class CodedTensor(Entry):
         """
         scale, zero = self.tables()
         for name, table in (("scale", scale), ("zero", zero)):
-            if not bool(torch.isfinite(table).all()):
-                raise self.error(f"the {name} table holds a value that is not finite", DOWNLOAD_AGAIN)
+            if not is_finite(table):
+                raise self.error(f"the {name} table {NOT_FINITE}", DOWNLOAD_AGAIN)
         symmetric = None if self.zero_point or self.bits == 4 else self._symmetric(scale.float(), zero.float())
         if symmetric is not None:
             magnitude, read, scheme, codec = symmetric
