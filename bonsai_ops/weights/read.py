@@ -49,7 +49,16 @@ def open_text_encoder(path: str | Path) -> tuple[Pack, dict[str, Any]]:
     PackError.
     """
     packs = [open_pack(file, "text_encoder") for file in find_text_encoder(Path(path))]
-    sizes, entries = qwen3.measure(packs[0].path, {name: e for pack in packs for name, e in pack.entries.items()})
+    entries: dict[str, Entry] = {}
+    for pack in packs:
+        for name, entry in pack.entries.items():
+            if name in entries:
+                raise entry.error(
+                    f"stands in {entries[name].path.name} too",
+                    f"Remove the file that does not belong to {pack.path.parent}, or download the folder again.",
+                )
+            entries[name] = entry
+    sizes, entries = qwen3.measure(packs[0].path, entries)
     return replace(packs[0], entries=entries), sizes
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .errors import PackError
 from .formats import formats_of
+from .json_file import read_json
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
 VAE_CONFIG = "vae/config.json"
 TOKENIZER = "tokenizer"
+INDEX = ".index.json"
+"""What the table of a sharded file's parts is called behind that file's name."""
 NO_TRANSFORMER = ("text_encoder", "text_encoders", TOKENIZER, "vae", "scheduler")
 """Folders of a release in which no transformer lies."""
 
@@ -58,13 +61,15 @@ def find_transformer(path: Path) -> Path:
 def find_text_encoder(path: Path) -> list[Path]:
     """The text encoder file (or the parts of a sharded one) of a pack folder or of its own folder.
 
-    Raises PackError if there is none.
+    The parts are those of the index beside them, without one all that are called so. Raises PackError if there is none.
     """
     if path.is_file():
         return [path]
     for place in map(PurePosixPath, _with_own_folder("text_encoder")):
         if (path / place).is_file():
             return [path / place]
+        if (index := path / f"{place}{INDEX}").is_file():
+            return _indexed(index)
         if parts := _files(path / place.parent, f"{place.stem}*{place.suffix}"):
             return parts
     raise PackError(
@@ -72,6 +77,21 @@ def find_text_encoder(path: Path) -> list[Path]:
         "holds no text encoder",
         f"Expected one of {', '.join(places_of('text_encoder'))}: download the whole repository into this folder.",
     )
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files of the index of a sharded model, {"weight_map": {tensor: file beside it}}. Raises PackError."""
+    cure = "Download the whole folder again."
+    content = read_json(index)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise PackError(index, "is no table of tensors and their files", cure, "weight_map")
+    for tensor, name in files.items():
+        if not isinstance(name, str) or not name or PureWindowsPath(name).name != name:
+            raise PackError(index, f"lies in {str(name)[:80]!r}", f"Expected a file beside the index. {cure}", tensor)
+        if not (index.parent / name).is_file():
+            raise PackError(index, f"lies in {name[:80]}, which is not there", cure, tensor)
+    return [index.parent / name for name in sorted(set(files.values()))]
 
 
 def find_vae(folder: Path) -> Path:
