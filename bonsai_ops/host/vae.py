@@ -9,7 +9,9 @@ and lack blocks: what is missing is zeros, and a residual block of zeros hands o
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import comfy.sd
 import torch
@@ -29,8 +31,10 @@ TINY_KEY = "taesd_decoder.1.weight"
 """Tensor [width, latent channels, 3, 3] that only the TAESD family has."""
 TINY_RATIO = 8
 """Pixels a side of a latent position of that family."""
-STOCK_WIDTHS = [128, 256, 512, 512]
-"""block_out_channels that ComfyUI assumes when it recognises a FLUX.2 VAE."""
+STOCK = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 32, "layers_per_block": 2}
+"""Sizes that ComfyUI assumes when it recognises a FLUX.2 VAE, as config.json has them."""
+FIRST_CONVOLUTION = r"encoder\.down(?:_blocks)?\.(\d{1,3})\.(?:resnets|block)\.(\d{1,3})\.conv1\.weight"
+"""Tensor [width, ..] of each layer of each block."""
 
 
 def load_vae(folder: Path) -> comfy.sd.VAE:
@@ -45,13 +49,14 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     for key in ("bn.running_mean", "decoder.conv_in.weight"):
         if key not in file.tensors:
             raise PackError(path, "is missing", "Expected the FLUX.2 VAE as it was published.", key)
-    config = _config(folder)
+    config = _config(folder, file)
     try:
         vae = comfy.sd.VAE(sd={name: file.get(name) for name in file.tensors}, config=config)
-    except RuntimeError as error:  # torch: a tensor does not fit the module that was built for it
+    except (RuntimeError, ValueError) as error:  # torch: a tensor does not fit its module, or widths make none
         if is_the_devices(error):
             raise
-        sizes = "the published sizes" if config is None else f"the sizes in {VAE_CONFIG}"
+        told = (folder / VAE_CONFIG).is_file()
+        sizes = "the published sizes" if config is None else f"the sizes in {VAE_CONFIG}" if told else "one another"
         raise PackError(
             path, f"has tensors that do not fit {sizes}", f"Download the folder {path.parent} again."
         ) from error
@@ -95,15 +100,19 @@ def _load_tiny(file: SafetensorsFile) -> comfy.sd.VAE:
     return vae
 
 
-def _config(folder: Path) -> dict | None:
-    """ComfyUI's description of a VAE that is narrower than the published one, None for that. Raises PackError."""
-    path = folder / VAE_CONFIG
-    if not path.is_file():
-        return None
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise PackError(path, f"holds a {type(config).__name__}", "Expected a JSON object: download it again.")
-    widths = config.get("block_out_channels", STOCK_WIDTHS)
+def _config(folder: Path, file: SafetensorsFile) -> dict | None:
+    """ComfyUI's description of a VAE of other sizes than the published one's, None for that. Raises PackError.
+
+    What config.json does not tell, or all of it where there is none, is measured on the tensors.
+    """
+    sizes, path = _measured(file), file.path
+    if (folder / VAE_CONFIG).is_file():
+        path = folder / VAE_CONFIG
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise PackError(path, f"holds a {type(config).__name__}", "Expected a JSON object: download it again.")
+        sizes |= {key: config[key] for key in sizes if key in config}
+    widths = sizes["block_out_channels"]
     if (
         not isinstance(widths, list)
         or not widths
@@ -116,12 +125,33 @@ def _config(folder: Path) -> dict | None:
             "Expected a list of positive whole numbers, multiples of the first. Download it again.",
             "block_out_channels",
         )
-    latent, layers = config.get("latent_channels", 32), config.get("layers_per_block", 2)
+    latent, layers = sizes["latent_channels"], sizes["layers_per_block"]
     for key, value in (("latent_channels", latent), ("layers_per_block", layers)):
         if not is_count(value):
             raise PackError(path, f"is {str(value)[:80]}", "Expected a positive whole number. Download it again.", key)
-    if widths == STOCK_WIDTHS:
+    if sizes == STOCK:
         return None
+    return _description(widths, latent, layers)
+
+
+def _measured(file: SafetensorsFile) -> dict[str, Any]:
+    """The sizes of STOCK as the tensors have them, under diffusers' names or BFL's; the published ones if they lack."""
+    counted: dict[tuple[int, int], int] = {}  # {(block, layer): width}
+    for name, (shape, _) in file.tensors.items():
+        if (found := re.fullmatch(FIRST_CONVOLUTION, name)) and shape:
+            counted[int(found[1]), int(found[2])] = shape[0]
+    shape, _ = file.tensors["decoder.conv_in.weight"]
+    blocks = sorted({block for block, _ in counted})
+    if not blocks or any((block, 0) not in counted for block in blocks) or len(shape) != 4:
+        return dict(STOCK)
+    return {
+        "block_out_channels": [counted[block, 0] for block in blocks],
+        "latent_channels": shape[1],
+        "layers_per_block": sum(block == blocks[0] for block, _ in counted),
+    }
+
+
+def _description(widths: list[int], latent: int, layers: int) -> dict:
     sizes = {
         "double_z": True,
         "z_channels": latent,

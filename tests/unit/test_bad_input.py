@@ -641,6 +641,44 @@ def test_a_damaged_vae_config(tiny_vae: Path, comfyui_path: Path, content: str, 
     assert found in str(caught.value) and str(tiny_vae) in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [None, "{}", '{"layers_per_block": 2}'])
+def test_a_vae_config_that_is_missing(tiny_vae: Path, comfyui_path: Path, content: str | None) -> None:
+    """The widths follow from the tensors: the same picture as with it."""
+    from bonsai_ops.host.vae import load_vae
+
+    latent = torch.randn(1, 128, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = load_vae(tiny_vae).decode(latent)
+    config = tiny_vae / "vae" / "config.json"
+    config.unlink()
+    if content is not None:
+        config.write_text(content)
+    vae = load_vae(tiny_vae)
+    assert torch.equal(vae.decode(latent), expected)
+    assert (vae.latent_channels, vae.downscale_ratio) == (128, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"decoder.conv_in.weight": torch.zeros(7, 32, 3, 3)}, "has tensors that do not fit one another"),
+        ({"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(16, 3)}, "do not fit one another"),
+        ({"encoder.down_blocks.1.resnets.0.conv1.weight": torch.zeros(33, 3)}, "block_out_channels: is [32, 33, "),
+        ({"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(0, 3)}, "block_out_channels: is [0, "),
+    ],
+)
+def test_a_damaged_vae_without_config(
+    tiny_vae: Path, comfyui_path: Path, change: dict[str, torch.Tensor], found: str
+) -> None:
+    from bonsai_ops.host.vae import load_vae
+
+    path = tiny_vae / "vae" / MLX_FILE
+    save_file(load_file(path) | change, path)
+    (path.parent / "config.json").unlink()
+    with pytest.raises(PackError) as caught:
+        load_vae(tiny_vae)
+    assert found in str(caught.value) and str(path) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [
