@@ -98,7 +98,12 @@ NEEDS = (
         "to choose the dtype",
         takes="model_params weight_dtype supported_dtypes",
     ),
-    Need("host/precision.py", "comfy.cli_args.args", "to choose the dtype", "fp32_unet bf16_unet fp16_unet"),
+    Need(
+        "host/precision.py",
+        "comfy.cli_args.args",
+        "to choose the dtype",
+        "fp32_unet bf16_unet fp16_unet",
+    ),
     Need("host/progress.py", "comfy.utils.ProgressBar", "to show progress", "update_absolute"),
     Need(
         "host/progress.py",
@@ -253,11 +258,30 @@ NEEDS = (
     Need("host/sampling.py", "comfy.samplers.sampler_object", "to take Euler steps"),
     Need("host/sampling.py", "comfy.utils", "to show progress", "PROGRESS_BAR_ENABLED"),
     Need("host/sampling.py", "latent_preview.prepare_callback", "to show previews", costs="no previews are shown"),
-    Need("host/sampling.py", PATCHER, "to know the latents of a model", "get_model_object"),
+    Need("host/sampling.py", PATCHER, "to know the latents of a model", "get_model_object", "model"),
     Need("host/sampling.py", "comfy.latent_formats.LatentFormat", "to know them", "latent_channels"),
     Need(
         "host/sampling.py", "nodes", "to read a LATENT", words="samples noise_mask batch_index downscale_ratio_spacial"
     ),
+    Need("host/misfit.py", "comfy.patcher_extension.WrappersMP", "to see a sampling fail", "OUTER_SAMPLE"),
+    Need("host/misfit.py", PATCHER, "to see a sampling fail", "get_wrappers add_wrapper_with_key", "model"),
+    Need("host/misfit.py", "comfy.patcher_extension.WrapperExecutor", "to see a sampling fail", words="class_obj"),
+    Need("host/misfit.py", "comfy.samplers.CFGGuider", "to see what it was given", words="conds model_patcher"),
+    Need("host/misfit.py", "comfy.samplers", "to see what it was given", words="cross_attn control"),
+    Need(
+        "host/misfit.py",
+        BASE_MODEL,
+        "to tell what belongs to another model",
+        words="latent_format diffusion_model model_config",
+    ),
+    Need("host/misfit.py", CONFIGURATION, "to tell what belongs to another model", "unet_config"),
+    Need(
+        "host/misfit.py",
+        "comfy.latent_formats.LatentFormat",
+        "to tell what belongs to another model",
+        "latent_channels latent_dimensions",
+    ),
+    Need("host/misfit.py", "comfy.controlnet.ControlBase", "to tell what belongs to another model"),
     # Patch to BitLinear
     Need("host/patch/layers.py", "comfy.lora.calculate_weight", "to carry out merges", takes="intermediate_dtype"),
     Need("host/patch/layers.py", TENSOR, "to unpack quantized layers", "dequantize"),

@@ -22,6 +22,7 @@ from .attention import attend_in_parts
 from .inventory import Origin, attach_inventory
 from .layout import wrapped
 from .linear import make_bonsai_ops
+from .misfit import explain_misfits
 from .model_class import described_configuration, empty_model, filled
 from .patcher import adopt
 from .precision import DTYPES, compute_dtype
@@ -89,6 +90,7 @@ def load_bonsai_model(
     model.model.manual_cast_dtype = None
     adopt(model)
     attend_in_parts(model)
+    explain_misfits(model)
     model.cached_patcher_init = (load_bonsai_model, (str(path), asdict(settings)))
     origin = Origin(str(pack.path), pack.format, pack.source, pack.architecture, pack.configuration)
     inventory = attach_inventory(model, origin)

@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 
 from . import comfyui
+from .misfit import as_conds, explained
 from .schedule import official_sigmas
 
 if TYPE_CHECKING:
@@ -25,8 +26,11 @@ def sample_official(model: ModelPatcher, positive: list, latent: dict, seed: int
     """Euler steps over the official sigmas at guidance 1; returns a LATENT like `latent`.
 
     latent["samples"]: [B, 128, H / 16, W / 16] float. Noise is torch's CPU generator seeded with `seed`, as in the
-    official pipeline. A noise_mask is honoured. Raises ValueError for a latent with content of another model's shape.
+    official pipeline. A noise_mask is honoured. Raises ValueError for a latent with content of another model's shape
+    and for a conditioning that is empty, MisfitError for one of another model.
     """
+    if not positive:
+        raise ValueError("the positive conditioning is empty: connect CLIP Text Encode")
     samples = _prepared(model, latent)
     channels = model.get_model_object("latent_format").latent_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
@@ -39,7 +43,8 @@ def sample_official(model: ModelPatcher, positive: list, latent: dict, seed: int
         return _finished(latent, samples)
     euler = comfy.samplers.sampler_object("euler")
     how = (1.0, euler, sigmas, positive, positive)
-    return _sampled(comfy.sample.sample_custom, model, latent, samples, how, seed, steps)
+    with explained(model.model, {"positive": as_conds(positive)}, samples):
+        return _sampled(comfy.sample.sample_custom, model, latent, samples, how, seed, steps)
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,12 @@ class Sampling:
     scheduler: str
 
     def run(self, model: ModelPatcher) -> dict:
-        """The LATENT that `model` draws."""
+        """The LATENT that `model` draws. Raises MisfitError for inputs of another model."""
         how = (self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive, self.negative)
         samples = _prepared(model, self.latent)
-        return _sampled(comfy.sample.sample, model, self.latent, samples, how, self.seed, self.steps)
+        conds = {"positive": as_conds(self.positive), "negative": as_conds(self.negative)}
+        with explained(model.model, conds, samples):
+            return _sampled(comfy.sample.sample, model, self.latent, samples, how, self.seed, self.steps)
 
 
 def _prepared(model: ModelPatcher, latent: dict) -> torch.Tensor:

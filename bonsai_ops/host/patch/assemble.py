@@ -15,6 +15,7 @@ from .. import comfyui
 from ..attention import attend_in_parts
 from ..inventory import Origin, attach_inventory
 from ..layout import is_packed, wrap
+from ..misfit import explain_misfits
 from ..model_class import configuration_for_twin, describe_configuration, empty_model, filled, is_dynamic
 from ..patcher import adopt
 from ..tensors import base_tensors, tensors_of
@@ -67,6 +68,7 @@ def _around(
     patcher.is_injected = False
     adopt(patcher)
     attend_in_parts(patcher)
+    explain_misfits(patcher)
     return patcher
 
 
