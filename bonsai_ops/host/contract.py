@@ -80,7 +80,7 @@ NEEDS = (
         "host/folders.py",
         "folder_paths",
         "to list packs",
-        "folder_names_and_paths get_filename_list get_folder_paths get_full_path models_dir",
+        "folder_names_and_paths get_folder_paths get_full_path models_dir",
     ),
     Need("host/folders.py", "folder_paths.add_model_folder_path", "to list packs", takes="is_default"),
     Need(

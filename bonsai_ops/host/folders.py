@@ -1,32 +1,76 @@
 """Where packs lie, and the names that the nodes offer.
 
-Packs lie in `models/bonsai` beside ComfyUI's own model folders; what ships with the plugin lies in the same way in
-`models` of this package.
+Packs lie in `models/bonsai` beside ComfyUI's own model folders, and in whatever folders extra_model_paths.yaml calls
+`bonsai`; what ships with the plugin lies in the same way in `models` of this package. Of one name in several folders
+the first is meant.
 
-Names always use forward slashes, so that a workflow made on Windows finds its files on Linux and back.
+ComfyUI's own lists have only the endings that its loaders know, so ours are made here. Names always use forward
+slashes, so that a workflow made on Windows finds its files on Linux and back.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import folder_paths
 
 from ..weights.errors import PackError
 from ..weights.formats import PARTS, suffixes_of
-from ..weights.release import find_text_encoder, find_vae, is_text_encoder, may_be_transformer, packs_among
+from ..weights.release import (
+    find_text_encoder,
+    find_transformer,
+    find_vae,
+    holds_transformer,
+    is_text_encoder,
+    may_be_transformer,
+    packs_among,
+)
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "bonsai"
 LORA_KIND = "loras"
 SHIPPED = Path(__file__).resolve().parents[1] / "models"
 TRANSFORMER_KIND, TEXT_ENCODER_KIND = "diffusion_models", "text_encoders"
+NO_FOLDER = "models/bonsai itself (the repository has no folder of its own)"
+"""What a repository is called that was downloaded straight into one of our folders."""
+VERSIONED = ".git"
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files below some folders, and {folder: time of its last change, None for one that was not there}."""
+
+    folders: tuple[str, ...]
+    changed: dict[str, int | None]
+    names: list[str]
+
+    def holds(self, folders: tuple[str, ...]) -> bool:
+        return folders == self.folders and all(_changed(path) == time for path, time in self.changed.items())
+
+
+_listings: dict[str, _Listing] = {}
 
 
 def register() -> None:
-    """Makes `models/bonsai`, which is created, and the shipped files known to ComfyUI. Safe to call again."""
+    """Makes `models/bonsai`, which is created if it can be, and the shipped files known to ComfyUI.
+
+    Safe to call again.
+    """
     path = Path(folder_paths.models_dir) / FOLDER
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning(
+            "Bonsai: %s is no folder and cannot be made one (%s): packs there are not found. Remove what is in its "
+            "place or allow writing there, then press R on the page.",
+            path,
+            error.strerror or error,
+        )
     folder_paths.add_model_folder_path(FOLDER, str(path), is_default=True)
     for kind in (FOLDER, LORA_KIND):
         folder_paths.add_model_folder_path(kind, str(SHIPPED / kind))
@@ -37,19 +81,20 @@ def register() -> None:
 
 def model_names() -> list[str]:
     """Transformer files in `models/bonsai` and in ComfyUI's diffusion model folders."""
-    own = [name for name in _names(FOLDER) if may_be_transformer(name)]
-    return own + _others(TRANSFORMER_KIND, suffixes_of("transformer"), own)
+    own = [name for name in _names(FOLDER, "transformer") if may_be_transformer(name)]
+    return own + [name for name in _names(TRANSFORMER_KIND, "transformer") if name not in own]
 
 
 def text_encoder_names() -> list[str]:
     """Text encoder files in `models/bonsai` and in ComfyUI's text encoder folders."""
-    own = [name for name in _names(FOLDER) if is_text_encoder(name)]
-    return own + _others(TEXT_ENCODER_KIND, suffixes_of("text_encoder"), own)
+    own = [name for name in _names(FOLDER, "text_encoder") if is_text_encoder(name)]
+    return own + [name for name in _names(TEXT_ENCODER_KIND, "text_encoder") if name not in own]
 
 
 def pack_names() -> list[str]:
     """Folders below `models/bonsai` that hold a transformer at one of the published places."""
-    return packs_among(_names(FOLDER))
+    straight = any(holds_transformer(Path(root)) for root in folder_paths.get_folder_paths(FOLDER))
+    return packs_among(_names(FOLDER, "transformer")) + [NO_FOLDER] * straight
 
 
 def model_path(name: str) -> Path:
@@ -64,22 +109,52 @@ def text_encoder_path(name: str) -> Path:
 
 def pack_path(name: str) -> Path:
     """The folder behind a name of `pack_names`. Raises PackError if it is gone or has no text encoder or VAE."""
-    for root in folder_paths.get_folder_paths(FOLDER):
-        path = Path(root) / name
-        if ".." not in path.parts and path.is_dir():
-            find_text_encoder(path)  # a missing one is told before the transformer is repacked
-            find_vae(path)
-            return path
-    raise PackError(name, "is not in models/bonsai", "Put the pack folder there and refresh the page.")
+    inner = "" if name == NO_FOLDER else name
+    roots = [Path(root) for root in folder_paths.get_folder_paths(FOLDER)]
+    inside = [root / inner for root in roots if (root / inner).is_relative_to(root)]
+    found = [path for path in inside if ".." not in path.parts and path.is_dir()]
+    if not found:
+        raise PackError(name, "is not in models/bonsai", "Put the pack folder there and refresh the page.")
+    path = next(filter(holds_transformer, found), found[0])
+    find_transformer(path)
+    find_text_encoder(path)  # a missing one is told before the transformer is repacked
+    find_vae(path)
+    return path
 
 
-def _others(kind: str, suffixes: Sequence[str], own: Sequence[str]) -> list[str]:
-    """Files of a model folder of ComfyUI's with these endings that are not among our own."""
-    return [n for n in _names(kind) if PurePosixPath(n).suffix in suffixes and n not in own]
+def _names(kind: str, part: str) -> list[str]:
+    """Names of the files in the folders of a kind whose ending, in small letters, is one of that part of a pipeline."""
+    suffixes = suffixes_of(part)
+    return [name for name in _files(kind) if PurePosixPath(name).suffix.lower() in suffixes]
 
 
-def _names(kind: str) -> list[str]:
-    return [name.replace("\\", "/") for name in folder_paths.get_filename_list(kind)]
+def _files(kind: str) -> list[str]:
+    """Names of all files in the folders of a kind, looked up again where something was added or removed."""
+    folders = tuple(folder_paths.get_folder_paths(kind))
+    known = _listings.get(kind)
+    if known is None or not known.holds(folders):
+        known = _listings[kind] = _list(folders)
+    return known.names
+
+
+def _list(folders: Sequence[str]) -> _Listing:
+    names: set[str] = set()
+    changed: dict[str, int | None] = {}
+    for folder in folders:
+        changed[folder] = _changed(folder)
+        for place, inner, files in os.walk(folder, followlinks=True):  # what cannot be read is passed over
+            inner[:] = [name for name in inner if name != VERSIONED]
+            changed[place] = _changed(place)
+            names.update(Path(place, file).relative_to(folder).as_posix() for file in files)
+    return _Listing(tuple(folders), changed, sorted(names))
+
+
+def _changed(path: str) -> int | None:
+    """When a folder was last changed, None if it cannot be asked."""
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _path(name: str, kinds: tuple[str, ...]) -> Path:

@@ -41,7 +41,7 @@ def find_transformer(path: Path) -> Path:
         raise PackError(path, "does not exist", "Put the pack under models/bonsai and refresh the page.")
     found = [path / place for place in _with_own_folder("transformer") if (path / place).is_file()]
     if not found:
-        natives = _files(path, "*.safetensors")
+        natives = [file for file in _files(path, "*") if file.suffix.lower() == ".safetensors" and file.is_file()]
         if len(natives) == 1:
             return natives[0]
         raise PackError(
@@ -56,6 +56,11 @@ def find_transformer(path: Path) -> Path:
             "Choose one of these files instead of the folder.",
         )
     return found[0]
+
+
+def holds_transformer(folder: Path) -> bool:
+    """Whether a folder has a transformer at one of the published places."""
+    return any((folder / place).is_file() for place in places_of("transformer"))
 
 
 def find_text_encoder(path: Path) -> list[Path]:

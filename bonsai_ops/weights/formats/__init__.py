@@ -59,7 +59,7 @@ def suffixes_of(part: str) -> list[str]:
 def open_pack(path: Path | str, part: str = "transformer") -> Pack:
     """Opens a file; reads headers only. Raises PackError for one that is not of a format of this part."""
     path = Path(path)
-    container = next((form.FILE for form in FORMATS if path.suffix in form.FILE.SUFFIXES), None)
+    container = next((form.FILE for form in FORMATS if path.suffix.lower() in form.FILE.SUFFIXES), None)
     if container is None:
         raise PackError(
             path,
