@@ -201,7 +201,7 @@ NEEDS = (
         "host/patcher.py",
         PATCHER,
         "to keep packed layers packed when LoRAs and hooks come and go",
-        "patch_weight_to_device load unpatch_model state_dict_for_saving pre_run cleanup patch_hooks "
+        "patch_weight_to_device load unpatch_model model_state_dict state_dict_for_saving pre_run cleanup patch_hooks "
         "patch_hook_weight_to_device unpatch_hooks get_callbacks add_callback_with_key",
         "model patches backup patches_uuid cached_hook_patches hook_backup",
     ),

@@ -7,7 +7,7 @@ ComfyUI's manual_cast operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import comfy.ops
@@ -67,20 +67,30 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     def weight_lowvram_function(self, patch: LowVramPatch | None) -> None:
         self._dynamic_patch = patch
 
+    def _offloaded(self) -> list[LowVramPatch]:
+        """The patches that ComfyUI has merged into an offloaded weight at each call."""
+        found = [f for f in self.weight_function if isinstance(f, LOWVRAM_PATCH)]
+        return found if self._dynamic_patch is None else [*found, self._dynamic_patch]
+
     def _layer_patches(self) -> list[LayerPatches]:
         """The patches on a packed weight; those of an offloaded layer's LowVramPatch stand for its resident_patch."""
-        offloaded = [f for f in self.weight_function if isinstance(f, LOWVRAM_PATCH)]
-        if self._dynamic_patch is not None:
-            offloaded.append(self._dynamic_patch)
-        found = [patches_of(f, self.weight.shape) for f in offloaded] or [self.resident_patch]
+        found = [patches_of(f, self.weight.shape) for f in self._offloaded()] or [self.resident_patch]
         return [p for p in (*found, self.hook_patch) if p is not None]
+
+    def resident_weight(self) -> torch.Tensor:
+        """What would lie in memory if the weight were dense, in its dtype: with patches, but for offloaded ones."""
+        patches = [None if self._offloaded() else self.resident_patch, self.hook_patch]
+        dense = unwrap(self.weight).dequantize(torch.float32)
+        return self.patched(dense, [p for p in patches if p is not None]).to(self.weight.dtype)
 
     def _wrappers(self) -> list[Callable]:
         """Weight functions that are no patches: what `ModelPatcher.add_weight_wrapper` put there."""
         return [f for f in self.weight_function if not isinstance(f, LOWVRAM_PATCH)]
 
-    def _patched(self, dense: torch.Tensor, patches: list[LayerPatches], wrappers: list) -> torch.Tensor:
-        """The unpacked fp32 weight with patches merged and wrappers applied."""
+    def patched(
+        self, dense: torch.Tensor, patches: Sequence[LayerPatches], wrappers: Sequence[Callable] = ()
+    ) -> torch.Tensor:
+        """The unpacked fp32 weight with patches merged and wrappers applied; `dense` itself may be changed."""
         for patch in patches:
             dense = patch.merged(dense)
         for function in wrappers:
@@ -192,7 +202,7 @@ class PackedLinear(_PackedModule):
             return torch.nn.functional.linear(x, self.weight, self.bias)
         weight, bias, stream = self._cast_packed(x.device, x.dtype)
         if wrappers or any(patch.terms is None for patch in patches):
-            dense = self._patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
+            dense = self.patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
             y = torch.nn.functional.linear(x, dense.to(x.dtype), bias)
         else:
             y = kernels.linear(x, unwrap(weight), bias, mode_of(weight))
@@ -231,7 +241,7 @@ class PackedEmbedding(_PackedModule):
             weight, _, stream = self._cast_packed(index.device, dtype)
             patches, wrappers = self._layer_patches(), self._wrappers()
             if patches or wrappers:
-                dense = self._patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
+                dense = self.patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
                 rows = torch.nn.functional.embedding(index, dense).to(dtype)
             else:
                 rows = unwrap(weight).select_rows(index.reshape(-1), dtype).view(*index.shape, self.embedding_dim)

@@ -23,7 +23,8 @@ import comfy.utils
 import torch
 
 from .. import kernels
-from .layout import is_packed
+from .dense_on_read import DenseOnRead
+from .layout import is_packed, unwrap
 from .lora import LayerPatches, merges_models, plain_terms
 
 if TYPE_CHECKING:
@@ -57,12 +58,12 @@ class PackedPatcher(Mixed):
         return_weight: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor | None:
+        if return_weight and is_packed(self._base(key)):
+            return self._patched_weight(key, device_to)
         module = self._packed_module(key)
         patches = self.patches.get(key)
-        if module is None or (patches is not None and merges_models(patches) and not return_weight):
+        if module is None or (patches is not None and merges_models(patches)):
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
-        if return_weight:
-            return module.weight if device_to is None else module.weight.to(device_to)
         if kwargs.get("force_cast") and device_to is not None and module.weight.device != torch.device(device_to):
             if key not in self.backup:
                 self.backup[key] = _Backup(module.weight, False)
@@ -70,6 +71,32 @@ class PackedPatcher(Mixed):
         module.weight_lowvram_function = None  # left over if dynamic VRAM streamed this layer before
         module.resident_patch = None if patches is None else LayerPatches(key, patches, module.weight.shape)
         return module.weight
+
+    def _base(self, key: str) -> torch.Tensor | None:
+        """The tensor of this key as it was loaded; what ComfyUI put in its place holds the patches already."""
+        kept = self.backup.get(key)
+        return comfy.utils.get_attr(self.model, key) if kept is None else kept.weight
+
+    def _patched_weight(self, key: str, device: torch.device | None = None) -> torch.Tensor:
+        """The weight of one of our layers, dense and with all patches, in the dtype it computes in."""
+        module, base = comfy.utils.get_attr(self.model, key.rpartition(".")[0]), self._base(key)
+        dense = _values(base, base.device if device is None else device)
+        patches = [LayerPatches(key, self.patches[key], dense.shape)] if key in self.patches else []
+        if module.hook_patch is not None:
+            patches.append(module.hook_patch)
+        return module.set_weight(module.patched(dense, patches), return_weight=True)
+
+    def _packed_modules(self) -> dict[str, torch.nn.Module]:
+        """{key of its weight: module} of every layer that is packed now."""
+        named = self.model.named_modules()
+        return {f"{name}.weight": module for name, module in named if is_packed(getattr(module, "weight", None))}
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, torch.Tensor]:
+        """{key: tensor} as ComfyUI's; a packed weight is dense, made when it is read, its tables stand beside it."""
+        tensors = super().model_state_dict(filter_prefix)
+        packed = {key: module for key, module in self._packed_modules().items() if key in tensors}
+        tensors.update((key, module.weight) for key, module in packed.items())
+        return DenseOnRead(tensors, {key: module.resident_weight for key, module in packed.items()})
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load(*args, **kwargs)
@@ -105,11 +132,10 @@ class PackedPatcher(Mixed):
         _refuse_loras([n for n, p in patched.items() if is_packed(ours[n].weight) and not merges_models(p)])
         before = [(m, m.weight, getattr(m, "comfy_patched_weights", None)) for m in ours.values()]
         try:
-            for name, patches in patched.items():
+            for name in patched:
                 module = ours[name]
                 if is_packed(module.weight) or getattr(module, "comfy_patched_weights", None) is not True:
-                    dense = module.convert_weight(module.weight.to(torch.float32, copy=True))
-                    module.set_weight(LayerPatches(f"{name}.weight", patches, dense.shape).merged(dense))
+                    module.set_weight(self._patched_weight(f"{name}.weight"))
             for module in ours.values():
                 module.comfy_patched_weights = True
             yield
@@ -189,6 +215,13 @@ def _refuse_loras(layers: Sequence[str]) -> None:
             f"{len(layers)} packed layers ({layers[0]}, ..) carry a LoRA, which cannot be merged into their codes "
             "nor be kept apart in this file. Save the model without it: Save Bonsai Model leaves LoRAs out."
         )
+
+
+def _values(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a packed or dense weight as dense float32 values on `device`."""
+    if is_packed(weight):
+        return unwrap(weight).to(device).dequantize(torch.float32)
+    return weight.detach().to(device, torch.float32, copy=True)
 
 
 @dataclass

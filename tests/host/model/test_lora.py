@@ -26,6 +26,7 @@ from twins import (
     packed_layers,
     predict,
     relative,
+    run_node,
     run_node_outputs,
     same_state,
     state_bytes,
@@ -324,6 +325,24 @@ def test_text_encoder_lora(pair: Pair, text_encoders: tuple[Any, Any], lora_file
         embedded.append(encode(clip))
     assert relative(*embedded) < 1e-5 and relative(embedded[0], base[0]) > 1e-3
     assert torch.equal(encode(text_encoders[0]), base[0])
+
+
+def test_the_text_encoder_gives_its_weights_too(text_encoders: tuple[Any, Any], lora_file: LoraFile) -> None:
+    """CLIPSubtract and a LoRA on a packed CLIP: offloaded layers were given as codes."""
+    layer = "text_encoders.qwen3_4b.transformer.model.layers.3.self_attn.q_proj"
+    key = f"{layer.removeprefix('text_encoders.')}.weight"
+    name = lora_file(low_rank({layer: (256, 256)}))
+    weights = []
+    for clip in text_encoders:
+        _, changed = run_node_outputs(
+            "nodes.LoraLoader", model=None, clip=clip, lora_name=name, strength_model=0, strength_clip=0.8
+        )
+        added = run_node("comfy_extras.nodes_model_merging.CLIPSubtract", clip1=changed, clip2=clip, multiplier=0.25)
+        patchers = (changed.patcher, added.patcher)
+        device = torch.device("cpu")
+        weights.append([p.patch_weight_to_device(key, device_to=device, return_weight=True) for p in patchers])
+    for found, truth in zip(*weights, strict=True):
+        assert relative(found, truth) < 1e-6
 
 
 def test_save_clip_node(text_encoders: tuple[Any, Any], comfy_base_directory: Path) -> None:
