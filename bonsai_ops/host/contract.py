@@ -178,7 +178,13 @@ NEEDS = (
         "to find LoRAs of offloaded and dynamic layers, and to be patched",
         words="weight_function weight_lowvram_function convert_weight set_weight inplace_update seed return_weight",
     ),
-    Need("host/lora.py", "comfy.lora.calculate_weight", "to apply what is no plain LoRA", takes="intermediate_dtype"),
+    Need(
+        "host/lora.py",
+        "comfy.lora.calculate_weight",
+        "to apply what is no plain LoRA",
+        words="model_as_lora",
+        takes="intermediate_dtype original_weights",
+    ),
     Need(
         "host/lora.py",
         "comfy.model_patcher.LowVramPatch",
@@ -201,8 +207,8 @@ NEEDS = (
         "host/patcher.py",
         PATCHER,
         "to keep packed layers packed when LoRAs and hooks come and go",
-        "patch_weight_to_device load unpatch_model model_state_dict state_dict_for_saving pre_run cleanup patch_hooks "
-        "patch_hook_weight_to_device unpatch_hooks get_callbacks add_callback_with_key",
+        "patch_weight_to_device load unpatch_model model_state_dict state_dict_for_saving pre_run cleanup "
+        "add_hook_patches patch_hooks patch_hook_weight_to_device unpatch_hooks get_callbacks add_callback_with_key",
         "model patches backup patches_uuid cached_hook_patches hook_backup",
     ),
     Need(

@@ -91,8 +91,9 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         self, dense: torch.Tensor, patches: Sequence[LayerPatches], wrappers: Sequence[Callable] = ()
     ) -> torch.Tensor:
         """The unpacked fp32 weight with patches merged and wrappers applied; `dense` itself may be changed."""
+        original = dense.clone() if any(patch.reads_original for patch in patches) else None
         for patch in patches:
-            dense = patch.merged(dense)
+            dense = patch.merged(dense, original)
         for function in wrappers:
             dense = function(dense)
         return dense

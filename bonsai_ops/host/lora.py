@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import torch
@@ -93,9 +93,20 @@ class LayerPatches:
         """The matrices that `add_to` holds for its next call."""
         return [matrix for place in self._prepared.values() for *_, down, up in place for matrix in (down, up)]
 
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """The dense weight with all patches, by ComfyUI's own arithmetic in the weight's dtype."""
-        return comfy.lora.calculate_weight(self.patches, weight, self.key, intermediate_dtype=weight.dtype)
+    @property
+    def reads_original(self) -> bool:
+        """True if a patch is the difference to the weight as it was loaded."""
+        return any(model_as_lora(value) is not None for _, value, *_ in self.patches)
+
+    def merged(self, weight: torch.Tensor, original: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense weight with all patches, by ComfyUI's own arithmetic in its dtype; `weight` itself may be changed.
+
+        original: the weight as it was loaded, where `reads_original`.
+        """
+        originals = {} if original is None else {self.key: [(original,)]}
+        return comfy.lora.calculate_weight(
+            self.patches, weight, self.key, intermediate_dtype=weight.dtype, original_weights=originals
+        )
 
     def _matrices(self, device: torch.device, dtype: torch.dtype, keep: bool) -> list:
         """[(rows, columns, down [R, in], up [out, R])]: terms on the same slices joined, factors folded into up."""
@@ -134,6 +145,11 @@ def plain_terms(patches: Sequence[tuple]) -> list[LowRank] | None:
 def merges_models(patches: Sequence[tuple]) -> bool:
     """True if a patch scales the base weight or brings a whole other weight: a merge, whose result is dense."""
     return any(strength_model != 1.0 or isinstance(value, list) for _, value, strength_model, _, _ in patches)
+
+
+def model_as_lora(value: Any) -> torch.Tensor | None:
+    """The weight to which the patch of a hook leads from the loaded one; None if it is another kind of patch."""
+    return value[1][0] if isinstance(value, tuple) and len(value) == 2 and value[0] == "model_as_lora" else None
 
 
 def patches_of(patch: LowVramPatch, shape: Sequence[int]) -> LayerPatches:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,13 @@ import comfy.utils
 import torch
 
 from .. import kernels
+from ..weights.packed_weight import TABLES
 from .dense_on_read import DenseOnRead
 from .layout import is_packed, unwrap
-from .lora import LayerPatches, merges_models, plain_terms
+from .lora import LayerPatches, merges_models, model_as_lora, plain_terms
 
 if TYPE_CHECKING:
-    from comfy.hooks import HookGroup
+    from comfy.hooks import HookGroup, WeightHook
     from comfy.model_patcher import MemoryCounter, ModelPatcher
     from comfy.model_patcher import ModelPatcher as Mixed
 else:
@@ -156,9 +157,20 @@ class PackedPatcher(Mixed):
         super().cleanup()
         kernels.release_memory()
 
+    def add_hook_patches(self, hook: WeightHook, patches: Mapping[str | tuple, Any], *args: Any, **kwargs: Any) -> Any:
+        """As ComfyUI's. Raises ValueError for a hook of codes or of weights of another size, and takes nothing."""
+        packed = {key: module.weight.shape for key, module in self._packed_modules().items()}
+        _refuse_codes(patches or {}, packed)
+        return super().add_hook_patches(hook, patches, *args, **kwargs)
+
     def patch_hooks(self, hooks: HookGroup | None) -> None:
+        """As ComfyUI's; what goes wrong meanwhile leaves no hook on any layer."""
         self.cached_hook_patches.clear()  # ComfyUI's cache holds merged weights; a packed layer has none to cache
-        super().patch_hooks(hooks)
+        try:
+            super().patch_hooks(hooks)
+        except BaseException:
+            self.unpatch_hooks()
+            raise
 
     def patch_hook_weight_to_device(
         self,
@@ -183,12 +195,13 @@ class PackedPatcher(Mixed):
         super().unpatch_hooks(whitelist_keys_set)
 
     def _give_back(self, keys: set[str] | None) -> None:
-        """Puts back the weights that hooks replaced, of all keys if none are given.
+        """Puts back the parameters that hooks replaced, of all keys if none are given.
 
-        ComfyUI copies the values back instead, which would leave them in the merged dtype.
+        ComfyUI copies the values back instead, which would leave them in the merged dtype; it does so with buffers.
         """
         for key in list(self.hook_backup):
-            if not keys or key in keys:
+            replaced = isinstance(comfy.utils.get_attr(self.model, key), torch.nn.Parameter)
+            if replaced and (not keys or key in keys):
                 weight, device = self.hook_backup.pop(key)
                 comfy.utils.set_attr_param(self.model, key, weight.to(device))
 
@@ -215,6 +228,28 @@ def _refuse_loras(layers: Sequence[str]) -> None:
             f"{len(layers)} packed layers ({layers[0]}, ..) carry a LoRA, which cannot be merged into their codes "
             "nor be kept apart in this file. Save the model without it: Save Bonsai Model leaves LoRAs out."
         )
+
+
+def _refuse_codes(patches: Mapping[str | tuple, Any], packed: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError if a hook's patches bring codes or tables, or weights that are not of the size of packed ones.
+
+    packed: {key: shape} of the packed weights of the model.
+    """
+    values = {key if isinstance(key, str) else key[0]: value for key, value in patches.items()}
+    tables = {f"{key}_{name}" for key in packed for name in TABLES}
+    for key, value in values.items():
+        weight = model_as_lora(value)
+        coded = weight is not None and (f"{key}_scale" in values or not weight.is_floating_point())
+        if key in tables or (coded and key.endswith(".weight")):
+            raise ValueError(
+                f"a hook brings codes for {key}, not weights: Create Hook Model as LoRA takes a checkpoint of dense "
+                "weights. Mix packed models with a merge node instead."
+            )
+        if weight is not None and key in packed and weight.shape != packed[key]:
+            raise ValueError(
+                f"a hook brings {key} of shape {list(weight.shape)}, this model's is {list(packed[key])}: Create Hook "
+                "Model as LoRA needs a checkpoint of the same model."
+            )
 
 
 def _values(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
