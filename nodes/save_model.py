@@ -25,7 +25,7 @@ class SaveBonsaiModel(io.ComfyNode):
             display_name="Save Bonsai Model",
             category=inputs.CATEGORY,
             description="Writes a packed model as one .safetensors: the smallest form, loaded without repacking. LoRAs "
-            "on the model stay separate and are not saved.",
+            "on the model are left out, or become part of it with include_loras.",
             inputs=[
                 io.Model.Input("model", tooltip="A model from Load Bonsai Model or Load Bonsai Pack."),
                 io.String.Input(
@@ -34,13 +34,22 @@ class SaveBonsaiModel(io.ComfyNode):
                     tooltip="Folder and name below ComfyUI's output folder; a number is added. With the default, "
                     "Load Bonsai Model lists the file after a refresh.",
                 ),
+                io.Boolean.Input(
+                    "include_loras",
+                    default=False,
+                    optional=True,
+                    display_name="include LoRAs",
+                    tooltip="Off: the model without its LoRAs. On: plain LoRAs become part of the file, with their "
+                    "strengths, as 16-bit or 32-bit branches beside the packed layers; it grows by about their size "
+                    "and needs no LoRA file. DoRA, LoHa, LoKr and the like are refused.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, filename_prefix: str) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, filename_prefix: str, include_loras: bool = False) -> io.NodeOutput:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
         )
@@ -48,5 +57,5 @@ class SaveBonsaiModel(io.ComfyNode):
         hidden = cls.hidden
         said = not comfy.cli_args.args.disable_metadata
         extra = workflow_metadata(hidden.prompt, hidden.extra_pnginfo) if said else {}
-        save_bonsai_model(model, path, progress=comfyui_bar(), extra=extra)
-        return io.NodeOutput(ui={"text": [str(path)]})
+        said = save_bonsai_model(model, path, progress=comfyui_bar(), extra=extra, include_loras=include_loras)
+        return io.NodeOutput(ui={"text": [str(path), *filter(None, [said])]})

@@ -59,7 +59,7 @@ NEEDS = (
     Need("nodes", IO, "to describe inputs", "Model.Input Conditioning.Input Latent.Input", takes="tooltip"),
     Need("nodes", f"{IO}.Combo.Input", "to offer choices", takes="options default tooltip optional"),
     Need("nodes", f"{IO}.String.Input", "to ask for text", takes="default multiline tooltip"),
-    Need("nodes", f"{IO}.Boolean.Input", "to ask yes or no", takes="default tooltip"),
+    Need("nodes", f"{IO}.Boolean.Input", "to ask yes or no", takes="default optional display_name tooltip"),
     Need("nodes", f"{IO}.Int.Input", "to ask for a number", takes="default min max control_after_generate tooltip"),
     Need("nodes", f"{IO}.Float.Input", "to ask for a number", takes="default min max step tooltip"),
     Need("nodes", f"{IO}.Custom", "to name the type of a calibration"),
@@ -255,6 +255,14 @@ NEEDS = (
     Need("host/inventory.py", BASE_MODEL, "to describe a model", "get_dtype_inference", "diffusion_model"),
     Need("host/info.py", PATCHER, "to describe a model", words="patches"),
     Need("host/save.py", PATCHER, "to save a model without its LoRAs", words="patches"),
+    Need(
+        "host/fold.py",
+        PATCHER,
+        "to save a model with its LoRAs",
+        words="model patches injections weight_wrapper_patches",
+    ),
+    Need("host/fold.py", BASE_MODEL, "to round as the model does", "get_dtype_inference"),
+    Need("host/fold.py", "comfy.sd", "to refuse what lies outside of the weights", words="bypass_lora"),
     # steps
     Need(
         "host/sampling.py", "comfy.sample", "to sample", "fix_empty_latent_channels prepare_noise sample sample_custom"

@@ -1,4 +1,4 @@
-"""A MODEL -> a native file: the base weights, compact; patches such as LoRAs are not part of it."""
+"""A MODEL -> a native file: the base weights, compact, and its LoRAs if that is asked for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from ..weights.formats import native
 from ..weights.packed_weight import PackedWeight, at_density, narrow_exact
 from ..weights.read import source_record
+from .fold import fold_loras
 from .inventory import attached_inventory
 from .layout import is_packed, unwrap
 from .lora import merges_models
@@ -27,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def base_weights(model: ModelPatcher) -> dict[str, PackedWeight | torch.Tensor]:
-    """{name: packed (compact) or dense weight} of a ModelPatcher's transformer as it was loaded, patches undone.
+    """{ComfyUI's name: packed (compact) or dense weight} of a ModelPatcher's transformer as loaded, patches undone.
 
-    FLUX names are BFL's. Persistent buffers are among them.
+    Persistent buffers are among them.
 
     Raises ValueError if no layer of it is packed, or if it is a merge, whose layers are dense.
     """
@@ -37,7 +38,6 @@ def base_weights(model: ModelPatcher) -> dict[str, PackedWeight | torch.Tensor]:
         raise ValueError("this model is a merge, which is dense: save it with Save Model")
     weights: dict[str, PackedWeight | torch.Tensor] = {}
     for name, tensor in base_tensors(model).items():
-        name = re.sub(r"(norm\.(?:query|key)_norm)\.weight$", r"\1.scale", name)
         if is_packed(tensor):
             weights[name] = at_density(unwrap(tensor), "compact")
         else:
@@ -48,6 +48,11 @@ def base_weights(model: ModelPatcher) -> dict[str, PackedWeight | torch.Tensor]:
             "Patch to BitLinear"
         )
     return weights
+
+
+def bfl_name(name: str) -> str:
+    """BFL's name for a weight that newer versions of ComfyUI call otherwise; any other name as it is."""
+    return re.sub(r"(norm\.(?:query|key)_norm)\.weight$", r"\1.scale", name)
 
 
 def workflow_metadata(prompt: object, extra_pnginfo: Mapping[str, object] | None) -> dict[str, str]:
@@ -62,17 +67,23 @@ def save_bonsai_model(
     *,
     progress: Progress | None = None,
     extra: Mapping[str, object] | None = None,
-) -> None:
-    """Writes the model's base weights to a new native file. Raises ValueError or PackError, or OSError from the disk.
+    include_loras: bool = False,
+) -> str:
+    """Writes the model's base weights to a new native file and returns what became of its LoRAs, a line for users.
 
-    progress(bytes done, bytes in all); what it raises ends the save and leaves nothing behind. extra: further metadata,
-    as of workflow_metadata.
+    include_loras: its LoRAs become part of the file (fold.py); else they are left out. progress(bytes done, bytes in
+    all); what it raises ends the save and leaves nothing behind. extra: further metadata, as of workflow_metadata.
+    Raises ValueError before anything is written, PackError, or OSError from the disk.
     """
-    weights = base_weights(model)
-    if model.patches:
-        logger.warning(
-            "Bonsai: %d layers carry patches (LoRAs); the file holds the base model without them", len(model.patches)
-        )
+    weights, said = base_weights(model), ""
+    if include_loras:
+        weights, folded = fold_loras(model, weights)
+        said = str(folded)
+        logger.info("Bonsai: saving %s", said)
+    elif model.patches:
+        said = f"LoRAs: {len(model.patches)} layers carry patches; the file holds the base model without them"
+        logger.warning("Bonsai: %s", said)
+    weights = {bfl_name(name): weight for name, weight in weights.items()}
     inventory = attached_inventory(model)
     if inventory is None:
         record = native.make_record(weights)
@@ -81,3 +92,4 @@ def save_bonsai_model(
         source = source_record(Path(origin.path), origin.format, origin.source)
         record = native.make_record(weights, source, origin.architecture, origin.configuration)
     native.write(path, weights, record, progress, extra=extra)
+    return said

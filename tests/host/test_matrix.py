@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bonsai_ops.tools import synthetic
 from bonsai_ops.tools.server import ComfyServer, PromptInterruptedError
 from bonsai_ops.weights.formats import open_pack
+from bonsai_ops.weights.read import open_transformer
 from training.judge import judge
 
 pytestmark = pytest.mark.host
@@ -121,6 +122,40 @@ def test_saved_model_draws_the_same(server: ComfyServer) -> None:
     assert torch.equal(run(server, prompt), first)
 
 
+def test_a_model_saved_with_its_lora_draws_the_same(server: ComfyServer, tiny_pack: Path) -> None:
+    """include_loras: the file, loaded without the LoRA, draws what the model with it drew, to 1e-6 in fp32."""
+    name, (rows, columns) = next((n, e.shape) for n, e in open_transformer(tiny_pack).entries.items() if "qkv" in n)
+    generator = torch.Generator().manual_seed(0)
+    layer, folder = f"diffusion_model.{name.removesuffix('.weight')}", server.base_directory / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    lora = {"lora_B": torch.randn(rows, 4, generator=generator), "lora_A": torch.randn(4, columns, generator=generator)}
+    save_file({f"{layer}.{part}.weight": tensor for part, tensor in lora.items()}, folder / "matrix.safetensors")
+    prompt = graph(seed=12)
+    prompt["pack"]["inputs"]["compute_dtype"] = "fp32"
+    plain = run(server, prompt)
+    prompt["lora"] = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": ["pack", 0], "lora_name": "matrix.safetensors", "strength_model": 0.3},
+    }
+    prompt["sampler"]["inputs"]["model"] = ["lora", 0]
+    drawn = run(server, prompt)
+    prompt["save"] = {
+        "class_type": "SaveBonsaiModel",
+        "inputs": {"model": ["lora", 0], "filename_prefix": "diffusion_models/lora", "include_loras": True},
+    }
+    path, said = server.wait(server.queue(prompt))["outputs"]["save"]["text"]
+    assert said.startswith("LoRAs: in 1 packed layers (rank 4), ")
+    shutil.copy(path, server.base_directory / "models" / "bonsai" / "with_lora.safetensors")
+    prompt["lora"] = {
+        "class_type": "LoadBonsaiModel",
+        "inputs": {"model_name": "with_lora.safetensors", "compute_dtype": "fp32", "memory": "auto"},
+    }
+    del prompt["save"]
+    found = run(server, prompt)
+    assert float((found - drawn).norm() / drawn.norm()) < 1e-6
+    assert float((found - plain).norm() / plain.norm()) > 1e-3
+
+
 def test_same_sigmas_as_the_stock_scheduler(server: ComfyServer) -> None:
     """Bonsai Sampler against Flux2Scheduler + SamplerCustomAdvanced in fp32: relative difference below 1e-5."""
     prompt = graph(seed=5, steps=4)
@@ -203,8 +238,6 @@ def test_wrong_latent_is_refused(server: ComfyServer) -> None:
     """A latent with another model's channels and content gets one sentence."""
     prompt = graph()
     prompt["other"] = {"class_type": "LoadLatent", "inputs": {"latent": "other.latent"}}
-    from safetensors.torch import save_file
-
     tensors = {"latent_tensor": torch.ones(1, 16, 8, 8), "latent_format_version_0": torch.tensor([])}
     save_file(tensors, server.base_directory / "input" / "other.latent")
     prompt["sampler"]["inputs"]["latent"] = ["other", 0]

@@ -241,7 +241,6 @@ def odd_sources(pair: Pair, other: Pair) -> dict[str, tuple[Mapping[str, torch.T
         "scaled": (dense | {f"{QKV}_scale": torch.ones(1)}, "brings codes"),
         "codes without a table": (dense | {QKV: torch.ones(SHAPES[QKV], dtype=torch.uint8)}, "brings codes"),
         "another size": (dense | {QKV: dense[QKV][:, :64]}, "needs a checkpoint of the same model"),
-        "another size of a dense layer": (dense | {DENSE: dense[DENSE][:, :64]}, "must match"),
     }
 
 
