@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(source: Path, target: Path, overwrite: bool) -> Path:
     """Packs `source` and writes `target`; returns the file written. Raises PackError or OSError."""
     from .weights.formats import native  # torch is there only after the relaunch
-    from .weights.read import open_transformer, read_weights, source_record
+    from .weights.read import as_transformer, open_transformer, read_weights, source_record
 
     pack = open_transformer(source)
     if target.is_dir():
@@ -53,8 +53,9 @@ def _convert(source: Path, target: Path, overwrite: bool) -> Path:
     if target.exists() and not overwrite:
         raise PackError(target, "exists", "Choose another name or say --overwrite.")
     weights = read_weights(pack, _bar("packing"))
-    record = native.make_record(weights, source_record(pack.path, pack.format, pack.source))
-    native.write(target, weights, record, _bar("writing"), overwrite)
+    source = source_record(pack.path, pack.format, pack.source)
+    record = native.make_record(weights, source, pack.architecture, pack.configuration)
+    native.write(target, weights, record, _bar("writing"), overwrite, check=as_transformer)
     return target
 
 

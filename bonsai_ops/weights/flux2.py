@@ -33,6 +33,8 @@ HEAD_DIM = 128
 MLP_RATIO = 3
 TIME_CHANNELS = 256
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+MARKER = "double_stream_modulation_img.lin.weight"
+"""Only FLUX.2 has it."""
 SWAPPED = "final_layer.adaLN_modulation.1.weight"
 AS_PUBLISHED = "Use the file as it was published."
 
@@ -61,7 +63,7 @@ def expected_shapes(g: Geometry) -> dict[str, tuple[int, ...]]:
         "txt_in.weight": (h, g.context),
         "time_in.in_layer.weight": (h, TIME_CHANNELS),
         "time_in.out_layer.weight": (h, h),
-        "double_stream_modulation_img.lin.weight": (6 * h, h),
+        MARKER: (6 * h, h),
         "double_stream_modulation_txt.lin.weight": (6 * h, h),
         "single_stream_modulation.lin.weight": (3 * h, h),
         SWAPPED: (2 * h, h),
@@ -112,7 +114,7 @@ def diffusers_sources(g: Geometry) -> dict[str, tuple[str, ...]]:
         "time_in.out_layer.weight": "time_guidance_embed.timestep_embedder.linear_2.weight",
         "guidance_in.in_layer.weight": "time_guidance_embed.guidance_embedder.linear_1.weight",
         "guidance_in.out_layer.weight": "time_guidance_embed.guidance_embedder.linear_2.weight",
-        "double_stream_modulation_img.lin.weight": "double_stream_modulation_img.linear.weight",
+        MARKER: "double_stream_modulation_img.linear.weight",
         "double_stream_modulation_txt.lin.weight": "double_stream_modulation_txt.linear.weight",
         "single_stream_modulation.lin.weight": "single_stream_modulation.linear.weight",
         SWAPPED: "norm_out.linear.weight",
@@ -224,7 +226,7 @@ def measure(path: Path, entries: Mapping[str, Entry], diffusers: bool = False) -
     image, text, marker = (
         ("x_embedder.weight", "context_embedder.weight", "double_stream_modulation_img.linear.weight")
         if diffusers
-        else ("img_in.weight", "txt_in.weight", "double_stream_modulation_img.lin.weight")
+        else ("img_in.weight", "txt_in.weight", MARKER)
     )
     for name in (marker, image, text):
         if name not in entries:

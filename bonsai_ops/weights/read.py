@@ -11,41 +11,66 @@ from typing import Any
 import torch
 
 from . import flux2, qwen3
+from .depth import require_depth, told_layers
 from .errors import PackError
 from .finite import NOT_FINITE, is_finite
-from .formats import DenseTensor, Entry, Pack, open_pack
+from .formats import DenseTensor, Entry, Pack, native, open_pack
 from .formats.entries import DOWNLOAD_AGAIN
 from .packed_weight import PackedWeight, at_density
 from .release import find_text_encoder, find_transformer
 
 HASH_BYTES = 16 << 20
+ALIGNMENT = 64
+"""Bytes: where torch's own tensors begin."""
+CHECKPOINT = "model.diffusion_model."
+"""What the names of the transformer begin with in a checkpoint."""
 WEIGHTS = (".weight", ".bias")
 """What is a number to compute with in a model of any architecture; a buffer may be a mask of infinities."""
 
 
 def open_transformer(path: str | Path) -> Pack:
-    """A transformer file, or the one of a pack folder, with BFL names: headers only, checked for completeness.
+    """A transformer file, or the one of a pack folder, as `as_transformer` has it. Raises PackError."""
+    return as_transformer(open_pack(find_transformer(Path(path))))
+
+
+def as_transformer(pack: Pack) -> Pack:
+    """The transformer of an open file, with BFL names: headers only, checked for completeness.
 
     Raises PackError. A native file of another architecture has ComfyUI's names for it; only ComfyUI can tell whether
     it is complete.
     """
-    pack = open_pack(find_transformer(Path(path)))
-    entries = pack.entries
+    pack, geometry = _without_other_parts(pack), None
+    entries = dict(pack.entries)
     if pack.architecture == "flux2":
-        _, entries = flux2.to_bfl(pack.path, entries)
+        geometry, entries = flux2.to_bfl(pack.path, entries)
         if pack.pack_dense is not None:
             for name, entry in entries.items():
                 if flux2.is_block_linear(name) and isinstance(entry, DenseTensor):
                     entries[name] = pack.pack_dense(entry)
     if all(isinstance(entry, DenseTensor) for entry in entries.values()):
         raise PackError(pack.path, "has no packed layer", "Use the file as it was published.")
+    if geometry is not None:
+        require_depth(pack, geometry)
     return replace(pack, entries=entries)
 
 
-def open_text_encoder(path: str | Path) -> tuple[Pack, dict[str, Any]]:
-    """(the text encoder of a file, of its own folder or of a pack folder, its sizes): headers only.
+def _without_other_parts(pack: Pack) -> Pack:
+    """The pack with nothing but its transformer, of a checkpoint that has text encoder, VAE and the like beside it."""
+    prefix = pack.prefix
+    if prefix is None and f"{CHECKPOINT}{flux2.MARKER}" in pack.entries:
+        prefix = CHECKPOINT
+    if not prefix:
+        return pack
+    entries = {n.removeprefix(prefix): entry for n, entry in pack.entries.items() if n.startswith(prefix)}
+    beside = sorted({n.partition(".")[0] for n in pack.entries if not n.startswith(prefix)})
+    return replace(pack, entries=entries, beside=tuple(beside))
 
-    Its entries are those that are needed (qwen3.py). A sharded one is one pack, called like its first file. Raises
+
+def open_text_encoder(path: str | Path, *, whole: bool = False) -> tuple[Pack, dict[str, Any]]:
+    """(the text encoder of a file, of its own folder, of a pack folder or of a checkpoint, its sizes): headers only.
+
+    Its entries are those that prompts need (qwen3.py), or all of them: `whole`. A sharded one is one pack, called like
+    its first file. Its counts: "layers" it holds, and "layers in all" that it should, 0 where nothing tells. Raises
     PackError.
     """
     packs = [open_pack(file, "text_encoder") for file in find_text_encoder(Path(path))]
@@ -58,8 +83,13 @@ def open_text_encoder(path: str | Path) -> tuple[Pack, dict[str, Any]]:
                     f"Remove the file that does not belong to {pack.path.parent}, or download the folder again.",
                 )
             entries[name] = entry
-    sizes, entries = qwen3.measure(packs[0].path, entries)
-    return replace(packs[0], entries=entries), sizes
+    first, own = packs[0], qwen3.own_names(entries)
+    held, should = qwen3.depth(own, told_layers(first.path))
+    if whole:
+        sizes, needed = qwen3.measure_whole(first.path, own, held, should)
+    else:
+        sizes, needed = qwen3.measure(first.path, own)
+    return replace(first, entries=needed, counts={"layers": held, "layers in all": should}), sizes
 
 
 def read_weights(
@@ -75,13 +105,18 @@ def read_weights(
     weights: dict[str, PackedWeight | torch.Tensor] = {}
     for name, entry in pack.entries.items():
         weight = entry.weight()
-        if pack.architecture == "flux2" or name.endswith(WEIGHTS):
+        if must_be_finite(name, pack.architecture):
             _require_finite(entry, weight)
-        weights[name] = _at_density(entry, weight, density) if isinstance(weight, PackedWeight) else weight
+        weights[name] = _at_density(entry, weight, density) if isinstance(weight, PackedWeight) else _aligned(weight)
         if progress is not None and _matrix_size(entry):
             done += _matrix_size(entry)
             progress(done, total)
     return weights
+
+
+def must_be_finite(name: str, architecture: str) -> bool:
+    """Whether a tensor of this name may not hold NaN or infinity."""
+    return architecture in ("flux2", native.TEXT_ENCODER) or name.endswith(WEIGHTS)
 
 
 def _matrix_size(entry: Entry) -> int:
@@ -93,6 +128,11 @@ def _require_finite(entry: Entry, weight: PackedWeight | torch.Tensor) -> None:
     for table, tensor in tables.items():
         if not is_finite(tensor):
             raise entry.error(f"the {table} table {NOT_FINITE}" if table else NOT_FINITE, DOWNLOAD_AGAIN)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A fp32 tensor that lies as in a model that was never saved: elsewhere its products have other last bits."""
+    return tensor.clone() if tensor.dtype == torch.float32 and tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _at_density(entry: Entry, weight: PackedWeight, density: str) -> PackedWeight:

@@ -10,7 +10,7 @@ from .errors import PackError
 KINDS = (
     (("cap_embedder.", "noise_refiner."), "is a Lumina or Z-Image model", 'Load it with "Load Diffusion Model".'),
     (
-        ("model.layers.", "layers.", "language_model."),
+        ("model.layers.", "layers.", "language_model.", "qwen3_4b."),
         "is a language model (a text encoder)",
         'Load it with "Load Bonsai Text Encoder" or CLIPLoader.',
     ),

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_weights import random_weight
 from safetensors.torch import load_file, save_file
 
 from bonsai_ops import convert
 from bonsai_ops.tools.synthetic import TINY, write_dense, write_gemlite, write_mlx
-from bonsai_ops.weights.formats import open_pack
+from bonsai_ops.weights.formats import native, open_pack
+from bonsai_ops.weights.read import open_transformer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MLX_FILE = "diffusion_pytorch_model.safetensors"
@@ -81,6 +83,28 @@ def test_every_format_becomes_the_same_native_file(packs: Path, tmp_path: Path, 
     assert torch.equal(linear.dequantize(torch.bfloat16), expected)
     qkv = torch.cat([dense[f"transformer_blocks.0.attn.add_{x}_proj.weight"] for x in "qkv"])
     assert torch.equal(entries["double_blocks.0.txt_attn.qkv.weight"].load().dequantize(torch.bfloat16), qkv)
+
+
+def test_a_model_of_another_family_keeps_its_record(tmp_path: Path) -> None:
+    """Architecture and configuration: without them the copy was taken for a FLUX.2 and refused."""
+    model = {"class": "SDXL", "model_type": "EPS", "unet_config": {"x": [1, None]}, "sampling_settings": {"s": 2.5}}
+    weights = {"input_blocks.1.weight": random_weight("ternary", "trit5", 64, 128), "out.bias": torch.ones(3)}
+    first, second, third = (tmp_path / f"{i}.safetensors" for i in range(3))
+    native.write(first, weights, native.make_record(weights, {"patched": "SDXL"}, "SDXL", model))
+    assert run(first, second) == run(second, third) == 0
+    for path in (second, third):
+        pack = open_transformer(path)
+        assert (pack.architecture, pack.configuration, pack.source) == ("SDXL", model, {"patched": "SDXL"})
+    assert load_file(second).keys() == load_file(first).keys() and third.read_bytes() == second.read_bytes()
+
+
+def test_what_would_be_refused_is_not_written(
+    packs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is opened as a loader opens it before it gets its name."""
+    monkeypatch.setattr(native, "make_record", lambda *_: native.NativeRecord("ternary", {"gone": {}}))
+    assert "could not be read again" in refused(capsys, packs / "ternary" / "mlx", tmp_path / "w.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sizes(packs: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bonsai_ops.weights import codec
 from bonsai_ops.weights.errors import PackError
-from bonsai_ops.weights.formats import native, open_pack
+from bonsai_ops.weights.formats import Pack, native, open_pack
 from bonsai_ops.weights.formats.safetensors_file import SafetensorsFile
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 from bonsai_ops.weights.read import read_weights
@@ -448,7 +448,7 @@ def test_eight_bit_codes_need_version_2(tmp_path: Path) -> None:
     """A reader of version 1 says "update" instead of misreading them; without a record they are recognised too."""
     weights = {"a.weight": packed("affine", "byte", group=128), "b.weight": packed("affine", "nibble")}
     write(tmp_path / "w.safetensors", weights)
-    assert native.read_record(SafetensorsFile(tmp_path / "w.safetensors")).version == 2
+    assert native.read_records(SafetensorsFile(tmp_path / "w.safetensors"))[""].version == 2
     assert all(same(read(tmp_path / "w.safetensors")[name], weight) for name, weight in weights.items())
     save_file(native.to_tensors(weights), tmp_path / "plain.safetensors")
     assert same(read(tmp_path / "plain.safetensors")["a.weight"], weights["a.weight"])
@@ -461,7 +461,7 @@ def test_another_architecture_is_recorded(tmp_path: Path) -> None:
     native.write(tmp_path / "w.safetensors", weights, native.make_record(weights, SOURCE, "SD3", model))
     pack = open_pack(tmp_path / "w.safetensors")
     assert (pack.architecture, pack.configuration) == ("SD3", model)
-    record = native.read_record(SafetensorsFile(tmp_path / "w.safetensors"))
+    record = native.read_records(SafetensorsFile(tmp_path / "w.safetensors"))[""]
     assert record.version == 2 and record.layers.keys() == {"x"}
 
 
@@ -482,3 +482,69 @@ def test_a_broken_residual_is_refused(tmp_path: Path, change: dict, message: str
     save_file(tensors, tmp_path / "w.safetensors", {"bonsai": native.make_record(weights).to_json()})
     with pytest.raises(PackError, match=message):
         open_pack(tmp_path / "w.safetensors")
+
+
+def saved_by_comfyui(path: Path, parts: Mapping[str, Mapping], metadata: Mapping[str, str] | None = None) -> Path:
+    """A file of {prefix: weights} as ComfyUI's own nodes save them: each with its record in a tensor."""
+    tensors = {}
+    for prefix, weights in parts.items():
+        architecture = "qwen3" if "text" in prefix else "flux2"
+        record = native.make_record(weights, SOURCE, architecture).to_tensor()
+        tensors |= {prefix + name: t for name, t in {**native.to_tensors(weights), "bonsai.record": record}.items()}
+    save_file(tensors, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("metadata", [None, {"bonsai": '{"a": 1}', "format": "webp"}, {"bonsai": "null"}], ids=str)
+def test_a_record_in_a_tensor(tmp_path: Path, metadata: dict | None) -> None:
+    """What a workflow wrote under our name in the metadata does not count then; eight rows fit two codecs."""
+    weights = {"a.weight": packed("ternary", "trit5", 8), "b.weight": torch.ones(3)}
+    path = saved_by_comfyui(tmp_path / "w.safetensors", {"model.diffusion_model.": weights}, metadata)
+    pack = open_pack(path)
+    assert (pack.format, pack.source, pack.recorded, pack.prefix) == ("native", SOURCE, True, "model.diffusion_model.")
+    found = read(path)
+    assert found.keys() == {f"model.diffusion_model.{name}" for name in weights}
+    assert same(found["model.diffusion_model.a.weight"], weights["a.weight"])
+
+
+def test_a_checkpoint_of_several_parts(tmp_path: Path) -> None:
+    """Each record describes the layers of its prefix; quantized layers of others are left alone."""
+    parts = {
+        "model.diffusion_model.": {"a.weight": packed("ternary", "trit5", 8)},
+        "text_encoders.": {"a.weight": packed("zero_point", "nibble")},
+    }
+    path = saved_by_comfyui(tmp_path / "w.safetensors", parts)
+    other = {"other.a.weight": torch.zeros(8, 16, dtype=torch.uint8), "other.a.weight_scale": torch.ones(3)}
+    save_file(load_file(path) | other, path)
+    found = read(path)
+    for prefix, weights in parts.items():
+        assert same(found[f"{prefix}a.weight"], weights["a.weight"])
+    assert all(torch.equal(found[name], tensor) for name, tensor in other.items())
+    assert open_pack(path).architecture == "flux2"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (torch.zeros(3), r"is torch\.float32 \[3\]\. Expected u8"),
+        (torch.zeros(2, 2, dtype=torch.uint8), r"is torch\.uint8 \[2, 2\]\. Expected u8"),
+        (torch.zeros(0, dtype=torch.uint8), "has a damaged record"),
+        (torch.full((9,), 0xFF, dtype=torch.uint8), "has a damaged record"),
+        (torch.frombuffer(bytearray(b'{"version": 99}'), dtype=torch.uint8), "is version 99 of the native format"),
+    ],
+    ids=["dtype", "shape", "empty", "bytes", "newer"],
+)
+def test_a_damaged_record_in_a_tensor(tmp_path: Path, record: torch.Tensor, message: str) -> None:
+    tensors = native.to_tensors({"x.a.weight": packed("ternary", "trit5")})
+    save_file(tensors | {"x.bonsai.record": record}, tmp_path / "w.safetensors")
+    with pytest.raises(PackError, match=rf"x\.bonsai\.record: {message}"):
+        open_pack(tmp_path / "w.safetensors")
+
+
+def test_what_a_loader_would_refuse_gets_no_name(tmp_path: Path) -> None:
+    def refuse(pack: Pack) -> None:
+        raise PackError(pack.path, "is no good", "None.")
+
+    with pytest.raises(PackError, match=r"w\.safetensors: was not written, for it could not be read again \(is no goo"):
+        write(tmp_path / "w.safetensors", mixed(), check=refuse)
+    assert leftovers(tmp_path) == []

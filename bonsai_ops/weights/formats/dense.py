@@ -30,7 +30,10 @@ PLACES = {
 }
 GROUP_SIZES = (128, 64, 32)
 PROBE_ROWS = 64
-CURE = 'Load a dense model with "Load Diffusion Model", or quantize it with "Patch to BitLinear".'
+CURE = (
+    'Load a dense model with "Load Diffusion Model" (a checkpoint with "Load Checkpoint"), or quantize it with '
+    '"Patch to BitLinear".'
+)
 
 
 def claims(file: SafetensorsFile) -> bool:

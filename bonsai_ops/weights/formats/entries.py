@@ -199,6 +199,14 @@ class Pack:
     architecture: str = "flux2"
     configuration: Mapping[str, Any] = field(default_factory=dict)
     """For a native file of another architecture: ComfyUI's configuration of it."""
+    recorded: bool = False
+    """Its own record lists the layers: none of them can be missing."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """{last part of the name: whole number} of its metadata, such as block_count."""
+    prefix: str | None = None
+    """What the names of its transformer begin with, where its own record says so."""
+    beside: tuple[str, ...] = ()
+    """What else is in the file and is not among the entries: first parts of names, such as vae."""
 
 
 def fuse_rows(key: str, parts: Sequence[CodedTensor] | Sequence[DenseTensor]) -> CodedTensor | DenseTensor:

@@ -80,7 +80,8 @@ def claims(file: GgufFile) -> bool:
 def read(file: GgufFile) -> Pack:
     """Every tensor, mapped from the file."""
     wide = _old_groups(file.tensors)
-    return Pack(file.path, NAME, {name: _entry(file, name, info, wide) for name, info in file.tensors.items()})
+    entries = {name: _entry(file, name, info, wide) for name, info in file.tensors.items()}
+    return Pack(file.path, NAME, entries, counts=file.counts)
 
 
 def _entry(file: GgufFile, name: str, info: Info, wide: bool) -> Entry:

@@ -25,6 +25,8 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by type; 8 is a string, 9 an array."""
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = "general.alignment"
+_COUNTS = {4: "I", 5: "i", 10: "Q", 11: "q"}
+"""Whole numbers that may count something."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ class Info:
 
 
 class GgufFile(PackFile):
-    """An open file. `tensors`: {name: Info}. Raises PackError for a file that is not GGUF or is cut off."""
+    """An open file. `tensors`: {name: Info}; `counts`: {last part of a key: whole number} of its metadata.
+
+    Raises PackError for a file that is not GGUF or is cut off.
+    """
 
     SUFFIXES = (".gguf",)
 
@@ -49,6 +54,7 @@ class GgufFile(PackFile):
             raise self.error(f"is no GGUF file ({size} bytes)", DOWNLOAD_AGAIN)
         self._data = np.memmap(path, dtype=np.uint8, mode="c")
         self._at = 0
+        self.counts: dict[str, int] = {}
         self.tensors = self._header()
 
     def piece(self, name: str, size: int) -> torch.Tensor:
@@ -68,8 +74,10 @@ class GgufFile(PackFile):
         alignment = 32
         for _ in range(pairs):
             key, kind = self._string(), self._number("I")
-            if key == _ALIGNMENT and kind == 4:
-                alignment = self._number("I")
+            if kind in _COUNTS:
+                self.counts[key.rpartition(".")[2]] = self._number(_COUNTS[kind])
+                if key == _ALIGNMENT:
+                    alignment = self.counts["alignment"]
             else:
                 self._skip(kind)
         if alignment < 1:

@@ -19,9 +19,13 @@ Bonsai. There "architecture" is the name of ComfyUI's model configuration, keys 
 transformer or UNet, and "model" holds that configuration: {"class", "model_type", "unet_config", "sampling_settings"},
 plain values.
 
-A file without that record (written by ComfyUI's own ModelSave) is read too: N, K and g follow from the shapes, the
-codec from n and, where n fits both codecs of ternary weights, from the bytes. Keys may carry the prefix
-`model.diffusion_model.`.
+What ComfyUI's own nodes save (a model, a text encoder, or both and more in one checkpoint) has that JSON in a tensor
+
+    <prefix>bonsai.record  u8 [bytes]    describes the layers <prefix><layer>; architecture "qwen3": the text encoder
+
+and no other record counts, for ComfyUI lets a workflow write any metadata. A file without a record (earlier versions
+saved so by ModelSave) is read too: N, K and g follow from the shapes, the codec from n and, where n fits both codecs of
+ternary weights, from the bytes. Keys may carry the prefix `model.diffusion_model.`.
 """
 
 from __future__ import annotations
@@ -45,11 +49,13 @@ from .safetensors_file import DTYPES, SafetensorsFile
 
 NAME = "native"
 FILE = SafetensorsFile
-PLACES = {"transformer": ()}
+PLACES = {"transformer": (), "text_encoder": ()}
 VERSION = 2
 NEWER_CODECS = ("byte",)
 """Codecs that a reader of version 1 does not know."""
-RECORD = "bonsai"
+RECORD, RECORD_TENSOR = "bonsai", "bonsai.record"
+TEXT_ENCODER = "qwen3"
+"""Architecture of a text encoder's record."""
 WRITE_BYTES = 16 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -71,27 +77,42 @@ class NativeRecord:
         described = {name: value for name, value in vars(self).items() if name != "model" or value}
         return json.dumps(described, sort_keys=True)
 
+    def to_tensor(self) -> torch.Tensor:
+        """What stands in a file that ComfyUI saves, as RECORD_TENSOR."""
+        return torch.frombuffer(bytearray(self.to_json(), "utf-8"), dtype=torch.uint8)
+
 
 def claims(file: SafetensorsFile) -> bool:
-    """True if the record is there or some u8 weight has a `weight_scale` beside it."""
+    """True if a record is there or some u8 weight has a `weight_scale` beside it."""
     return RECORD in file.metadata or any(
-        dtype == torch.uint8 and name.endswith(".weight") and f"{name}_scale" in file.tensors
+        name.endswith(RECORD_TENSOR)
+        or (dtype == torch.uint8 and name.endswith(".weight") and f"{name}_scale" in file.tensors)
         for name, (_, dtype) in file.tensors.items()
     )
 
 
-def read_record(file: SafetensorsFile) -> NativeRecord | None:
-    """The file's record, None if it has none. Raises PackError for a damaged one or a newer version."""
-    if RECORD not in file.metadata:
-        return None
+def read_records(file: SafetensorsFile) -> dict[str, NativeRecord]:
+    """{prefix of the layers it describes: record}. Raises PackError for a damaged one or a newer version."""
+    found = {}
+    for name, (shape, dtype) in file.tensors.items():
+        if name.endswith(RECORD_TENSOR):
+            if dtype != torch.uint8 or len(shape) != 1:
+                raise file.error(f"is {dtype} {list(shape)}", f"Expected u8 [bytes]. {DOWNLOAD_AGAIN}", name)
+            found[name.removesuffix(RECORD_TENSOR)] = _parsed(file, name, file.get(name).numpy().tobytes())
+    if not found and RECORD in file.metadata:
+        found[""] = _parsed(file, RECORD, file.metadata[RECORD])
+    return found
+
+
+def _parsed(file: SafetensorsFile, key: str, text: str | bytes) -> NativeRecord:
     try:
-        record = json.loads(file.metadata[RECORD])
+        record = json.loads(text)
         version = int(record["version"])
         if version > VERSION:
             raise file.error(
                 f"is version {version} of the native format, this plugin reads up to {VERSION}",
                 "Update bonsai-image.",
-                RECORD,
+                key,
             )
         return NativeRecord(
             record["variant"],
@@ -105,30 +126,38 @@ def read_record(file: SafetensorsFile) -> NativeRecord | None:
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, PackError):
             raise
-        raise file.error(f"has a damaged record ({error!r})", DOWNLOAD_AGAIN, RECORD) from error
+        raise file.error(f"has a damaged record ({error!r})", DOWNLOAD_AGAIN, key) from error
 
 
 def read(file: SafetensorsFile) -> Pack:
     """Every tensor; packed layers are keyed `<layer>.weight`. Raises PackError where record and tensors disagree."""
-    record = read_record(file)
-    described = dict(record.layers) if record else {}
+    records = read_records(file)
+    described = {prefix + layer: told for prefix, record in records.items() for layer, told in record.layers.items()}
+    ours = set(described) if any(prefix + RECORD_TENSOR in file.tensors for prefix in records) else None
     entries: dict[str, Entry] = {}
     for name in file.tensors:
-        if name.endswith(tuple(f".weight_{table}" for table in TABLES)):
-            weight = name.rpartition("_")[0]
+        weight = name.rpartition("_")[0] if name.endswith(tuple(f".weight_{table}" for table in TABLES)) else name
+        layer = weight.removesuffix(".weight")
+        if name.endswith(RECORD_TENSOR):
+            continue
+        if ours is not None and layer not in ours:  # of another part of a checkpoint, in any format
+            entries[name] = file.dense(name)
+        elif weight != name:
             if weight not in file.tensors:
                 raise file.error("stands alone", f"Expected the codes {weight}. {DOWNLOAD_AGAIN}", name)
         elif name.endswith(".weight") and f"{name}_scale" in file.tensors:
-            layer = name[: -len(".weight")]
             entries[name] = _packed(file, layer, described.pop(layer, None))
         else:
             entries[name] = file.dense(name)
     if described:
         layer = next(iter(described))
         raise file.error("is missing", f"The file's record describes it. {DOWNLOAD_AGAIN}", f"{layer}.weight")
-    if record is None:
-        return Pack(file.path, NAME, entries)
-    return Pack(file.path, NAME, entries, None, record.source, record.architecture, record.model)
+    pack = Pack(file.path, NAME, entries)
+    for prefix, record in records.items():
+        if record.architecture != TEXT_ENCODER:
+            told = (record.source, record.architecture, record.model)
+            pack = Pack(file.path, NAME, entries, None, *told, recorded=True, prefix=prefix)
+    return pack
 
 
 def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> PackedTensor:
@@ -281,13 +310,30 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why a native file cannot be opened, None if it can. The file is closed again: Windows renames no open one."""
+def _unreadable(path: Path, check: Callable[[Pack], object] | None) -> str | None:
+    """Why a native file cannot be used, None if it can. The file is closed again: Windows renames no open one."""
     try:
-        read(SafetensorsFile(path))
+        pack = read(SafetensorsFile(path))
+        if check is not None:
+            check(pack)
     except PackError as error:
         return str(error).removeprefix(f"{path}: ")
     return None
+
+
+def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """(the header of a safetensors file that holds them in this order, padded to 64 bytes; bytes of its data)."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    return raw + b" " * (-(8 + len(raw)) % 64), offset
 
 
 def write(
@@ -297,11 +343,13 @@ def write(
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
     extra: Mapping[str, object] | None = None,
+    check: Callable[[Pack], object] | None = None,
 ) -> None:
     """Writes a native file under a temporary name beside `path` and renames it: `path` is complete or absent.
 
     extra: further metadata (ComfyUI's prompt and workflow), see join_metadata. progress(bytes done, bytes in all) is
-    called between pieces; what it raises (a cancel) ends the writing. Whatever goes wrong, nothing is left behind.
+    called between pieces; what it raises (a cancel) ends the writing. check(what was written, opened again) raises
+    PackError if a loader would. Whatever goes wrong, nothing is left behind.
     Raises PackError if `path` exists and not `overwrite` or if what was written cannot be read, OSError from the disk.
     """
     if path.exists() and not overwrite:
@@ -309,18 +357,7 @@ def write(
     tensors = to_tensors(weights)
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     described = join_metadata({"format": "pt", RECORD: record.to_json()}, extra or {})
-    header: dict[str, object] = {"__metadata__": described}
-    offset = 0
-    for name in order:
-        size = tensors[name].nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % 64)
+    raw, offset = _header({name: tensors[name] for name in order}, described)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
@@ -337,7 +374,7 @@ def write(
                         progress(done, offset)
             out.flush()
             os.fsync(out.fileno())
-        if (fault := _unreadable(Path(temporary))) is not None:
+        if (fault := _unreadable(Path(temporary), check)) is not None:
             raise PackError(
                 path, f"was not written, for it could not be read again ({fault})", "Report it to bonsai-image."
             )
