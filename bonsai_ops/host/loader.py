@@ -80,6 +80,12 @@ def load_bonsai_model(
     started = time.perf_counter()
     settings = LoadOptions(**dict(options or {}))
     pack = open_transformer(path)
+    if pack.beside:
+        logger.info(
+            "Bonsai: %s is a checkpoint; its transformer is loaded, what else is in it (%s) is not",
+            pack.path,
+            ", ".join(pack.beside),
+        )
     weights = read_weights(pack, progress, settings.layout)
     count = sum(w.shape[0] * w.shape[1] if isinstance(w, PackedWeight) else w.numel() for w in weights.values())
     dtype = compute_dtype(settings.compute_dtype, comfy.model_management.get_torch_device(), count)

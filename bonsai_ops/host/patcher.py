@@ -27,6 +27,7 @@ from ..weights.packed_weight import TABLES
 from .dense_on_read import DenseOnRead
 from .layout import is_packed, unwrap
 from .lora import LayerPatches, merges_models, model_as_lora, plain_terms
+from .record import saved_record, saved_text_record
 
 if TYPE_CHECKING:
     from comfy.hooks import HookGroup, WeightHook
@@ -112,14 +113,21 @@ class PackedPatcher(Mixed):
                     module.resident_patch = None
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """What ComfyUI's save nodes write. Raises ValueError if a packed layer carries a LoRA."""
-        with self._storable():
-            return super().state_dict_for_saving(*args, **kwargs)
+        """What ComfyUI's save nodes write, and our record of it.
 
-    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """The same for one part of the model, in versions of ComfyUI that have it."""
+        Raises ValueError if a packed layer carries a LoRA or a value is not finite.
+        """
         with self._storable():
-            return super().model_state_dict_for_saving(*args, **kwargs)
+            return super().state_dict_for_saving(*args, **kwargs) | saved_record(self)
+
+    def model_state_dict_for_saving(
+        self, model: torch.nn.Module | None = None, prefix: str = "", **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """The same for a text encoder, or for one part of a model, in versions of ComfyUI that have it."""
+        with self._storable():
+            whole = model is None and not hasattr(self.model, "diffusion_model")
+            record = saved_text_record(self.model) if whole else {}
+            return super().model_state_dict_for_saving(model, prefix, **kwargs) | record
 
     @contextlib.contextmanager
     def _storable(self) -> Iterator[None]:
@@ -221,13 +229,19 @@ class PackedPatcher(Mixed):
             )
 
 
+def refuse_patched(model: torch.nn.Module) -> None:
+    """Raises ValueError if a packed layer of a loaded model carries patches."""
+    packed = [(name, m) for name, m in model.named_modules() if is_packed(getattr(m, "weight", None))]
+    _refuse_loras([name for name, m in packed if m.resident_patch is not None or m.weight_function])
+
+
 def _refuse_loras(layers: Sequence[str]) -> None:
     """Raises ValueError if there are packed layers with a LoRA; `layers`: their names."""
     if layers:
         raise ValueError(
             f"{len(layers)} packed layers ({layers[0]}, ..) carry a LoRA, which cannot be merged into their codes "
-            "nor be kept apart in this file. Save the model with Save Bonsai Model: it leaves LoRAs out, or keeps them "
-            "with include_loras."
+            "nor be kept apart in this file. Save before the LoRA is loaded, or save a model with Save Bonsai Model: it "
+            "leaves LoRAs out, or keeps them with include_loras."
         )
 
 

@@ -13,12 +13,12 @@ import torch
 
 from ..weights.formats import native
 from ..weights.packed_weight import PackedWeight, at_density, narrow_exact
-from ..weights.read import source_record
+from ..weights.read import as_transformer
 from .fold import fold_loras
-from .inventory import attached_inventory
 from .layout import is_packed, unwrap
 from .lora import merges_models
 from .progress import Progress
+from .record import model_record
 from .tensors import base_tensors
 
 if TYPE_CHECKING:
@@ -84,12 +84,6 @@ def save_bonsai_model(
         said = f"LoRAs: {len(model.patches)} layers carry patches; the file holds the base model without them"
         logger.warning("Bonsai: %s", said)
     weights = {bfl_name(name): weight for name, weight in weights.items()}
-    inventory = attached_inventory(model)
-    if inventory is None:
-        record = native.make_record(weights)
-    else:
-        origin = inventory.origin
-        source = source_record(Path(origin.path), origin.format, origin.source)
-        record = native.make_record(weights, source, origin.architecture, origin.configuration)
-    native.write(path, weights, record, progress, extra=extra)
+    record = model_record(model, weights)
+    native.write(path, weights, record, progress, extra=extra, check=as_transformer)
     return said

@@ -92,12 +92,20 @@ def _load_tiny(file: SafetensorsFile) -> comfy.sd.VAE:
         if tensor.ndim and name not in file.tensors and (not inside or block in whole):
             raise PackError(file.path, "is missing: only whole blocks may be", cure, name)
     vae = comfy.sd.VAE(sd=filled)
-    model = vae.first_stage_model
-    model.taesd_encoder.append(torch.nn.PixelUnshuffle(PATCH))
-    model.taesd_decoder.insert(0, torch.nn.PixelShuffle(PATCH))
+    model = vae.first_stage_model  # hooks leave the names of the tensors as they are: VAESave writes what is read here
+    model.taesd_encoder.register_forward_hook(_folded)
+    model.taesd_decoder.register_forward_pre_hook(_unfolded)
     vae.latent_channels = PATCH * PATCH * shape[1]
     vae.downscale_ratio = vae.upscale_ratio = PATCH * TINY_RATIO
     return vae
+
+
+def _folded(encoder: torch.nn.Module, inputs: tuple, latents: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pixel_unshuffle(latents, PATCH)
+
+
+def _unfolded(decoder: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.functional.pixel_shuffle(inputs[0], PATCH)
 
 
 def _config(folder: Path, file: SafetensorsFile) -> dict | None:
