@@ -121,6 +121,46 @@ NEEDS = (
         takes="state_dict model_options embedding_directory disable_dynamic",
     ),
     Need("host/text_encoder.py", PATCHER, "to be cloned", words="cached_patcher_init"),
+    Need(
+        "host/text_encoder.py",
+        "comfy.sd.CLIP",
+        "to say what a saved text encoder is",
+        words="cond_stage_model tokenizer state_dict",
+    ),
+    Need(
+        "host/text_encoder.py",
+        PATCHER,
+        "to say what a saved text encoder is",
+        "model_state_dict_for_saving",
+        costs="",
+        since="0.18",
+    ),
+    Need(
+        "host/generation.py",
+        "comfy.sd1_clip.SD1ClipModel",
+        "to generate text with the last layers of a text encoder too",
+        words="generate load_sd set_clip_options",
+    ),
+    Need(
+        "host/generation.py",
+        "comfy.sd1_clip.SDClipModel",
+        "to read and compute them",
+        words="transformer execution_device custom_operations",
+    ),
+    Need(
+        "host/generation.py",
+        "comfy.text_encoders.llama",
+        "to read and compute them",
+        words="model embed_tokens layers norm num_hidden_layers",
+    ),
+    Need("host/generation.py", "comfy.text_encoders.flux", "to read and compute them", words="qwen3_4b"),
+    Need("host/generation.py", PATCHER, "to manage them", words="load_device"),
+    Need(
+        "host/generation.py",
+        "comfy.model_management",
+        "to manage them",
+        "load_models_gpu text_encoder_offload_device",
+    ),
     Need("host/text_encoder.py", "comfy.supported_models_base.ClipTarget", "to name class and tokenizer"),
     Need("host/text_encoder.py", f"{KLEIN}.klein_te", "to read prompts as FLUX.2 Klein does", costs=NO_ENCODER),
     Need(
@@ -221,6 +261,10 @@ NEEDS = (
     Need(
         "host/patcher.py", PATCHER, "to save one part of a model", "model_state_dict_for_saving", costs="", since="0.18"
     ),
+    Need("host/patcher.py", BASE_MODEL, "to tell a model from a text encoder", words="diffusion_model"),
+    Need("host/record.py", PATCHER, "to say what a saved model is", words="model"),
+    Need("host/record.py", BASE_MODEL, "to say what a saved model is", words="diffusion_model model_config"),
+    Need("host/record.py", CONFIGURATION, "to say what a saved model is", "process_unet_state_dict_for_saving"),
     Need("host/patcher.py", "comfy.patcher_extension.CallbacksMP", "to follow clones", "ON_CLONE"),
     Need("host/patcher.py", "comfy.utils", "to reach a layer by its name", "get_attr set_attr_param"),
     Need(

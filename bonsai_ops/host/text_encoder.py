@@ -1,14 +1,17 @@
 """The packs' Qwen3 text encoders as ComfyUI's CLIP: ComfyUI's own Qwen3 class and tokenizer, weights kept in 4 bit.
 
 Klein reads hidden states 9, 18 and 27 (the inputs of those layers) of all 512 right-padded positions, so the layers
-from 27 on and the final norm never matter: they are neither loaded nor computed. Prompts are cut at 512 tokens,
-template included, as the official pipeline does; stock ComfyUI does not cut.
+from 27 on and the final norm never matter to prompts: they are neither loaded nor computed before a node generates text
+(generation.py). Prompts are cut at 512 tokens, template included, as the official pipeline does; stock ComfyUI does not
+cut.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +26,12 @@ from ..weights.packed_weight import PackedWeight
 from ..weights.read import open_text_encoder, read_weights
 from ..weights.release import tokenizers_beside
 from . import comfyui
+from .generation import generating
 from .layout import wrapped
 from .linear import make_bonsai_ops
-from .patcher import adopt
+from .patcher import adopt, refuse_patched
 from .progress import Progress
+from .record import saved_text_record
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 512
+ASKED_FOR_WEIGHTS = "comfy.model_patcher.ModelPatcher.model_state_dict_for_saving"
 KLEIN, KLEIN_TOKENIZER = "comfy.text_encoders.flux.klein_te", "comfy.text_encoders.flux.KleinTokenizer"
 TEMPLATE_IDS = {
     "<|endoftext|>": 151643,
@@ -45,10 +51,15 @@ TEMPLATE_IDS = {
 
 
 class TruncatingTokenizer(comfyui.optional(KLEIN_TOKENIZER) or object):
-    """Klein's tokenizer that keeps the first 512 tokens of a longer prompt."""
+    """Klein's tokenizer that keeps the first 512 tokens of a longer prompt.
+
+    What generates text asks for a `min_length` of its own, and no length is too much for it.
+    """
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict:
         tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
+        if "min_length" in kwargs:
+            return tokens
         longest = max(len(row) for rows in tokens.values() for row in rows)
         if longest > MAX_TOKENS:
             logger.warning(
@@ -66,7 +77,7 @@ def load_bonsai_text_encoder(
     disable_dynamic: bool = False,
     progress: Progress | None = None,
 ) -> comfy.sd.CLIP:
-    """Loads the text encoder of a pack: an MLX .safetensors, an HQQ qmodel.pt, an unpacked file or a pack folder.
+    """Loads the text encoder of a pack folder, or a file: MLX, HQQ, unpacked, or one that ComfyUI saved from such.
 
     embedding_directory: folders of textual inversions, as ComfyUI's own loaders get them. progress(weights done,
     weights in all) is called a layer. Raises PackError for a file that cannot be used, MissingNameError in a ComfyUI
@@ -80,7 +91,8 @@ def load_bonsai_text_encoder(
     resident = sum(w.nbytes for w in weights.values())
     # fp32: ComfyUI feeds text encoders fp32; packed and dense matrices keep their own bytes whatever stands here.
     options = {"custom_operations": make_bonsai_ops(), "qwen3_4b_model_config": sizes, "dtype": torch.float32}
-    target = comfy.supported_models_base.ClipTarget(_tokenizer_class(pack.path), comfyui.needed(KLEIN)())
+    encoder = generating(comfyui.needed(KLEIN)(), Path(path))
+    target = comfy.supported_models_base.ClipTarget(_tokenizer_class(pack.path), encoder)
     clip = comfy.sd.CLIP(
         target,
         state_dict=[wrapped(weights, torch.float32)],
@@ -89,7 +101,11 @@ def load_bonsai_text_encoder(
         disable_dynamic=disable_dynamic,
     )
     adopt(clip.patcher)
+    clip.tokenizer.encoder = weakref.ref(clip.cond_stage_model)
     clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (str(path), embedding_directory))
+    held, should = pack.counts["layers"], pack.counts["layers in all"]
+    if held < should:
+        logger.info("Bonsai text encoder: %s has %d of %d layers, enough for prompts", pack.path, held, should)
     logger.info(
         "Bonsai text encoder: %s, %d layers, %d matrices packed, %.1f MB, %.1f s from %s",
         pack.format,
@@ -113,10 +129,21 @@ def _tokenizer_class(path: Path) -> type:
     """ComfyUI's tokenizer files where they know Qwen3's special tokens, else those beside the text encoder."""
 
     class PackTokenizer(TruncatingTokenizer):
+        encoder: Callable[[], torch.nn.Module | None] = staticmethod(lambda: None)
+        """The text encoder whose tokenizer it is."""
+
         def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict | None = None) -> None:
             super().__init__(embedding_directory, tokenizer_data or {})
             if not _knows_template(self.qwen3_4b.tokenizer):
                 self.qwen3_4b.tokenizer = _tokenizer_beside(path)
+
+        def state_dict(self) -> dict[str, torch.Tensor]:
+            """What ComfyUI saves beside the encoder's weights: our record, where it does not ask the ModelPatcher."""
+            encoder = self.encoder()
+            if encoder is None or comfyui.optional(ASKED_FOR_WEIGHTS) is not None:
+                return super().state_dict()
+            refuse_patched(encoder)
+            return super().state_dict() | saved_text_record(encoder)
 
     return PackTokenizer
 
