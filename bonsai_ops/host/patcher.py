@@ -240,8 +240,8 @@ def _refuse_loras(layers: Sequence[str]) -> None:
     if layers:
         raise ValueError(
             f"{len(layers)} packed layers ({layers[0]}, ..) carry a LoRA, which cannot be merged into their codes "
-            "nor be kept apart in this file. Save before the LoRA is loaded, or save a model with Save Bonsai Model: it "
-            "leaves LoRAs out, or keeps them with include_loras."
+            "nor be kept apart in this file. Save before the LoRA is loaded, or save a model with Save Bonsai Model: "
+            "it leaves LoRAs out, or keeps them with include_loras."
         )
 
 
