@@ -2,8 +2,9 @@
 
 python tests/contract_child.py COMFYUI_FOLDER BASE_DIRECTORY look {}
     what that ComfyUI lacks of the table in contract.py
-python tests/contract_child.py COMFYUI_FOLDER BASE_DIRECTORY without {"name": .., "hide": .., "model": ..}
-    what becomes of the plugin when a name is gone: taken from ComfyUI, or hidden from the plugin alone
+python tests/contract_child.py COMFYUI_FOLDER BASE_DIRECTORY without {"names": .., "hidden": .., "model": ..}
+    what becomes of the plugin when each of the names is gone: taken from ComfyUI, or, if it is among `hidden`, hidden
+    from the plugin alone. Several names need a system that can fork
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,10 +50,34 @@ def look() -> dict[str, Any]:
     return {"versions": versions, "gaps": [(str(gap), gap.need.costs) for gap in gaps]}
 
 
-def without(name: str, hide: bool, model: str) -> dict[str, Any]:
-    """{"error"} or {"nodes": registered, "drawn": a picture}, and {"lines": what was logged about the name}."""
+def without(names: Sequence[str], hidden: Sequence[str], model: str) -> dict[str, Any]:
+    """{name: as of `_without`}. ComfyUI is imported once, the plugin in a fork for each name, if there are several."""
     for module in ("comfy.sd", "comfy.taesd.taesd", "comfy_api.latest", "latent_preview", "nodes"):
         importlib.import_module(module)
+    if len(names) == 1:
+        return {name: _without(name, name in hidden, model) for name in names}
+    return {name: _in_fork(name, name in hidden, model) for name in names}
+
+
+def _in_fork(name: str, hide: bool, model: str) -> dict[str, Any]:
+    """What `_without` returns in a fork of this process; {"error"} if that came to nothing."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.close(reading)
+            with os.fdopen(writing, "w", encoding="utf-8") as out:
+                json.dump(_without(name, hide, model), out)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8") as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else {"error": "the process came to nothing", "lines": []}
+
+
+def _without(name: str, hide: bool, model: str) -> dict[str, Any]:
+    """{"error"} or {"nodes": registered, "drawn": a picture}, and {"lines": what was logged about the name}."""
     log = Lines()
     logging.getLogger().addHandler(log)
     pack = _pack()
