@@ -325,7 +325,8 @@ NEEDS = (
     Need("host/misfit.py", PATCHER, "to see a sampling fail", "get_wrappers add_wrapper_with_key", "model"),
     Need("host/misfit.py", "comfy.patcher_extension.WrapperExecutor", "to see a sampling fail", words="class_obj"),
     Need("host/misfit.py", "comfy.samplers.CFGGuider", "to see what it was given", words="conds model_patcher"),
-    Need("host/misfit.py", "comfy.samplers", "to see what it was given", words="cross_attn control"),
+    Need("host/misfit.py", "comfy.samplers", "to see what it was given", words="control"),
+    Need("host/misfit.py", "comfy.sampler_helpers", "to see what it was given", words="cross_attn"),
     Need(
         "host/misfit.py",
         BASE_MODEL,
