@@ -159,6 +159,12 @@ def _cure(here: str) -> str:
     return f"Update this plugin, or use a ComfyUI between {OLDEST} and {NEWEST}, with which it was tested."
 
 
+def share_a_clone_base(a: ModelPatcher, b: ModelPatcher) -> bool:
+    """True if newer ComfyUI versions know both as clones of one model, as on several devices."""
+    known = getattr(a, "clone_base_uuid", None)
+    return known is not None and known == getattr(b, "clone_base_uuid", None)
+
+
 def share_clone_base(patcher: ModelPatcher, base: ModelPatcher) -> None:
     """Gives `patcher` the id by which newer ComfyUI versions know clones of one model: that of `base`."""
     if hasattr(base, "clone_base_uuid"):

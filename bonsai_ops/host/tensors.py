@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import comfy.utils
 import torch
 
 if TYPE_CHECKING:
@@ -24,12 +26,37 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def linear_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) of every linear layer in model order, whoever made it and however its weight is stored."""
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(module, "in_features") and isinstance(weight, torch.Tensor) and weight.ndim == 2:
-            yield name, module
+@contextlib.contextmanager
+def own_objects(patcher: ModelPatcher) -> Iterator[None]:
+    """Inside, the model consists of its own parts, whatever the object patches of a loaded clone have put there."""
+    put: dict[str, Any] = {}
+    for name, own in patcher.object_patches_backup.items():
+        if _attribute(patcher.model, name) is not own:
+            put[name] = comfy.utils.set_attr(patcher.model, name, own)
+    try:
+        yield
+    finally:
+        for name, patched in reversed(put.items()):
+            comfy.utils.set_attr(patcher.model, name, patched)
+
+
+def _attribute(model: torch.nn.Module, name: str) -> Any:
+    """A part of a BaseModel by its dotted name; what ComfyUI keeps in its place if there is none."""
+    try:
+        return comfy.utils.get_attr(model, name)
+    except AttributeError:
+        return comfy.utils.ATTR_UNSET
+
+
+def linear_modules(patcher: ModelPatcher) -> list[tuple[str, torch.nn.Module]]:
+    """(name, module) of the transformer's linear layers in model order, whoever made them, however they are stored."""
+    found = []
+    with own_objects(patcher):
+        for name, module in patcher.model.diffusion_model.named_modules():
+            weight = getattr(module, "weight", None)
+            if hasattr(module, "in_features") and isinstance(weight, torch.Tensor) and weight.ndim == 2:
+                found.append((name, module))
+    return found
 
 
 def base_tensor(patcher: ModelPatcher, name: str) -> torch.Tensor:
@@ -38,9 +65,11 @@ def base_tensor(patcher: ModelPatcher, name: str) -> torch.Tensor:
     if kept is not None:
         return kept.weight
     path, _, leaf = name.rpartition(".")
-    return getattr(patcher.model.diffusion_model.get_submodule(path), leaf)
+    with own_objects(patcher):
+        return getattr(patcher.model.diffusion_model.get_submodule(path), leaf)
 
 
 def base_tensors(patcher: ModelPatcher) -> dict[str, torch.Tensor]:
     """{name: tensor} of the transformer as it was loaded, patches undone. Persistent buffers are among them."""
-    return {name: base_tensor(patcher, name) for name in tensors_of(patcher.model.diffusion_model)}
+    with own_objects(patcher):
+        return {name: base_tensor(patcher, name) for name in tensors_of(patcher.model.diffusion_model)}

@@ -2,12 +2,14 @@
 
 The result is a second model of the source's own class, made with our operations (linear.py), so that LoRAs, offload,
 clones and saving work as with a loaded pack. The source is only read. What was set on it (LoRAs, model sampling,
-wrappers, options) goes along; a merge of models is carried out first, as its result is what is to be packed.
+wrappers, options) goes along or is refused; a merge of models is carried out first, as its result is what is to be
+packed.
 
 options.py    what is asked for
 layers.py     the linear layers: which are packed, their dense weights
 work.py       a patch under way: each of them quantized
 spend.py      which layers get more bits within a target size
+carry.py      what was set on the source
 assemble.py   the packed MODEL
 model.py      all of it
 report.py     what became of every layer, as text, CSV and picture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from ..misfit import explain_misfits
 from ..model_class import configuration_for_twin, describe_configuration, empty_model, filled, is_dynamic
 from ..patcher import adopt
 from ..tensors import base_tensors, tensors_of
+from .carry import carry_over
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -34,9 +35,20 @@ def empty_twin(base: BaseModel) -> BaseModel:
     return empty_model(configuration_for_twin(base), base.model_type, names)
 
 
-def assemble(source: ModelPatcher, twin: BaseModel, packed: Mapping[str, PackedWeight]) -> ModelPatcher:
-    """The packed ModelPatcher: weights into the twin, everything that was set on the source beside it."""
-    patcher = _around(source, twin, {**base_tensors(source), **packed}, dynamic=is_dynamic(source))
+def assemble(
+    source: ModelPatcher,
+    twin: BaseModel,
+    tensors: Mapping[str, torch.Tensor | PackedWeight],
+    carried_out: Sequence[str] = (),
+) -> ModelPatcher:
+    """The packed ModelPatcher: weights into the twin, everything that was set on the source beside it.
+
+    carried_out: keys of weights whose patches are part of `tensors` already.
+    """
+    patcher = _around(source, twin, tensors, dynamic=is_dynamic(source))
+    for key in carried_out:
+        patcher.patches.pop(key, None)
+    carry_over(source, patcher)
     name = uuid.uuid4().hex
     _patched[name] = patcher
     patcher.cached_patcher_init = (rebuild_patched, (name,))
@@ -84,4 +96,6 @@ def rebuild_patched(name: str, disable_dynamic: bool = False) -> ModelPatcher:
             '"Save Bonsai Model" and load the file with "Load Bonsai Model" to use it elsewhere.'
         )
     twin = empty_twin(living.model)
-    return _around(living, twin, base_tensors(living), dynamic=not disable_dynamic)
+    patcher = _around(living, twin, base_tensors(living), dynamic=not disable_dynamic)
+    carry_over(living, patcher)
+    return patcher

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...quantize import DETAILS, Recorder, Statistics
+from ..compiled import uncompiled
 from ..tensors import linear_modules
+from .report import count_layers
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
     from ..sampling import Sampling
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["DETAILS", "Calibration", "sample_recorded"]
 
@@ -25,11 +30,15 @@ class Calibration:
 
 
 def sample_recorded(model: ModelPatcher, sampling: Sampling, detail: str) -> tuple[Calibration, dict]:
-    """(what went into every linear layer, LATENT). detail: one of DETAILS.
+    """(what went into every linear layer, LATENT). detail: one of DETAILS. The log names layers that were not called.
 
+    A compiled model is sampled without its compiled parts, which do not tell what goes into their layers.
     Raises ValueError for an unknown one or if no linear layer was called.
     """
-    recorder = Recorder(detail)
-    with recorder.recording(linear_modules(model.model.diffusion_model)):
-        out = sampling.run(model)
-    return Calibration(type(model.model).__name__, recorder.result()), out
+    recorder, layers = Recorder(detail), linear_modules(model)
+    with recorder.recording(layers), uncompiled(model) as plain:
+        out = sampling.run(plain)
+    recorded = recorder.result()
+    without = [name for name, _ in layers if name not in recorded]
+    logger.info("Bonsai: %s", count_layers("calibrated", len(layers), without))
+    return Calibration(type(model.model).__name__, recorded), out

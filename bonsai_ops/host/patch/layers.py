@@ -61,7 +61,7 @@ def linear_layers(source: ModelPatcher, twin: BaseModel, options: PatchOptions) 
     """Every linear layer of the source in model order, with the reason for those that stay."""
     ours = dict(twin.diffusion_model.named_modules())
     layers = []
-    for name, module in linear_modules(source.model.diffusion_model):
+    for name, module in linear_modules(source):
         layer = Layer(name, module)
         weight = base_tensor(source, layer.weight)
         excluded = next((p for p in options.exclude if fnmatch.fnmatchcase(name, p)), None)

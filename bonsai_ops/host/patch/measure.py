@@ -17,11 +17,12 @@ import torch
 
 from ... import kernels
 from ...quantize import LayerError, measured, recipe_of, thinned
+from ..compiled import uncompiled
 from ..layout import mode_of, unwrap
 from ..progress import Counter, Progress
 from ..tensors import base_tensor, linear_modules
 from .layers import Layer, convolutions, dense_weight, other_tensors, stays_packed, stored_bytes
-from .report import LayerReport, Report
+from .report import LayerReport, Report, count_layers
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -41,14 +42,14 @@ class Meter:
 
     def __init__(self, original: ModelPatcher, patched: ModelPatcher) -> None:
         self._original, self._patched = original, patched
-        self._layers = [Layer(name, module) for name, module in linear_modules(patched.model.diffusion_model)]
+        self._layers = [Layer(name, module) for name, module in linear_modules(patched)]
         self._packed = [layer for layer in self._layers if stays_packed(patched, layer)]
         if not self._packed:
             raise ValueError(
                 'no layer of the patched model is packed: connect a model from "Patch to BitLinear" or from '
                 '"Load Bonsai Model"'
             )
-        found = {name: Layer(name, m) for name, m in linear_modules(original.model.diffusion_model)}
+        found = {name: Layer(name, m) for name, m in linear_modules(original)}
         for layer in self._packed:
             other = found.get(layer.name)
             if other is None or other.shape != layer.shape:
@@ -89,7 +90,8 @@ class Meter:
             rows.append(self._row(layer))
         counter.end()
         title = f"{type(self._patched.model).__name__}, measured"
-        notes = [f"measured: {len(self._sums)} of {len(self._packed)} layers"]
+        without = [layer.name for layer in self._packed if layer.name not in self._sums]
+        notes = [count_layers("measured", len(self._packed), without)]
         return Report(
             title,
             rows,
@@ -143,6 +145,6 @@ def sample_measured(
     if nothing is packed, the models differ or no packed layer was called.
     """
     meter = Meter(original, patched)
-    with meter.measuring():
-        out = sampling.run(patched)
+    with meter.measuring(), uncompiled(patched) as plain:
+        out = sampling.run(plain)
     return meter.report(progress), out

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from ...quantize import Settings, Statistics
 from ..lora import merges_models
 from ..progress import Progress
+from ..tensors import base_tensors, own_objects
 from .assemble import assemble, empty_twin
+from .carry import require_carried
 from .layers import Layer, convolutions, linear_layers, other_tensors, stored_bytes
 from .options import PatchOptions
-from .report import LayerReport, Report
+from .report import LayerReport, Report, count_layers
 from .spend import spend
 from .work import Work, begin_work
 
@@ -38,8 +40,20 @@ def patch_model(
     started = time.perf_counter()
     if not hasattr(source.model, "diffusion_model") or not hasattr(source.model, "model_config"):
         raise ValueError("this MODEL is no diffusion model of ComfyUI: it has no transformer or UNet to patch")
+    with own_objects(source):
+        return _patched(source, options, statistics or {}, progress, started)
+
+
+def _patched(
+    source: ModelPatcher,
+    options: PatchOptions,
+    statistics: Mapping[str, Statistics],
+    progress: Progress | None,
+    started: float,
+) -> tuple[ModelPatcher, Report]:
     twin = empty_twin(source.model)
-    work = begin_work(source, linear_layers(source, twin, options), options, statistics or {}, progress)
+    require_carried(source, twin)
+    work = begin_work(source, linear_layers(source, twin, options), options, statistics, progress)
     chosen = work.chosen
     for layer in chosen:
         work.counter.begin(layer.size)
@@ -53,14 +67,14 @@ def patch_model(
     elif not packed:
         notes.append("the whole model has room within the target size: it goes through unchanged")
     if statistics:
-        notes.append(f"calibrated: {sum(layer.name in statistics for layer in chosen)} of {len(chosen)} layers")
+        without = [layer.name for layer in chosen if layer.name not in statistics]
+        notes.append(count_layers("calibrated", len(chosen), without))
     report = _report(work, other_bytes, time.perf_counter() - started, notes)
     if options.dry_run or not packed:
         return source, report
-    patcher = assemble(source, twin, packed)
-    for layer in chosen:
-        if layer.made is not None and merges_models(source.patches.get(layer.key, ())):
-            patcher.patches.pop(layer.key)  # carried out when the dense weight was read
+    read = [layer.key for layer in chosen if layer.made is not None]
+    merged = [key for key in read if merges_models(source.patches.get(key, ()))]
+    patcher = assemble(source, twin, {**base_tensors(source), **packed}, merged)
     logger.info(
         "Bonsai: %s: %d layers packed, %.1f MB, relative error %.4f, %.1f s",
         report.title,

@@ -169,5 +169,11 @@ class Report:
         return np.asarray(picture, dtype=np.float32) / 255.0
 
 
+def count_layers(done: str, total: int, without: Sequence[str]) -> str:
+    """A note on how many of the layers were calibrated or measured, with the names of those that were not."""
+    names = f"; not called: {', '.join(without)}" if without else ""
+    return f"{done}: {total - len(without)} of {total} layers{names}"
+
+
 def _mb(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
