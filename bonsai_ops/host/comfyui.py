@@ -159,6 +159,13 @@ def _cure(here: str) -> str:
     return f"Update this plugin, or use a ComfyUI between {OLDEST} and {NEWEST}, with which it was tested."
 
 
+@functools.cache
+def scales_columns() -> bool:
+    """True if quantized linear layers of this ComfyUI multiply their inputs by a `pre_quant_scale`."""
+    algorithms = optional("comfy.quant_ops.QUANT_ALGOS") or {}
+    return any("pre_quant_scale" in algorithm["parameters"] for algorithm in algorithms.values())
+
+
 def share_a_clone_base(a: ModelPatcher, b: ModelPatcher) -> bool:
     """True if newer ComfyUI versions know both as clones of one model, as on several devices."""
     known = getattr(a, "clone_base_uuid", None)

@@ -42,6 +42,9 @@ IO, PATCHER = "comfy_api.latest.io", "comfy.model_patcher.ModelPatcher"
 BASE_MODEL, CONFIGURATION = "comfy.model_base.BaseModel", "comfy.supported_models_base.BASE"
 TENSOR, PARAMS = "comfy_kitchen.tensor.QuantizedTensor", "comfy_kitchen.tensor.base.BaseLayoutParams"
 KLEIN = "comfy.text_encoders.flux"
+BYPASS, BYPASS_WORDS = "comfy.weight_adapter.BypassInjectionManager", "hooks module adapter multiplier"
+MISFIT = "to tell what belongs to another model"
+SAVED = "to say what a saved text encoder is"
 NO_ENCODER = "no pack's text encoder is loaded; CLIPLoader with qwen_3_4b.safetensors and type flux2 serves as well"
 SLOW_LORAS = "LoRAs on packed layers are exact but slow: each call unpacks the layer"
 
@@ -98,18 +101,9 @@ NEEDS = (
         "to choose the dtype",
         takes="model_params weight_dtype supported_dtypes",
     ),
-    Need(
-        "host/precision.py",
-        "comfy.cli_args.args",
-        "to choose the dtype",
-        "fp32_unet bf16_unet fp16_unet",
-    ),
+    Need("host/precision.py", "comfy.cli_args.args", "to choose the dtype", "fp32_unet bf16_unet fp16_unet"),
     Need("host/progress.py", "comfy.utils.ProgressBar", "to show progress", "update_absolute"),
-    Need(
-        "host/progress.py",
-        "comfy.model_management.throw_exception_if_processing_interrupted",
-        "to be cancelled",
-    ),
+    Need("host/progress.py", "comfy.model_management.throw_exception_if_processing_interrupted", "to be cancelled"),
     Need("host/loader.py", BASE_MODEL, "to compute in that dtype", words="manual_cast_dtype"),
     Need("host/loader.py", CONFIGURATION, "to compute in that dtype", "set_inference_dtype"),
     Need("host/loader.py", PATCHER, "to be cloned", words="model cached_patcher_init"),
@@ -121,20 +115,8 @@ NEEDS = (
         takes="state_dict model_options embedding_directory disable_dynamic",
     ),
     Need("host/text_encoder.py", PATCHER, "to be cloned", words="cached_patcher_init"),
-    Need(
-        "host/text_encoder.py",
-        "comfy.sd.CLIP",
-        "to say what a saved text encoder is",
-        words="cond_stage_model tokenizer state_dict",
-    ),
-    Need(
-        "host/text_encoder.py",
-        PATCHER,
-        "to say what a saved text encoder is",
-        "model_state_dict_for_saving",
-        costs="",
-        since="0.18",
-    ),
+    Need("host/text_encoder.py", "comfy.sd.CLIP", SAVED, words="cond_stage_model tokenizer state_dict"),
+    Need("host/text_encoder.py", PATCHER, SAVED, "model_state_dict_for_saving", costs="", since="0.18"),
     Need(
         "host/generation.py",
         "comfy.sd1_clip.SD1ClipModel",
@@ -300,12 +282,7 @@ NEEDS = (
     Need("host/inventory.py", BASE_MODEL, "to describe a model", "get_dtype_inference", "diffusion_model"),
     Need("host/info.py", PATCHER, "to describe a model", words="patches"),
     Need("host/save.py", PATCHER, "to save a model without its LoRAs", words="patches"),
-    Need(
-        "host/fold.py",
-        PATCHER,
-        "to save a model with its LoRAs",
-        words="model patches injections weight_wrapper_patches",
-    ),
+    Need("host/fold.py", PATCHER, "to save LoRAs", words="model patches injections weight_wrapper_patches"),
     Need("host/fold.py", BASE_MODEL, "to round as the model does", "get_dtype_inference"),
     Need("host/fold.py", "comfy.sd", "to refuse what lies outside of the weights", words="bypass_lora"),
     # steps
@@ -328,43 +305,27 @@ NEEDS = (
     Need("host/misfit.py", "comfy.samplers.CFGGuider", "to see what it was given", words="conds model_patcher"),
     Need("host/misfit.py", "comfy.samplers", "to see what it was given", words="control"),
     Need("host/misfit.py", "comfy.sampler_helpers", "to see what it was given", words="cross_attn"),
-    Need(
-        "host/misfit.py",
-        BASE_MODEL,
-        "to tell what belongs to another model",
-        words="latent_format diffusion_model model_config",
-    ),
-    Need("host/misfit.py", CONFIGURATION, "to tell what belongs to another model", "unet_config"),
-    Need(
-        "host/misfit.py",
-        "comfy.latent_formats.LatentFormat",
-        "to tell what belongs to another model",
-        "latent_channels latent_dimensions",
-    ),
-    Need("host/misfit.py", "comfy.controlnet.ControlBase", "to tell what belongs to another model"),
+    Need("host/misfit.py", BASE_MODEL, MISFIT, words="latent_format diffusion_model model_config"),
+    Need("host/misfit.py", CONFIGURATION, MISFIT, "unet_config"),
+    Need("host/misfit.py", "comfy.latent_formats.LatentFormat", MISFIT, "latent_channels latent_dimensions"),
+    Need("host/misfit.py", "comfy.controlnet.ControlBase", MISFIT),
     # compiled models
     Need(
         "host/compiled.py",
         "comfy_api.torch_helpers.torch_compile",
-        "to compile a packed model as its source was",
+        "to compile again",
         "set_torch_compile_wrapper COMPILE_KEY TORCH_COMPILE_KWARGS",
-        words="compiled_module_dict",
+        "compiled_module_dict",
         costs="",
     ),
     Need("host/compiled.py", "comfy.patcher_extension.WrappersMP", "to know compiled models", "APPLY_MODEL"),
-    Need(
-        "host/compiled.py",
-        PATCHER,
-        "to know compiled models",
-        "clone get_wrappers remove_wrappers_with_key",
-        "model_options",
-    ),
+    Need("host/compiled.py", PATCHER, "to do so", "clone get_wrappers remove_wrappers_with_key", "model_options"),
     # Patch to BitLinear
     Need("host/patch/layers.py", "comfy.lora.calculate_weight", "to carry out merges", takes="intermediate_dtype"),
     Need("host/patch/layers.py", TENSOR, "to unpack quantized layers", "dequantize"),
-    Need("host/patch/layers.py", PATCHER, "to read layers", words="model patches"),
+    Need("host/patch/layers.py", PATCHER, "to read", words="model patches weight_wrapper_patches offload_device"),
     Need("host/patch/layers.py", BASE_MODEL, "to find its layers", words="diffusion_model"),
-    Need("host/patch/model.py", PATCHER, "to read a model", words="model patches"),
+    Need("host/patch/model.py", PATCHER, "to read a model", words="model"),
     Need("host/patch/work.py", "comfy.model_management.soft_empty_cache", "to retry on the CPU"),
     Need("host/patch/work.py", PATCHER, "to choose devices", words="load_device offload_device"),
     Need("host/patch/measure.py", PATCHER, "to compare models", words="model load_device"),
@@ -380,20 +341,8 @@ NEEDS = (
     Need("host/patch/carry.py", BASE_MODEL, "to know its parts", words="diffusion_model"),
     Need("host/patch/carry.py", "comfy.model_management.loaded_models", "to know whose injections are in place"),
     Need("host/patch/carry.py", "comfy.patcher_extension.PatcherInjection", "to hand on injections", words="inject"),
-    Need(
-        "host/patch/carry.py",
-        "comfy.weight_adapter",
-        "to hand on bypass LoRAs",
-        "BypassInjectionManager",
-        costs="",
-    ),
-    Need(
-        "host/patch/carry.py",
-        "comfy.weight_adapter.bypass",
-        "to hand on bypass LoRAs",
-        words="hooks module adapter multiplier weights",
-        costs="",
-    ),
+    Need("host/patch/carry.py", BYPASS, "to hand on bypass LoRAs", words=BYPASS_WORDS, costs=""),
+    Need("host/patch/carry.py", "comfy.weight_adapter.LoRAAdapter", "to know DoRAs", words="weights", costs=""),
     Need("host/patch/assemble.py", TENSOR, "to unpack quantized layers", "dequantize"),
     Need(
         "host/patch/assemble.py",
@@ -411,6 +360,8 @@ NEEDS = (
         "diffusion_model model_config model_type",
     ),
     Need("host/patch/assemble.py", f"{PATCHER}.clone", "to clone it", takes="disable_dynamic model_override"),
+    Need("host/comfyui.py", "comfy.quant_ops.QUANT_ALGOS", "to know scaled columns", costs=""),
+    Need("host/comfyui.py", "comfy.quant_ops", "to do so", words="pre_quant_scale parameters", costs="", since="0.30"),
     Need("host/comfyui.py", PATCHER, "to know clones of one model", words="clone_base_uuid", costs="", since="0.24"),
     # benchmarks; the plugin starts without these
     Need("tools/bench/inside", "comfy.options.enable_args_parsing", "to set the options of ComfyUI"),

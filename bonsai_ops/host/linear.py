@@ -124,6 +124,9 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
                 self.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
             elif name == "weight" or self.has_bias:
                 missing_keys.append(prefix + name)
+        if strict:
+            own = (f"{prefix}weight", f"{prefix}bias")
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in own]
 
     def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = "", **kwargs: Any) -> dict:
         """{prefix + weight, weight_scale, weight_zero, bias}: codes and tables, as our files store them."""

@@ -135,4 +135,8 @@ def _needed(
         if isinstance(entries[name], DenseTensor):
             entries[name].require_float()
         needed[name] = entries[name]
+    modules = {name.rpartition(".")[0] for name in shapes}
+    for name, entry in entries.items():
+        if name not in shapes and name.rpartition(".")[0] in modules:
+            raise entry.error("is unknown", f"A layer of Qwen3 has a weight and nothing else. {AS_PUBLISHED}")
     return needed

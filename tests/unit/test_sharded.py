@@ -105,3 +105,17 @@ def test_an_index_that_names_a_file_twice_over(folder: Path, tmp_path: Path) -> 
     write_index(folder, extra="model-old.safetensors")
     with pytest.raises(PackError, match=rf"{EMBEDDING}: stands in .* too"):
         open_text_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("leaf", ["pre_quant_scale", "weight_scale", "bias"])
+def test_a_layer_has_nothing_that_is_not_read(tmp_path: Path, leaf: str) -> None:
+    """What lies beside a weight changes what its layer computes; modules that Klein does not read are no trouble."""
+    tensors = {name: torch.ones(shape).bfloat16() for name, shape in expected_shapes(SIZES).items()}
+    spare = {"lm_head.weight": torch.ones(64, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(64)}
+    path = tmp_path / "model.safetensors"
+    save_file(tensors | spare | {f"model.layers.{LAYERS}.mlp.gate_proj.{leaf}": torch.ones(64)}, path)
+    assert len(open_text_encoder(path)[0].entries) == len(tensors)
+    layer = "model.layers.1.self_attn.k_proj"
+    save_file(tensors | spare | {f"{layer}.{leaf}": torch.ones(64)}, path)
+    with pytest.raises(PackError, match=rf"{layer}\.{leaf}: is unknown"):
+        open_text_encoder(path)

@@ -12,6 +12,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...quantize import GROUP_SIZES, Quantized, budget, fitting_group
+from .. import comfyui
 from ..layout import is_packed, unwrap
 from ..linear import PackedLinear
 from ..lora import merges_models
@@ -21,6 +22,11 @@ from .options import PatchOptions
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
+
+COLUMN_SCALE = "pre_quant_scale"
+"""A vector [K] of a linear layer of ComfyUI's: y = (x * scale) W^T + bias."""
+ROUNDING = ("input_scale",)
+"""What a quantized layer rounds its inputs with; without rounding it has no part in the product."""
 
 
 @dataclass
@@ -58,11 +64,15 @@ class Layer:
 
 
 def linear_layers(source: ModelPatcher, twin: BaseModel, options: PatchOptions) -> list[Layer]:
-    """Every linear layer of the source in model order, with the reason for those that stay."""
+    """Every linear layer of the source in model order, with the reason for those that stay.
+
+    Raises ValueError for one that computes with more than a weight, a bias and what COLUMN_SCALE and ROUNDING name.
+    """
     ours = dict(twin.diffusion_model.named_modules())
     layers = []
     for name, module in linear_modules(source):
         layer = Layer(name, module)
+        _require_known(source, layer, ours.get(name))
         weight = base_tensor(source, layer.weight)
         excluded = next((p for p in options.exclude if fnmatch.fnmatchcase(name, p)), None)
         columns = weight.shape[1]
@@ -88,9 +98,55 @@ def stays_packed(patcher: ModelPatcher, layer: Layer) -> bool:
 
 
 def other_tensors(source: ModelPatcher, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
-    """{name: tensor} of the source's transformer that is no weight of `layers`."""
-    weights = {layer.weight for layer in layers}
-    return {name: tensor for name, tensor in base_tensors(source).items() if name not in weights}
+    """{name: tensor} of the source's transformer that stays and is no weight of `layers`."""
+    left_out = {layer.weight for layer in layers} | _spent(layers)
+    return {name: tensor for name, tensor in base_tensors(source).items() if name not in left_out}
+
+
+def tensors_to_keep(source: ModelPatcher, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
+    """{name: tensor} of the source's transformer as layers without scaled columns have it: these are multiplied in."""
+    spent = _spent(layers)
+    tensors = {name: tensor for name, tensor in base_tensors(source).items() if name not in spent}
+    for layer in layers:
+        if layer.made is None and column_scale(layer.module) is not None:
+            tensors[layer.weight] = dense_weight(source, layer, source.offload_device)
+    return tensors
+
+
+def carried_out(source: ModelPatcher, layers: Sequence[Layer]) -> list[str]:
+    """The keys of the weights whose patches are merges that were carried out when `dense_weight` read them."""
+    read = [layer for layer in layers if layer.made is not None or column_scale(layer.module) is not None]
+    return [layer.key for layer in read if merges_models(source.patches.get(layer.key, ()))]
+
+
+def column_scale(module: torch.nn.Module) -> torch.Tensor | None:
+    """What a linear layer of ComfyUI multiplies its inputs by, column by column, or None: AWQ's smoothing."""
+    return getattr(module, COLUMN_SCALE, None) if comfyui.scales_columns() else None
+
+
+def _spent(layers: Sequence[Layer]) -> set[str]:
+    """Names of the tensors of linear layers that have no place beside a dense or packed weight."""
+    return {f"{layer.name}.{leaf}" for layer in layers for leaf in (*ROUNDING, COLUMN_SCALE)}
+
+
+def _require_known(source: ModelPatcher, layer: Layer, ours: torch.nn.Module | None) -> None:
+    """Raises ValueError if the layer has a tensor that neither ours has nor its dense weight accounts for."""
+    known = {"weight", "bias", *ROUNDING, *((COLUMN_SCALE,) if comfyui.scales_columns() else ())}
+    known |= set() if ours is None else {*ours._parameters, *ours._buffers}
+    for leaf, tensor in (*layer.module._parameters.items(), *layer.module._buffers.items()):
+        if tensor is not None and leaf not in known:
+            raise ValueError(
+                f"{layer.name}.{leaf} is a tensor that Patch to BitLinear does not know, so what the layer computes "
+                "is unknown too: patch a model whose linear layers have nothing but weight and bias, such as its "
+                "16-bit file"
+            )
+    patches = source.patches.get(layer.key, ())
+    changed = (patches and not merges_models(patches)) or source.weight_wrapper_patches.get(layer.key)
+    if changed and column_scale(layer.module) is not None:
+        raise ValueError(
+            f"{layer.name} scales its inputs by {COLUMN_SCALE}, and ComfyUI would scale those of the LoRA on it too: "
+            'connect the LoRA behind "Patch to BitLinear" instead of before it'
+        )
 
 
 def convolutions(source: ModelPatcher) -> int:
@@ -99,7 +155,7 @@ def convolutions(source: ModelPatcher) -> int:
 
 
 def dense_weight(source: ModelPatcher, layer: Layer, device: torch.device) -> torch.Tensor:
-    """The float32 weight of a layer on `device`, a merge carried out, LoRAs left out."""
+    """The float32 weight of a layer on `device`, columns scaled as its inputs are, a merge carried out, no LoRAs."""
     weight = base_tensor(source, layer.weight).detach().to(device)
     if isinstance(weight, QuantizedTensor):
         weight = weight.dequantize()
@@ -107,7 +163,8 @@ def dense_weight(source: ModelPatcher, layer: Layer, device: torch.device) -> to
     weight = weight.to(torch.float32)
     if merges_models(patches):
         weight = comfy.lora.calculate_weight(patches, weight.clone(), layer.key, intermediate_dtype=torch.float32)
-    return weight
+    scale = column_scale(layer.module)
+    return weight if scale is None else weight * scale.detach().to(weight).flatten()
 
 
 def stored_bytes(source: ModelPatcher, layer: Layer) -> int:

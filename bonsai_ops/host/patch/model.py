@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ...quantize import Settings, Statistics
-from ..lora import merges_models
 from ..progress import Progress
-from ..tensors import base_tensors, own_objects
+from ..tensors import own_objects
 from .assemble import assemble, empty_twin
 from .carry import require_carried
-from .layers import Layer, convolutions, linear_layers, other_tensors, stored_bytes
+from .layers import Layer, carried_out, convolutions, linear_layers, other_tensors, stored_bytes, tensors_to_keep
 from .options import PatchOptions
 from .report import LayerReport, Report, count_layers
 from .spend import spend
@@ -72,9 +71,8 @@ def _patched(
     report = _report(work, other_bytes, time.perf_counter() - started, notes)
     if options.dry_run or not packed:
         return source, report
-    read = [layer.key for layer in chosen if layer.made is not None]
-    merged = [key for key in read if merges_models(source.patches.get(key, ()))]
-    patcher = assemble(source, twin, {**base_tensors(source), **packed}, merged)
+    tensors = {**tensors_to_keep(source, work.layers), **packed}
+    patcher = assemble(source, twin, tensors, carried_out(source, work.layers))
     logger.info(
         "Bonsai: %s: %d layers packed, %.1f MB, relative error %.4f, %.1f s",
         report.title,

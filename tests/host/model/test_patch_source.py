@@ -20,6 +20,7 @@ from twins import (
     PROJ,
     QKV,
     SMALL,
+    absent,
     bfl_lora,
     draw,
     latent,
@@ -418,3 +419,123 @@ def test_object_patches_of_a_loaded_clone_are_not_in_the_way(source: Any) -> Non
     assert base_tensors(source)[LINEAR1.removeprefix("diffusion_model.")].abs().sum() > 0
     known, _ = sample_recorded(source, sampling(1), "power")
     assert {layer.name for layer in report.layers} == known.layers.keys()
+
+
+# layers that compute more than a product
+
+
+def quantized(tensors: Mapping[str, torch.Tensor], kind: str, layers: list[str]) -> dict[str, torch.Tensor]:
+    """The weights with some layers as ComfyUI's own quantized files have them, by its own code."""
+    import json
+
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    if kind.removesuffix("-rotated") not in QUANT_ALGOS:
+        absent(kind)
+    made = dict(tensors)
+    algorithm = kind.removesuffix("-rotated")
+    for layer in layers:
+        description: dict[str, Any] = {"format": algorithm}
+        options: dict[str, Any] = {}
+        if kind.endswith("-rotated"):
+            description |= {"convrot": True, "convrot_groupsize": 64}
+            options = {"per_channel": True, "convrot": True, "convrot_groupsize": 64}
+        layout = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
+        weight = QuantizedTensor.from_float(made.pop(f"{layer}.weight"), layout, scale="recalculate", **options)
+        made |= weight.state_dict(f"{layer}.weight")
+        made[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
+    return made
+
+
+def product(model: Any, layer: str, x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.model.diffusion_model.get_submodule(layer)(x)
+
+
+ODD = ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear2", "double_stream_modulation_img.lin"]
+"""Two layers that are packed and one that stays."""
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise", "int8_tensorwise-rotated"])
+def test_quantized_layers_are_read_as_they_compute(comfy: Any, small: Mapping[str, torch.Tensor], kind: str) -> None:
+    """Packed to 8 bits, and left as they are: the source's own product."""
+    source = load_stock(quantized(small, kind, ODD))
+    patched, report = patch(source, recipe="8bit", group_size=32)
+    forms = {layer.name: layer.form for layer in report.layers}
+    assert [forms[layer] for layer in ODD] == ["8bit", "8bit", "kept"]
+    for layer in ODD:
+        x = torch.randn(5, transformer(source).get_submodule(layer).in_features)
+        assert relative(product(patched, layer, x), product(source, layer, x)) < 0.01, layer
+
+
+def scaled(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An nvfp4 file with AWQ's scales of the inputs, as ModelOpt writes it."""
+    from bonsai_ops.host import comfyui
+
+    if not comfyui.scales_columns():
+        absent("pre_quant_scale")
+    generator = torch.Generator().manual_seed(2)
+    made = quantized(tensors, "nvfp4", ODD)
+    for layer in ODD:
+        columns = tensors[f"{layer}.weight"].shape[1]
+        made[f"{layer}.pre_quant_scale"] = 0.3 + 3 * torch.rand(columns, generator=generator)
+        made[f"{layer}.input_scale"] = torch.tensor(0.01)
+    return made
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+def test_scaled_inputs_are_part_of_the_weight(comfy: Any, small: Mapping[str, torch.Tensor], merged: bool) -> None:
+    """AWQ: the source's own product in packed layers, in those that stay, in a merge and in a measurement."""
+    from bonsai_ops.host.patch.measure import sample_measured
+
+    source = load_stock(scaled(small))
+    if merged:
+        other = load_stock({n: t + 0.02 * torch.randn(t.shape) for n, t in small.items()})
+        clone = source.clone()
+        keys = [f"diffusion_model.{layer}.weight" for layer in ODD]
+        clone.add_patches({key: other.get_key_patches("diffusion_model.")[key] for key in keys}, 0.4, 0.6)
+        source = clone
+    patched, _ = patch(source, recipe="8bit", group_size=32)
+    drawn = draw(source)  # a merge is in its weights now
+    for layer in ODD:
+        x = torch.randn(5, transformer(source).get_submodule(layer).in_features)
+        assert relative(product(patched, layer, x), product(source, layer, x)) < (0.2 if merged else 0.01), layer
+    assert relative(draw(patched), drawn) < (0.3 if merged else 0.03)
+    measured, _ = sample_measured(source, patched, sampling())
+    assert measured.total("output") < 0.02 and measured.total("relative") < 0.02
+    names = set(patched.model.diffusion_model.state_dict())
+    assert not any(name.endswith(("input_scale", "pre_quant_scale")) for name in names)
+    assert not merged or not patched.patches
+
+
+def test_a_lora_on_scaled_inputs_is_refused(comfy: Any, small: Mapping[str, torch.Tensor], lora_file: Any) -> None:
+    """ComfyUI scales its inputs too, so before and behind the patch it would be another LoRA. In bypass it is one."""
+    source, name = load_stock(scaled(small)), lora_file(low_rank({LAYER: (3 * HIDDEN, HIDDEN)}))
+    with pytest.raises(ValueError, match=r"img_attn\.qkv scales its inputs .* connect the LoRA behind"):
+        patch(with_lora(source, name))
+    behind = bypass(source, name, 0.5)
+    patched, _ = patch(behind, recipe="8bit", group_size=32)
+    assert relative(draw(patched), draw(behind)) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "hidden buffer"])
+@pytest.mark.parametrize("layer", ODD)
+def test_a_tensor_that_nobody_knows_is_named(source: Any, layer: str, kind: str) -> None:
+    module = transformer(source).get_submodule(layer)
+    if kind == "parameter":
+        module.register_parameter("gate", torch.nn.Parameter(torch.ones(3), False))
+    else:
+        module.register_buffer("gate", torch.ones(3), persistent=kind == "buffer")
+    with pytest.raises(ValueError, match=rf"{layer}\.gate is a tensor that Patch to BitLinear does not know"):
+        patch(source)
+
+
+def test_a_packed_layer_takes_no_key_that_it_does_not_use(comfy: Any) -> None:
+    """Whoever loads a state dict hears of what was left over, as with any module of torch."""
+    from bonsai_ops.host.linear import make_bonsai_ops
+
+    layer = make_bonsai_ops().Linear(4, 3)
+    given = {"weight": torch.ones(3, 4), "bias": torch.zeros(3), "pre_quant_scale": torch.ones(4)}
+    assert layer.load_state_dict(given, strict=False).unexpected_keys == ["pre_quant_scale"]
+    with pytest.raises(RuntimeError, match="pre_quant_scale"):
+        layer.load_state_dict(given)
