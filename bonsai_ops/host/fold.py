@@ -61,7 +61,10 @@ def fold_loras(model: ModelPatcher, weights: Weights) -> tuple[Weights, Folded]:
         weight = weights[name]
         layer = LayerPatches(PREFIX + name, found, weight.shape)
         if isinstance(weight, PackedWeight):
-            folded[name] = _into_residual(weight, layer.terms)
+            terms = [term for term in layer.terms if term.factor]
+            if not terms:
+                continue
+            folded[name] = _into_residual(weight, terms)
             ranks[name.removesuffix(".weight")] = folded[name].rank
         else:
             folded[name] = _into_dense(weight, layer, model.model.get_dtype_inference())
@@ -116,8 +119,6 @@ def _into_residual(weight: PackedWeight, terms: Sequence[LowRank]) -> PackedWeig
         up, down = (term.up.flatten(1).to(**place) * term.factor, term.down.flatten(1).to(**place))
         ups.append(_among_zeros(up, 0, term.rows, rows))
         downs.append(_among_zeros(down, 1, term.columns, columns))
-    if not ups:
-        return weight
     return replace(weight, up=narrow_exact(torch.cat(ups, dim=1)), down=narrow_exact(torch.cat(downs)))
 
 

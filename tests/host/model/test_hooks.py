@@ -20,6 +20,7 @@ from twins import (
     loaded,
     low_rank,
     packed_layers,
+    predict,
     relative,
     run_node,
     run_node_outputs,
@@ -288,6 +289,24 @@ def test_a_hook_that_fails_poisons_nothing(pair: Pair, lora_file: Callable[..., 
     hooks.hooks[0].weights = patches
     lora = lora_hook(lora_file(bfl_lora()), 0.6)
     refused_then_as_before(pair, hooks, lora, None, company)
+
+
+@pytest.mark.parametrize("memory", [0, 1], ids=["resident", "offloaded"])
+def test_hooks_that_fail_halfway_are_taken_off(pair: Pair, lora_file: Callable[..., str], memory: float) -> None:
+    """A model that is loaded and not sampled, so that nobody cleans up behind it: as it was before, without a call."""
+    import comfy.hooks
+
+    name = lora_file(bfl_lora())
+    model = loaded(with_lora(pair.packed, name, 0.4), memory)
+    first = predict(model)
+    weights = {key: t for n, t in other_weights().items() if (key := f"diffusion_model.{n}") != DENSE}
+    hooks = model_hook(weights | {DENSE: torch.ones(3, 5)})  # the last: all others are on by then
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    model.register_all_hook_patches(hooks, target, model_options=model.model_options)
+    with pytest.raises(RuntimeError, match="must match"):
+        model.apply_hooks(hooks)
+    assert nothing_left(model) and torch.equal(predict(model), first)
+    unloaded(model)
 
 
 @pytest.mark.parametrize("mode", ["MaxSpeed", "MinVram"])

@@ -286,6 +286,28 @@ def test_the_text_encoder_gives_its_weights_too(text_encoders: tuple[Any, Any], 
         assert relative(found, truth) < 1e-6
 
 
+def test_a_model_as_lora_on_the_text_encoder(text_encoders: tuple[Any, Any]) -> None:
+    """Set CLIP Hooks with another encoder as a LoRA, embedding table and all: as the twin; codes are refused."""
+    import comfy.hooks
+
+    def encode(clip: Any, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        if weights is not None:
+            hooks = comfy.hooks.create_hook_model_as_lora(None, weights, 0.0, 0.6)
+            node = "comfy_extras.nodes_hooks.SetClipHooks"
+            clip = run_node(node, clip=clip, hooks=hooks, apply_to_conds=False, schedule_clip=False)
+        return clip.encode_from_tokens_scheduled(clip.tokenize("a tree"))[0][0]
+
+    ours, stock = text_encoders
+    weights = comfy.hooks.get_patch_weights_from_model(stock.patcher)
+    changed = {n: 1.3 * t for n, t in weights.items() if "layers.3." in n or "embed_tokens" in n}
+    first = encode(ours)
+    found = encode(ours, changed)
+    assert relative(found, encode(stock, changed)) < 1e-5 and relative(found, first) > 1e-3
+    with pytest.raises(ValueError, match="brings codes"):
+        encode(ours, comfy.hooks.get_patch_weights_from_model(ours.patcher))
+    assert torch.equal(encode(ours), first)
+
+
 def test_save_clip_node(text_encoders: tuple[Any, Any], comfy_base_directory: Path) -> None:
     """CLIPSave writes the codes and tables of the text encoder as they are."""
     from safetensors.torch import load_file

@@ -224,6 +224,18 @@ def test_any_patch_on_a_dense_layer_is_merged(pair: Pair, lora_file: Callable[..
     assert residual_ranks(load(path)) == {}
 
 
+def test_a_lora_without_effect_takes_no_room(pair: Pair, lora_file: Callable[..., str], path: Path) -> None:
+    """One of strength 0, and one of another size, which is left out as the model leaves it out."""
+    from comfy.weight_adapter import LoRAAdapter
+
+    tensors = low_rank({"x": SHAPES[QKV]})
+    adapter = LoRAAdapter(set(), (tensors["x.lora_B.weight"], tensors["x.lora_A.weight"], None, None, None, None))
+    model = with_lora(pair.packed, lora_file(low_rank({LINEAR2.removesuffix(".weight"): (HIDDEN, HIDDEN)})))
+    assert model.add_patches({QKV: adapter}, 0.0) == [QKV]
+    assert "none" in save(model, path)
+    assert residual_ranks(load(path)) == {} and torch.equal(draw(load(path)), draw(pair.packed))
+
+
 def test_without_loras_the_file_is_the_same(pair: Pair, path: Path) -> None:
     from bonsai_ops.host.save import save_bonsai_model
 
