@@ -38,6 +38,8 @@ OURS = (
     "LoadBonsaiTextEncoder",
     "SaveBonsaiModel",
 )
+WARNED_OF = ("ConditioningSetArea", "LoraLoaderBypass", "LoraLoaderBypassModelOnly")
+"""Nodes of ComfyUI that do not work with FLUX.2, as the help pages say."""
 PAGE_ONLY = ("MarkdownNote", "Note", "Reroute", "PrimitiveNode")
 """Node types that live in the page and are unknown to the server."""
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -158,6 +160,11 @@ def with_files(newest: ComfyServer) -> Iterator[ComfyServer]:
 def test_there_are_workflows() -> None:
     assert WORKFLOWS
     assert len({read(path)["id"] for path in WORKFLOWS}) == len(WORKFLOWS)
+
+
+@each_workflow
+def test_no_node_that_the_help_warns_of(path: Path) -> None:
+    assert [node["type"] for node in read(path)["nodes"] if node["type"] in WARNED_OF] == []
 
 
 @each_workflow
