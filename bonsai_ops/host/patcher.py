@@ -65,6 +65,8 @@ class PackedPatcher(Mixed):
         module = self._packed_module(key)
         patches = self.patches.get(key)
         if module is None or (patches is not None and merges_models(patches)):
+            if module is not None and key not in self.backup:
+                self.backup[key] = _Backup(_parameter(module.weight, self.offload_device), False)
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
         if kwargs.get("force_cast") and device_to is not None and module.weight.device != torch.device(device_to):
             if key not in self.backup:
@@ -106,11 +108,24 @@ class PackedPatcher(Mixed):
         return result
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            self._give_back_packed()
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             for module in self.model.modules():
                 if hasattr(module, "resident_patch"):
                     module.resident_patch = None
+
+    def _give_back_packed(self) -> None:
+        """Puts the packed weights that merges replaced back as the parameters they were.
+
+        ComfyUI would make a parameter of each. It unloads all models outside of inference mode, and there torch makes
+        none of a packed tensor from inside.
+        """
+        for key, kept in list(self.backup.items()):
+            if is_packed(kept.weight) and isinstance(kept.weight, torch.nn.Parameter):
+                del self.backup[key]
+                comfy.utils.get_attr(self.model, key.rpartition(".")[0]).register_parameter("weight", kept.weight)
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """What ComfyUI's save nodes write, and our record of it.
@@ -280,6 +295,11 @@ class _Backup:
 
     weight: torch.Tensor
     inplace_update: bool
+
+
+def _parameter(weight: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
+    """The weight on that device; itself if it is there."""
+    return weight if weight.device == device else torch.nn.Parameter(weight.to(device), requires_grad=False)
 
 
 @functools.cache

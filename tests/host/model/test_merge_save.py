@@ -157,6 +157,28 @@ def test_a_merge_is_dense_until_it_is_unloaded(make_pair: Callable[..., Pair]) -
     assert packed_layers(a.packed) == 22 and same_state(state_bytes(a.packed), state)
 
 
+@pytest.mark.parametrize("outside", ["loading", "unloading", "both"])
+def test_unloading_a_merge_outside_of_inference_mode(make_pair: Callable[..., Pair], comfy: Any, outside: str) -> None:
+    """ComfyUI runs nodes in inference mode and "Unload Models" out of it: an error there ends the thread that draws."""
+    with torch.inference_mode(outside == "unloading"):
+        a, b = make_pair("ternary"), make_pair("binary")
+    state = state_bytes(a.packed)
+    for _ in range(2):
+        with torch.inference_mode():
+            merged, truth = (
+                run_node(f"{MERGING}ModelMergeSimple", model1=m1, model2=m2, ratio=0.3)
+                for m1, m2 in ((a.packed, b.packed), (a.dense, b.dense))
+            )
+            assert relative(draw(merged), draw(truth)) < 1e-5
+        with torch.inference_mode(outside == "loading"):
+            comfy.model_management.unload_all_models()
+        with torch.inference_mode():
+            a.check()
+    with torch.inference_mode(outside == "loading"):
+        comfy.model_management.unload_all_models()
+    assert packed_layers(a.packed) == 22 and same_state(state_bytes(a.packed), state)
+
+
 @pytest.mark.parametrize("memory", [0, 1], ids=["resident", "offloaded"])
 def test_model_save_round_trip(
     each_pair: Pair, save_stock: Callable[[Any], Path], comfy: Any, monkeypatch: pytest.MonkeyPatch, memory: int
