@@ -101,7 +101,13 @@ NEEDS = (
         "to choose the dtype",
         takes="model_params weight_dtype supported_dtypes",
     ),
-    Need("host/precision.py", "comfy.cli_args.args", "to choose the dtype", "fp32_unet bf16_unet fp16_unet"),
+    Need(
+        "host/precision.py",
+        "comfy.cli_args.args",
+        "to choose the dtype",
+        "force_fp32 fp32_unet fp64_unet bf16_unet fp16_unet",
+    ),
+    Need("host/flags.py", "comfy.cli_args.args", "to leave no file mapped where that is asked for", "disable_mmap"),
     Need("host/progress.py", "comfy.utils.ProgressBar", "to show progress", "update_absolute"),
     Need("host/progress.py", "comfy.model_management.throw_exception_if_processing_interrupted", "to be cancelled"),
     Need("host/loader.py", BASE_MODEL, "to compute in that dtype", words="manual_cast_dtype"),
@@ -115,6 +121,13 @@ NEEDS = (
         takes="state_dict model_options embedding_directory disable_dynamic",
     ),
     Need("host/text_encoder.py", PATCHER, "to be cloned", words="cached_patcher_init"),
+    Need("host/flags.py", "comfy.model_management.text_encoder_dtype", "to keep layers as it is asked to"),
+    Need(
+        "host/flags.py",
+        "comfy.cli_args.args",
+        "to keep layers as it is asked to",
+        "fp8_e4m3fn_text_enc fp8_e5m2_text_enc fp16_text_enc bf16_text_enc fp32_text_enc",
+    ),
     Need("host/text_encoder.py", "comfy.sd.CLIP", SAVED, words="cond_stage_model tokenizer state_dict"),
     Need("host/text_encoder.py", PATCHER, SAVED, "model_state_dict_for_saving", costs="", since="0.18"),
     Need(

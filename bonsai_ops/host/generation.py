@@ -18,6 +18,7 @@ import torch
 
 from ..weights import qwen3
 from ..weights.read import open_text_encoder, read_weights
+from .flags import kept_as_asked, maps_files
 from .layout import wrapped
 from .linear import make_bonsai_ops
 from .patcher import adopt
@@ -50,7 +51,7 @@ class _Whole:
     """
 
     def __init__(self, part: torch.nn.Module, base: type, path: Path) -> None:
-        pack, sizes = open_text_encoder(path, whole=True)
+        pack, sizes = open_text_encoder(path, maps_files(), whole=True)
         first = qwen3.expected_shapes(sizes | {"num_hidden_layers": qwen3.LAYERS})
         rest = replace(pack, entries={name: e for name, e in pack.entries.items() if name not in first})
         options = {"custom_operations": make_bonsai_ops(), "qwen3_4b_model_config": sizes}
@@ -59,7 +60,7 @@ class _Whole:
         own.embed_tokens = shared.embed_tokens
         for i in range(qwen3.LAYERS):
             own.layers[i] = shared.layers[i]
-        weights = read_weights(rest)
+        weights = kept_as_asked(read_weights(rest))
         self.model.load_sd(wrapped(weights, torch.float32))
         self.rest = torch.nn.ModuleList([*own.layers[qwen3.LAYERS :], own.norm])
         self.patcher: ModelPatcher | None = None

@@ -19,6 +19,7 @@ from ..weights.formats import Pack
 from ..weights.packed_weight import DENSITIES, PackedWeight
 from ..weights.read import open_transformer, read_weights
 from .attention import attend_in_parts
+from .flags import maps_files
 from .inventory import Origin, attach_inventory
 from .layout import wrapped
 from .linear import make_bonsai_ops
@@ -79,7 +80,7 @@ def load_bonsai_model(
     """
     started = time.perf_counter()
     settings = LoadOptions(**dict(options or {}))
-    pack = open_transformer(path)
+    pack = open_transformer(path, maps_files())
     if pack.beside:
         logger.info(
             "Bonsai: %s is a checkpoint; its transformer is loaded, what else is in it (%s) is not",

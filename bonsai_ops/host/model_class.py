@@ -38,8 +38,10 @@ def configuration_for_twin(model: BaseModel) -> BASE:
     config.optimizations = {"fp8": False}
     config.quant_config = None
     config.set_inference_dtype(source.unet_config.get("dtype"), model.manual_cast_dtype)
-    if model.get_dtype_inference() not in FLOATS:
-        config.set_inference_dtype(source.unet_config.get("dtype"), torch.bfloat16)
+    computed = model.get_dtype_inference()
+    if computed not in FLOATS:
+        fitting = torch.float32 if computed == torch.float64 else torch.bfloat16
+        config.set_inference_dtype(source.unet_config.get("dtype"), fitting)
     return config
 
 

@@ -26,6 +26,7 @@ from ..weights.packed_weight import PackedWeight
 from ..weights.read import open_text_encoder, read_weights
 from ..weights.release import tokenizers_beside
 from . import comfyui
+from .flags import kept_as_asked, maps_files
 from .generation import generating
 from .layout import wrapped
 from .linear import make_bonsai_ops
@@ -85,8 +86,8 @@ def load_bonsai_text_encoder(
     """
     started = time.perf_counter()
     comfyui.needed(KLEIN_TOKENIZER)
-    pack, sizes = open_text_encoder(path)
-    weights = read_weights(pack, progress)
+    pack, sizes = open_text_encoder(path, maps_files())
+    weights = kept_as_asked(read_weights(pack, progress))
     packed = [w for w in weights.values() if isinstance(w, PackedWeight)]
     resident = sum(w.nbytes for w in weights.values())
     # fp32: ComfyUI feeds text encoders fp32; packed and dense matrices keep their own bytes whatever stands here.

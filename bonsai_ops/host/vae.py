@@ -24,6 +24,7 @@ from ..weights.formats.safetensors_file import SafetensorsFile
 from ..weights.json_file import is_count, read_json
 from ..weights.release import VAE_CONFIG, find_vae
 from . import comfyui
+from .flags import maps_files
 
 PATCH = 2
 """Latent positions are patches of PATCH x PATCH positions of the convolutional latent."""
@@ -40,7 +41,7 @@ FIRST_CONVOLUTION = r"encoder\.down(?:_blocks)?\.(\d{1,3})\.(?:resnets|block)\.(
 def load_vae(folder: Path) -> comfy.sd.VAE:
     """The VAE of a pack folder. Raises PackError if it is missing or no FLUX.2 VAE."""
     path = find_vae(folder)
-    file = SafetensorsFile(path)
+    file = SafetensorsFile(path, maps_files())
     for name in file.tensors:
         if not is_finite(file.get(name)):
             raise file.error(NOT_FINITE, DOWNLOAD_AGAIN, name)

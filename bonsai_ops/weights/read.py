@@ -28,9 +28,12 @@ WEIGHTS = (".weight", ".bias")
 """What is a number to compute with in a model of any architecture; a buffer may be a mask of infinities."""
 
 
-def open_transformer(path: str | Path) -> Pack:
-    """A transformer file, or the one of a pack folder, as `as_transformer` has it. Raises PackError."""
-    return as_transformer(open_pack(find_transformer(Path(path))))
+def open_transformer(path: str | Path, mapped: bool = True) -> Pack:
+    """A transformer file, or the one of a pack folder, as `as_transformer` has it.
+
+    mapped: whether its tensors may be of the file's own pages. Raises PackError.
+    """
+    return as_transformer(open_pack(find_transformer(Path(path)), mapped=mapped))
 
 
 def as_transformer(pack: Pack) -> Pack:
@@ -66,14 +69,14 @@ def _without_other_parts(pack: Pack) -> Pack:
     return replace(pack, entries=entries, beside=tuple(beside))
 
 
-def open_text_encoder(path: str | Path, *, whole: bool = False) -> tuple[Pack, dict[str, Any]]:
+def open_text_encoder(path: str | Path, mapped: bool = True, *, whole: bool = False) -> tuple[Pack, dict[str, Any]]:
     """(the text encoder of a file, of its own folder, of a pack folder or of a checkpoint, its sizes): headers only.
 
     Its entries are those that prompts need (qwen3.py), or all of them: `whole`. A sharded one is one pack, called like
-    its first file. Its counts: "layers" it holds, and "layers in all" that it should, 0 where nothing tells. Raises
-    PackError.
+    its first file. Its counts: "layers" it holds, and "layers in all" that it should, 0 where nothing tells. mapped: as
+    for `open_transformer`. Raises PackError.
     """
-    packs = [open_pack(file, "text_encoder") for file in find_text_encoder(Path(path))]
+    packs = [open_pack(file, "text_encoder", mapped) for file in find_text_encoder(Path(path))]
     entries: dict[str, Entry] = {}
     for pack in packs:
         for name, entry in pack.entries.items():

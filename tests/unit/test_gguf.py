@@ -102,6 +102,15 @@ def test_every_type(tmp_path: Path, kind: int) -> None:
         assert torch.equal(entries[f"dense{k}"].load(), tensor) and entries[f"dense{k}"].dtype == tensor.dtype
 
 
+def test_an_overwritten_file_changes_no_copy(tmp_path: Path) -> None:
+    dense = torch.randn(4, 8)
+    tensors = {"a": (0, (4, 8), dense.numpy().tobytes())}
+    found = open_pack(write(tmp_path / "m.gguf", tensors), mapped=False).entries["a"].load()
+    with (tmp_path / "m.gguf").open("r+b") as file:
+        file.write(bytes((tmp_path / "m.gguf").stat().st_size))
+    assert torch.equal(found, dense)
+
+
 def test_the_package_reads_the_same() -> None:
     """The gguf package's own dequantization of random bytes, where it knows the type."""
     gguf = pytest.importorskip("gguf")

@@ -56,8 +56,11 @@ def suffixes_of(part: str) -> list[str]:
     return list(dict.fromkeys(suffix for form in formats_of(part) for suffix in form.FILE.SUFFIXES))
 
 
-def open_pack(path: Path | str, part: str = "transformer") -> Pack:
-    """Opens a file; reads headers only. Raises PackError for one that is not of a format of this part."""
+def open_pack(path: Path | str, part: str = "transformer", mapped: bool = True) -> Pack:
+    """Opens a file; reads headers only. mapped: as for PackFile.
+
+    Raises PackError for one that is not of a format of this part.
+    """
     path = Path(path)
     container = next((form.FILE for form in FORMATS if path.suffix.lower() in form.FILE.SUFFIXES), None)
     if container is None:
@@ -67,7 +70,7 @@ def open_pack(path: Path | str, part: str = "transformer") -> Pack:
             f"Expected {PARTS[part][0]} ending in {', '.join(suffixes_of(part))}, of one of the formats "
             f"{', '.join(form.NAME for form in formats_of(part))}.",
         )
-    file = container(path)
+    file = container(path, mapped)
     form = next((form for form in FORMATS if form.FILE is container and form.claims(file)), None)
     if form is None:
         raise file.error("is of no known format", f"Expected {', '.join(form.NAME for form in formats_of(part))}.")

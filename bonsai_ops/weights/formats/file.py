@@ -9,12 +9,15 @@ from ..errors import PackError
 
 
 class PackFile:
-    """An opened file. Subclasses read the header in `__init__`, raise PackError for a damaged one and map the rest."""
+    """An opened file. Subclasses read the header in `__init__`, raise PackError for a damaged one and map the rest.
+
+    mapped: tensors may be of the file's own pages; else each is a copy, and nothing of the file is needed afterwards.
+    """
 
     SUFFIXES: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mapped: bool = True) -> None:
+        self.path, self.mapped = path, mapped
 
     def error(self, found: str, cure: str, key: str | None = None) -> PackError:
         """The error to raise for this file, or for its tensor `key`."""

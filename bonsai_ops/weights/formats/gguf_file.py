@@ -47,8 +47,8 @@ class GgufFile(PackFile):
 
     SUFFIXES = (".gguf",)
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, mapped: bool = True) -> None:
+        super().__init__(path, mapped)
         size = path.stat().st_size
         if size < 24:
             raise self.error(f"is no GGUF file ({size} bytes)", DOWNLOAD_AGAIN)
@@ -63,7 +63,7 @@ class GgufFile(PackFile):
         if start + size > len(self._data):
             raise self.error(f"ends at byte {start + size} of {len(self._data)}", DOWNLOAD_AGAIN, name)
         piece = torch.from_numpy(self._data)[start : start + size]
-        return piece if start % 8 == 0 else piece.clone()
+        return piece if start % 8 == 0 and self.mapped else piece.clone()
 
     def _header(self) -> dict[str, Info]:
         magic, version = self._take(4), self._number("I")

@@ -42,8 +42,8 @@ class SafetensorsFile(PackFile):
 
     SUFFIXES = (".safetensors", ".sft")
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, mapped: bool = True) -> None:
+        super().__init__(path, mapped)
         size = path.stat().st_size
         with path.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
@@ -83,8 +83,9 @@ class SafetensorsFile(PackFile):
             raise self.error(f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, mapped from the file: copied only when something writes to it."""
-        return self._handle.get_tensor(name)
+        """The tensor called `name`; one that is mapped from the file is copied when something writes to it."""
+        tensor = self._handle.get_tensor(name)
+        return tensor if self.mapped else tensor.clone()
 
     def dense(self, name: str) -> DenseTensor:
         """The entry of a tensor that is handed over as it is."""

@@ -26,8 +26,8 @@ class TorchFile(PackFile):
 
     SUFFIXES = (".pt",)
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, mapped: bool = True) -> None:
+        super().__init__(path, mapped)
         if not zipfile.is_zipfile(path):
             size = path.stat().st_size
             raise self.error(
@@ -35,7 +35,7 @@ class TorchFile(PackFile):
             )
         self._require_stored()
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
         except pickle.UnpicklingError as error:
             # torch's text advises to switch its check off; only the name it objects to is passed on
             name = re.search(r"GLOBAL (\S+)", str(error))
