@@ -7,6 +7,7 @@ with what the model takes: by its latent format, by its configuration and by the
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ TEXT_WIDTHS = (
     "context_dim",
 )
 """Names under which configurations have the width of the text states, which no other width of theirs is called."""
+ABOUT_SIZES = "(?i)shape|size|dimension"
+"""Words of torch for inputs that do not fit one another, also where a compiler reports them."""
 LATENTS = {
     "reference_latents": "VAE Encode in front of Reference Latent",
     "concat_latent_image": "the VAE of the inpainting or image conditioning node",
@@ -58,6 +61,7 @@ class MisfitError(ValueError):
 class _Refusal:
     """The innermost layer that an error passed: the width it takes, the shapes that it was given."""
 
+    layer: torch.nn.Module
     takes: int
     given: tuple[tuple[int, ...], ...]
 
@@ -112,10 +116,11 @@ def _reason(
     refusal = _refusal(frames, model.diffusion_model)
     each = [(name, cond) for name, entries in conds.items() for cond in entries]
     checks: list[Callable[[], str | None]] = [lambda: _latent(model, latent)]
-    checks += [lambda n=n, c=c: _text(model, n, c, refusal) for n, c in each]
+    checks += [lambda n=n, c=c: _text(model, n, c, refusal, error) for n, c in each]
     checks += [lambda n=n, c=c: _references(model, n, c) for n, c in each]
     checks += [lambda n=n, c=c: _pooled(model, n, c, refusal, frames) for n, c in each]
     checks += [lambda n=n, c=c: _control(model, n, c, frames) for n, c in each]
+    checks.append(lambda: _added(model, frames))
     return next((found for check in checks if (found := check()) is not None), None)
 
 
@@ -144,7 +149,7 @@ def _references(model: BaseModel, name: str, cond: dict) -> str | None:
     return None
 
 
-def _text(model: BaseModel, name: str, cond: dict, refusal: _Refusal | None) -> str | None:
+def _text(model: BaseModel, name: str, cond: dict, refusal: _Refusal | None, error: BaseException) -> str | None:
     states = cond.get("cross_attn")
     if states is None:
         return f"the {name} conditioning holds no text states. Connect CLIP Text Encode."
@@ -158,7 +163,7 @@ def _text(model: BaseModel, name: str, cond: dict, refusal: _Refusal | None) -> 
     if refusal is not None:
         takes = refusal.takes if refusal.was_given(width) else width
     else:
-        takes = _text_width(model) or width
+        takes = (re.search(ABOUT_SIZES, str(error)) and _text_width(model)) or width
     if width == takes:
         return None
     return (
@@ -200,6 +205,21 @@ def _control(model: BaseModel, name: str, cond: dict, frames: list[FrameType]) -
     )
 
 
+def _added(model: BaseModel, frames: list[FrameType]) -> str | None:
+    """What a node has put beside the layers of the model, such as a model patch for another family."""
+    own = {id(module) for module in model.modules()}
+    refusal = _refusal(frames, None)
+    if refusal is None or id(refusal.layer) in own or refusal.takes in {shape[-1] for shape in refusal.given}:
+        return None
+    called = [frame.f_locals.get("self") for frame in frames]
+    added = [module for module in called if isinstance(module, torch.nn.Module) and id(module) not in own]
+    return (
+        f"a {type(added[0]).__name__} that another node added to {_name(model)} does not fit it: a layer takes "
+        f"{refusal.takes}, it was given {' and '.join(str(list(s)) for s in refusal.given)}. Take that node out, or "
+        "give it what was made for this model."
+    )
+
+
 def _refusal(frames: list[FrameType], transformer: torch.nn.Module | None) -> _Refusal | None:
     """The innermost layer with a weight that an error passed; of the transformer, or of any model if that is None."""
     known = None if transformer is None else {id(module) for module in transformer.modules()}
@@ -211,7 +231,7 @@ def _refusal(frames: list[FrameType], transformer: torch.nn.Module | None) -> _R
         given = [value for name, value in frame.f_locals.items() if name not in ("weight", "bias")]
         given += [value for values in given if isinstance(values, tuple) for value in values]
         shapes = tuple(tuple(v.shape) for v in given if isinstance(v, torch.Tensor) and v.ndim)
-        return _Refusal(weight.shape[1] if weight.ndim > 1 else weight.shape[0], shapes)
+        return _Refusal(module, weight.shape[1] if weight.ndim > 1 else weight.shape[0], shapes)
     return None
 
 

@@ -240,6 +240,19 @@ def test_a_clone_and_a_compiled_model_say_it_too(pair: Pair) -> None:
             stock_sampler(model, states(512))
 
 
+def test_what_another_node_added_is_named(pair: Pair) -> None:
+    """Such as a model patch for another family, which no LATENT or CONDITIONING shows."""
+    adapter = torch.nn.Sequential(torch.nn.Linear(64, 64))
+
+    def adapted(apply_model: Callable, arguments: dict) -> torch.Tensor:
+        return apply_model(adapter(arguments["input"].movedim(1, -1)), arguments["timestep"], **arguments["c"])
+
+    model = pair.packed.clone()
+    model.set_model_unet_function_wrapper(adapted)
+    with pytest.raises(ValueError, match=r"a Sequential that another node added to Flux2 .* takes 64, .* 128\]\. Take"):
+        stock_sampler(model, text())
+
+
 def test_other_errors_stay_as_they_are(pair: Pair) -> None:
     """A fault of somebody's own patch is not blamed on what was connected."""
 
@@ -250,3 +263,7 @@ def test_other_errors_stay_as_they_are(pair: Pair) -> None:
     model.set_model_unet_function_wrapper(broken)
     with pytest.raises(RuntimeError, match=r"^a patch of somebody's$"):
         stock_sampler(model, text())
+    positive = states(512)
+    model.set_model_unet_function_wrapper(lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stock_sampler(model, positive)
