@@ -21,6 +21,7 @@ from ..weights.read import open_text_encoder, read_weights
 from .flags import kept_as_asked, maps_files
 from .layout import wrapped
 from .linear import make_bonsai_ops
+from .lora import merges_models
 from .patcher import adopt
 
 if TYPE_CHECKING:
@@ -36,12 +37,24 @@ def generating(base: type, path: Path) -> type:
         _whole: _Whole | None = None
 
         def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-            """As ComfyUI's. Raises PackError if the file does not hold all layers."""
+            """As ComfyUI's. Raises PackError if the file does not hold all layers, ValueError for a merge."""
+            _refuse_merge(self)
             if self._whole is None:
                 self._whole = _Whole(self, base, path)
             return self._whole.on(self.qwen3_4b.execution_device).generate(tokens, *args, **kwargs)
 
     return PackTextEncoder
+
+
+def _refuse_merge(encoder: torch.nn.Module) -> None:
+    """Raises ValueError if a text encoder is loaded as a merge: the layers that were never asked for are not merged."""
+    for loaded in comfy.model_management.current_loaded_models:
+        patcher = loaded.model
+        if patcher is not None and patcher.model is encoder and any(map(merges_models, patcher.patches.values())):
+            raise ValueError(
+                "this text encoder is a merge of its first layers, all that prompts need; text needs every layer. "
+                "Generate text with one of the text encoders that were merged"
+            )
 
 
 class _Whole:

@@ -111,6 +111,15 @@ def test_a_lora_changes_the_text_as_in_the_twin(ours: Any, twin: Any) -> None:
     assert texts[0] == texts[1] and generate(ours, "a tree") == generate(twin, "a tree")
 
 
+def test_a_merge_generates_nothing(ours: Any, twin: Any, folder: Path) -> None:
+    """Its last layers would be those of one text encoder."""
+    merging = {"clip1": ours, "clip2": twin, "ratio": 0.4}
+    merged = run_node("comfy_extras.nodes_model_merging.CLIPMergeSimple", **merging)
+    with pytest.raises(ValueError, match=r"is a merge .* Generate text with one of the text encoders"):
+        generate(merged, "a tree")
+    assert generate(ours, "a tree") == generate(twin, "a tree")
+
+
 @pytest.mark.parametrize("layer", [-1, -2, -24])
 def test_clip_set_last_layer(ours: Any, twin: Any, layer: int) -> None:
     """Klein's states are of fixed layers: the node changes neither."""
