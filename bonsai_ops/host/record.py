@@ -49,13 +49,10 @@ def saved_record(model: ModelPatcher) -> dict[str, torch.Tensor]:
 
 
 def saved_text_record(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The same for a text encoder, ComfyUI's whole module of one."""
+    """The same for a text encoder, ComfyUI's whole module of one; also for a merge, which only our loader reads."""
     weights = _held(encoder)
     _refuse_not_finite(weights, native.TEXT_ENCODER)
-    packed = {name: w for name, w in weights.items() if isinstance(w, PackedWeight)}
-    if not packed:
-        return {}
-    return {native.RECORD_TENSOR: native.make_record(packed, {}, native.TEXT_ENCODER).to_tensor()}
+    return {native.RECORD_TENSOR: native.make_record(weights, {}, native.TEXT_ENCODER).to_tensor()}
 
 
 def _held(model: torch.nn.Module) -> dict[str, PackedWeight | torch.Tensor]:

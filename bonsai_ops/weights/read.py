@@ -14,7 +14,7 @@ from . import flux2, qwen3
 from .depth import require_depth, told_layers
 from .errors import PackError
 from .finite import NOT_FINITE, is_finite
-from .formats import DenseTensor, Entry, Pack, native, open_pack
+from .formats import DenseTensor, Entry, Pack, dense, native, open_pack
 from .formats.entries import DOWNLOAD_AGAIN
 from .packed_weight import PackedWeight, at_density
 from .release import find_text_encoder, find_transformer
@@ -51,7 +51,7 @@ def as_transformer(pack: Pack) -> Pack:
                 if flux2.is_block_linear(name) and isinstance(entry, DenseTensor):
                     entries[name] = pack.pack_dense(entry)
     if all(isinstance(entry, DenseTensor) for entry in entries.values()):
-        raise PackError(pack.path, "has no packed layer", "Use the file as it was published.")
+        raise PackError(pack.path, "has no packed layer", dense.CURE)
     if geometry is not None:
         require_depth(pack, geometry)
     return replace(pack, entries=entries)

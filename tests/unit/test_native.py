@@ -507,6 +507,12 @@ def test_a_record_in_a_tensor(tmp_path: Path, metadata: dict | None) -> None:
     assert same(found["model.diffusion_model.a.weight"], weights["a.weight"])
 
 
+def test_a_dense_file_of_a_workflow_with_our_name(tmp_path: Path) -> None:
+    """What ComfyUI saves of a merge, say: no damaged file of ours."""
+    save_file({"a.weight": torch.ones(3, 4)}, tmp_path / "w.safetensors", {"bonsai": '{"a": 1}'})
+    assert open_pack(tmp_path / "w.safetensors").format == "unpacked"
+
+
 def test_a_checkpoint_of_several_parts(tmp_path: Path) -> None:
     """Each record describes the layers of its prefix; quantized layers of others are left alone."""
     parts = {

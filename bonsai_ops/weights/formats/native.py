@@ -83,8 +83,8 @@ class NativeRecord:
 
 
 def claims(file: SafetensorsFile) -> bool:
-    """True if a record is there or some u8 weight has a `weight_scale` beside it."""
-    return RECORD in file.metadata or any(
+    """True if a record is there (no other program's entry of that name) or some u8 weight has a `weight_scale`."""
+    return '"layers"' in file.metadata.get(RECORD, "") or any(
         name.endswith(RECORD_TENSOR)
         or (dtype == torch.uint8 and name.endswith(".weight") and f"{name}_scale" in file.tensors)
         for name, (_, dtype) in file.tensors.items()

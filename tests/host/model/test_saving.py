@@ -186,6 +186,13 @@ def clip_save(bench: Bench) -> None:
     assert torch.equal(encoded(load_text(path))[0][0], encoded(bench.clip)[0][0])
 
 
+def merged_clip(bench: Bench) -> Any:
+    """A text encoder that is dense, of two packed ones."""
+    synthetic.write_text_encoder(bench.scratch / "text", TEXT, 9)
+    merging = {"clip1": bench.clip, "clip2": load_text(bench.scratch / "text"), "ratio": 0.5}
+    return run_node("comfy_extras.nodes_model_merging.CLIPMergeSimple", **merging)
+
+
 def vae_save(bench: Bench) -> None:
     """The convolutional one of other widths than ComfyUI's, and the tiny one that ships."""
     from bonsai_ops.host.vae import load_vae as load_folder
@@ -310,6 +317,23 @@ def test_a_patched_model_of_another_family(bench: Bench) -> None:
     assert convert.main([str(ours), str(copy)]) == convert.main([str(saved), str(again)]) == 0
     for path in (ours, copy, saved, again):
         assert torch.equal(draw_sd3(load(path)), draw_sd3(patched)), path.name
+
+
+def test_a_merged_text_encoder(bench: Bench) -> None:
+    merged = merged_clip(bench)
+    truth = encoded(merged)[0][0]
+    assert relative(truth, encoded(bench.clip)[0][0]) > 1e-2
+    for node, inputs in (("CLIPSave", {}), ("CheckpointSave", {"model": bench.model, "vae": bench.vae})):
+        assert torch.equal(encoded(load_text(bench.save(node, clip=merged, **inputs)))[0][0], truth)
+
+
+def test_a_checkpoint_with_a_part_of_anothers(bench: Bench) -> None:
+    """A dense model beside our text encoder: that is read, and the model refused with the node that loads it."""
+    stock = load_stock(read_dense(bench.pack))
+    path = bench.save("CheckpointSave", model=stock, clip=bench.clip, vae=bench.vae)
+    assert torch.equal(encoded(load_text(path))[0][0], encoded(bench.clip)[0][0])
+    with pytest.raises(PackError, match=r'has no packed layer\. .*"Load Checkpoint"'):
+        load(path)
 
 
 @pytest.mark.parametrize("scheme", ["zero_point", "ternary"])
