@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 COLUMN_SCALE = "pre_quant_scale"
 """A vector [K] of a linear layer of ComfyUI's: y = (x * scale) W^T + bias."""
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Classes of tensors that hold what they compute with."""
 ROUNDING = ("input_scale",)
 """What a quantized layer rounds its inputs with; without rounding it has no part in the product."""
 
@@ -86,8 +88,6 @@ def linear_layers(source: ModelPatcher, twin: BaseModel, options: PatchOptions) 
             layer.kept = "not made through ComfyUI's operations"
         elif fitting_group(columns, options.group_size) is None:
             layer.kept = f"{columns} columns are no multiple of {GROUP_SIZES[-1]}"
-        elif not isinstance(weight, QuantizedTensor) and not weight.is_floating_point():
-            layer.kept = f"its weight is {weight.dtype}, not of a float type"
         layers.append(layer)
     return layers
 
@@ -131,6 +131,12 @@ def _spent(layers: Sequence[Layer]) -> set[str]:
 
 def _require_known(source: ModelPatcher, layer: Layer, ours: torch.nn.Module | None) -> None:
     """Raises ValueError if the layer has a tensor that neither ours has nor its dense weight accounts for."""
+    weight = base_tensor(source, layer.weight)
+    if not (isinstance(weight, QuantizedTensor) or (type(weight) in PLAIN and weight.is_floating_point())):
+        raise ValueError(
+            f"{layer.weight} is a {type(weight).__name__} of {weight.dtype}, which Patch to BitLinear cannot unpack: "
+            "load the model's 16-bit file, or one that ComfyUI's own loader unpacks, and patch that"
+        )
     known = {"weight", "bias", *ROUNDING, *((COLUMN_SCALE,) if comfyui.scales_columns() else ())}
     known |= set() if ours is None else {*ours._parameters, *ours._buffers}
     for leaf, tensor in (*layer.module._parameters.items(), *layer.module._buffers.items()):

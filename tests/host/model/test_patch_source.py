@@ -530,6 +530,21 @@ def test_a_tensor_that_nobody_knows_is_named(source: Any, layer: str, kind: str)
         patch(source)
 
 
+class Coded(torch.Tensor):
+    """A weight as packs have it that unpack it in their own layers."""
+
+
+@pytest.mark.parametrize("layer", ODD)
+@pytest.mark.parametrize("codes", [torch.uint8, torch.bfloat16], ids=["bytes", "class"])
+def test_a_weight_that_cannot_be_unpacked_is_named(source: Any, layer: str, codes: torch.dtype) -> None:
+    """Also of a layer that stays: it would be multiplied as if its codes were values."""
+    module = transformer(source).get_submodule(layer)
+    weight = torch.ones(module.weight.shape, dtype=codes)
+    module.weight = torch.nn.Parameter(weight.as_subclass(Coded) if codes.is_floating_point else weight, False)
+    with pytest.raises(ValueError, match=rf"{layer}\.weight is a \w+ of {codes}, which .* cannot unpack"):
+        patch(source)
+
+
 def test_a_packed_layer_takes_no_key_that_it_does_not_use(comfy: Any) -> None:
     """Whoever loads a state dict hears of what was left over, as with any module of torch."""
     from bonsai_ops.host.linear import make_bonsai_ops
