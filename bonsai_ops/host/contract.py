@@ -353,7 +353,9 @@ NEEDS = (
     ),
     Need("host/patch/carry.py", BASE_MODEL, "to know its parts", words="diffusion_model"),
     Need("host/patch/carry.py", "comfy.model_management.loaded_models", "to know whose injections are in place"),
-    Need("host/patch/carry.py", "comfy.patcher_extension.PatcherInjection", "to hand on injections", words="inject"),
+    Need(
+        "host/patch/carry.py", "comfy.patcher_extension.PatcherInjection", "to hand on injections", words="inject eject"
+    ),
     Need("host/patch/carry.py", BYPASS, "to hand on bypass LoRAs", words=BYPASS_WORDS, costs=""),
     Need("host/patch/carry.py", "comfy.weight_adapter.LoRAAdapter", "to know DoRAs", words="weights", costs=""),
     Need("host/patch/assemble.py", TENSOR, "to unpack quantized layers", "dequantize"),

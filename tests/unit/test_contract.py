@@ -107,7 +107,7 @@ def test_versions_are_asked_for_in_one_file(said: Mapping[str, Said]) -> None:
 
 PYTHON = (str, bytes, float, slice, dict, list, set, tuple, property, Exception, type, Path, PurePosixPath, io.StringIO)
 PYTHON += (OSError, os.stat_result, types.FrameType, types.CodeType)
-PYTHON += (types.FunctionType, contextlib.ExitStack, inspect.ClosureVars)
+PYTHON += (types.FunctionType, types.MethodType, types.CellType, contextlib.ExitStack, inspect.ClosureVars)
 OTHERS = (torch.Tensor, torch.nn.Module(), torch.device, torch.dtype, logging.Logger, ImageDraw.ImageDraw, ImageFont)
 NAMES = ("convert_tokens_to_ids", "from_pretrained")  # a tokenizer's
 NAMES += ("bonsai_patches",)  # ours, on a LowVramPatch

@@ -8,6 +8,7 @@ these draw in place of the packed ones.
 | LoRAs, weight wrappers, options, hooks | the same                                                         |
 | a compile wrapper of ComfyUI           | compiled anew with the same arguments                            |
 | bypass LoRAs                           | LoRAs of the same strength                                       |
+| functions that hold the whole model    | the same functions, with the packed model                        |
 | object patches of the sampling, values | the same                                                         |
 | object patches of the transformer      | refused: a packed layer under one would not be called            |
 | whatever else holds parts of it        | refused: wrapper, callback, injection, option, attachment, model |
@@ -21,19 +22,19 @@ import gc
 import inspect
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import PatcherInjection
 
 from .. import comfyui, compiled
 from ..tensors import PREFIX
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
-    from comfy.patcher_extension import PatcherInjection
     from comfy.weight_adapter import BypassForwardHook
 
 BYPASS = comfyui.optional("comfy.weight_adapter.BypassInjectionManager") or ()
@@ -50,6 +51,9 @@ def require_carried(source: ModelPatcher, twin: BaseModel) -> None:
     for name, thing in source.object_patches.items():
         if f"{name}.".startswith(PREFIX) and (callable(thing) or isinstance(thing, torch.Tensor)):
             raise _refused(f"the object patch {name} replaces a part of the model that is to be packed")
+    for key, models in source.additional_models.items():
+        if any(model.model is source.model or comfyui.share_a_clone_base(model, source) for model in models):
+            raise _refused(f"the additional model {key} is this model on another device")
     parts = _parts(source)
     for what, thing in _set_on(source):
         if _holds(thing, source, parts):
@@ -62,16 +66,73 @@ def require_carried(source: ModelPatcher, twin: BaseModel) -> None:
 
 
 def carry_over(source: ModelPatcher, patcher: ModelPatcher) -> None:
-    """Makes anew on a clone around another model what points to the modules of `source` on it."""
+    """Makes anew on a clone around another model what points to the model and modules of `source` on it."""
     compiled.compile_again(patcher)
+    for held in ("object_patches", "wrappers", "callbacks", "model_options", "weight_wrapper_patches"):
+        setattr(patcher, held, _moved(getattr(patcher, held), source, patcher, set()))
     for key, hook in _bypass_loras(source):
         patcher.add_patches({key: hook.adapter}, hook.multiplier)
     for key, injections in source.injections.items():
         others = [injection for injection in injections if _manager(injection) is None]
         if others:
-            patcher.set_injections(key, others)
+            patcher.set_injections(key, [_injection(injection, source, patcher) for injection in others])
         else:
             patcher.remove_injections(key)
+
+
+def _injection(injection: PatcherInjection, source: ModelPatcher, patcher: ModelPatcher) -> PatcherInjection:
+    old = (injection.inject, injection.eject)
+    new = tuple(_moved(function, source, patcher, set()) for function in old)
+    return injection if new == old else PatcherInjection(*new)
+
+
+def _moved(thing: Any, source: ModelPatcher, patcher: ModelPatcher, under_way: set[int]) -> Any:
+    """A thing with the packed model where functions and containers of it hold the source; itself if none does."""
+    if thing is source.model or (isinstance(thing, ModelPatcher) and thing.model is source.model):
+        return patcher.model if thing is source.model else patcher
+    if id(thing) in under_way:
+        return thing
+    under_way.add(id(thing))
+
+    def each(things: Iterable[Any]) -> list[Any]:
+        return [_moved(item, source, patcher, under_way) for item in things]
+
+    made = thing
+    if type(thing) is dict:
+        values = each(thing.values())
+        made = thing if _same(values, thing.values()) else dict(zip(thing, values, strict=True))
+    elif type(thing) in (list, tuple):
+        values = each(thing)
+        made = thing if _same(values, thing) else type(thing)(values)
+    elif isinstance(thing, types.MethodType):
+        values = each([thing.__self__])
+        made = thing if _same(values, [thing.__self__]) else types.MethodType(thing.__func__, *values)
+    elif isinstance(thing, types.FunctionType) and thing.__closure__:
+        cells = tuple(_cell(cell, *each(_contents(cell))) for cell in thing.__closure__)
+        if not _same(cells, thing.__closure__):
+            made = types.FunctionType(thing.__code__, thing.__globals__, thing.__name__, thing.__defaults__, cells)
+            made.__kwdefaults__ = thing.__kwdefaults__
+            made.__dict__.update(thing.__dict__)
+    under_way.discard(id(thing))
+    return made
+
+
+def _same(new: Iterable[Any], old: Iterable[Any]) -> bool:
+    return all(a is b for a, b in zip(new, old, strict=True))
+
+
+def _contents(cell: types.CellType) -> list[Any]:
+    """What a variable of a function holds, [] if it was never set."""
+    try:
+        return [cell.cell_contents]
+    except ValueError:
+        return []
+
+
+def _cell(cell: types.CellType, *contents: Any) -> types.CellType:
+    """The cell, which functions may share, or another one where its contents differ."""
+    same = not contents or contents[0] is cell.cell_contents
+    return cell if same else types.CellType(*contents)
 
 
 def _refused(what: str) -> ValueError:
@@ -100,34 +161,31 @@ def _set_on(source: ModelPatcher) -> Iterator[tuple[str, Any]]:
             yield f"the option {key}", thing
     for key, thing in source.attachments.items():
         yield f"the attachment {key}", thing
-    for key, models in source.additional_models.items():
-        yield f"the additional model {key}", models
 
 
 def _parts(source: ModelPatcher) -> set[int]:
-    """Identities of the BaseModel, its transformer, and all modules and parameters of that."""
+    """Identities of the transformer, its modules and its parameters."""
     transformer = source.model.diffusion_model
-    return {id(part) for part in (source.model, *transformer.modules(), *transformer.parameters())}
+    return {id(part) for part in (*transformer.modules(), *transformer.parameters())}
 
 
 def _holds(thing: Any, source: ModelPatcher, parts: set[int]) -> bool:
-    """True if a part of the source, or a ModelPatcher of it, is found by following references from `thing`."""
-    seen: set[int] = set()
+    """True if a part of the source's transformer is found by following references from `thing`.
+
+    Not through the whole model: nodes keep it to look up what the packed one has as well.
+    """
+    seen = {id(source.model)}
     level = [thing]
     for _ in range(DEPTH):
         below: list[Any] = []
         for item in level:
-            if id(item) in parts or (isinstance(item, ModelPatcher) and _is_of(item, source)):
+            if id(item) in parts:
                 return True
             if id(item) not in seen:
                 seen.add(id(item))
                 below += _held_by(item)
         level = below
     return False
-
-
-def _is_of(patcher: ModelPatcher, source: ModelPatcher) -> bool:
-    return patcher.model is source.model or comfyui.share_a_clone_base(patcher, source)
 
 
 def _held_by(thing: Any) -> list[Any]:

@@ -298,12 +298,6 @@ def set_wrapper(model: Any) -> None:
     model.add_wrapper_with_key(kind, "mine", holding(transformer(model).double_blocks))
 
 
-def set_wrapper_of_the_model(model: Any) -> None:
-    import comfy.patcher_extension
-
-    model.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, holding(model.clone()))
-
-
 def set_function_wrapper(model: Any) -> None:
     module = transformer(model)
     model.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], module))
@@ -312,7 +306,7 @@ def set_function_wrapper(model: Any) -> None:
 def set_callback(model: Any) -> None:
     import comfy.patcher_extension
 
-    model.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, holding(model.model))
+    model.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, holding([transformer(model)]))
 
 
 def set_injection(model: Any) -> None:
@@ -399,6 +393,45 @@ def test_what_holds_nothing_of_it_goes_along(source: Any) -> None:
     assert relative(draw(before), draw(behind)) < 2e-6
     assert relative(draw(before), draw(patch(source, recipe="8bit")[0])) > 1e-3
     assert before.model.diffusion_model.my_choice == "a word"
+
+
+def test_functions_that_hold_the_model_get_the_packed_one(source: Any) -> None:
+    """A node behind Patch to BitLinear would have given them that: wrappers, options, nested functions, injections."""
+    import comfy.patcher_extension
+
+    seen: list[bool] = []
+
+    def change(model: Any) -> None:
+        kept, base = model.clone(), model.model
+
+        def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(executor.class_obj is base is kept.model)
+            return base.diffusion_model(*args, **kwargs) if executor is None else executor(*args, **kwargs)
+
+        model.add_wrapper(
+            comfy.patcher_extension.WrappersMP.APPLY_MODEL, lambda *args, **kwargs: wrapper(*args, **kwargs)
+        )
+        model.set_model_unet_function_wrapper(
+            lambda apply, given: kept.model.apply_model(given["input"], given["timestep"], **given["c"])
+        )
+        model.set_injections("mine", [comfy.patcher_extension.PatcherInjection(
+            lambda patcher: seen.append(patcher.model is base), lambda patcher: None)])  # fmt: skip
+
+    model = source.clone()
+    change(model)
+    patched, _ = patch(model)
+    seen.clear()
+    assert torch.equal(draw(patched), draw(patch(source)[0])) and len(seen) > 2 and all(seen)
+    seen.clear()
+    assert torch.equal(draw(model), draw(source)) and len(seen) > 2 and all(seen)
+
+
+def test_what_a_node_looks_up_in_the_model_is_no_part_of_it(source: Any) -> None:
+    """ComfyUI's own that keep the model: RenormCFG, and context windows once they have been used."""
+    renormed = run_node("comfy_extras.nodes_lumina2.RenormCFG", model=source, cfg_trunc=100.0, renorm_cfg=1.0)
+    patched, _ = patch(renormed)
+    truth = run_node("comfy_extras.nodes_lumina2.RenormCFG", model=patch(source)[0], cfg_trunc=100.0, renorm_cfg=1.0)
+    assert torch.equal(draw(patched, cfg=2.0), draw(truth, cfg=2.0))
 
 
 def test_object_patches_of_a_loaded_clone_are_not_in_the_way(source: Any) -> None:
