@@ -90,6 +90,32 @@ def load_stock(state_dict: Mapping[str, torch.Tensor]) -> Any:
     return model
 
 
+def stock_text_encoder(file: Path, geometry: synthetic.TextGeometry) -> Any:
+    """ComfyUI's own CLIP of all layers that the file of a packed text encoder holds, in fp32."""
+    import comfy.sd
+    import comfy.supported_models_base
+    import comfy.text_encoders.flux
+
+    from bonsai_ops.host.text_encoder import TruncatingTokenizer
+    from bonsai_ops.weights.formats import open_pack
+
+    weights = {name: entry.weight() for name, entry in open_pack(file).entries.items()}
+    state = {n: w.dequantize() if isinstance(w, PackedWeight) else w.float() for n, w in weights.items()}
+    sizes = {
+        "vocab_size": geometry.vocabulary,
+        "hidden_size": geometry.hidden,
+        "num_hidden_layers": geometry.layers,
+        "intermediate_size": geometry.mlp,
+        "num_attention_heads": geometry.heads,
+        "num_key_value_heads": geometry.key_heads,
+    }
+    return comfy.sd.CLIP(
+        comfy.supported_models_base.ClipTarget(TruncatingTokenizer, comfy.text_encoders.flux.klein_te()),
+        state_dict=[state],
+        model_options={"qwen3_4b_model_config": sizes, "dtype": torch.float32},
+    )
+
+
 @dataclass(frozen=True)
 class Pair:
     """A packed model and its dense twin, freshly loaded. `path`: the pack."""
@@ -109,9 +135,9 @@ class Pair:
         return found
 
 
-def text(seed: int = 1, batch: int = 1) -> list:
+def text(seed: int = 1, batch: int = 1, width: int = SMALL.context) -> list:
     """A CONDITIONING of random text states. ComfyUI before 0.24 asks for the key "pooled_output"."""
-    states = torch.randn(batch, TOKENS, SMALL.context, generator=torch.Generator().manual_seed(seed))
+    states = torch.randn(batch, TOKENS, width, generator=torch.Generator().manual_seed(seed))
     return [[states, {"pooled_output": None}]]
 
 
@@ -134,6 +160,8 @@ def draw(
     steps: int = 2,
     cfg: float = 1.0,
     denoise: float = 1.0,
+    sampler_name: str = "euler",
+    scheduler: str = "simple",
 ) -> torch.Tensor:
     """What ComfyUI's KSampler node makes of the latent `start`."""
     return run_node(
@@ -142,8 +170,8 @@ def draw(
         seed=5,
         steps=steps,
         cfg=cfg,
-        sampler_name="euler",
-        scheduler="simple",
+        sampler_name=sampler_name,
+        scheduler=scheduler,
         positive=positive or text(),
         negative=negative or text(2),
         latent_image=start or latent(),

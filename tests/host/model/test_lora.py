@@ -30,6 +30,7 @@ from twins import (
     run_node_outputs,
     same_state,
     state_bytes,
+    stock_text_encoder,
     unloaded,
     with_lora,
 )
@@ -205,37 +206,13 @@ def test_two_models_with_different_loras(make_pair: Callable[..., Pair], lora_fi
 @pytest.fixture(scope="module")
 def text_encoders(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """(our CLIP, a CLIP of ComfyUI's own operations with the same weights in fp32)."""
-    import comfy.sd
-    import comfy.supported_models_base
-    import comfy.text_encoders.flux as flux_text
-
     from bonsai_ops.host import text_encoder
     from bonsai_ops.tools import synthetic
-    from bonsai_ops.weights import qwen3
 
     folder = tmp_path_factory.mktemp("pack") / "tiny"
     synthetic.write_pipeline(folder)
-    ours = text_encoder.load_bonsai_text_encoder(folder)
-    dense = {
-        name.removeprefix("qwen3_4b.transformer."): p.dequantize() if hasattr(p, "dequantize") else p.float()
-        for name, p in ours.patcher.model.named_parameters()
-        if name.startswith("qwen3_4b.transformer.")
-    }
-    config = {
-        "vocab_size": synthetic.TINY_TEXT.vocabulary,
-        "hidden_size": synthetic.TINY_TEXT.hidden,
-        "num_hidden_layers": qwen3.LAYERS,
-        "final_norm": False,
-        "intermediate_size": synthetic.TINY_TEXT.mlp,
-        "num_attention_heads": synthetic.TINY_TEXT.heads,
-        "num_key_value_heads": synthetic.TINY_TEXT.key_heads,
-    }
-    stock = comfy.sd.CLIP(
-        comfy.supported_models_base.ClipTarget(text_encoder.TruncatingTokenizer, flux_text.klein_te()),
-        state_dict=[dense],
-        model_options={"qwen3_4b_model_config": config, "dtype": torch.float32},
-    )
-    return ours, stock
+    stock = stock_text_encoder(folder / "text_encoder-mlx-4bit" / "model.safetensors", synthetic.TINY_TEXT)
+    return text_encoder.load_bonsai_text_encoder(folder), stock
 
 
 def test_text_encoder_lora(pair: Pair, text_encoders: tuple[Any, Any], lora_file: LoraFile) -> None:
