@@ -52,6 +52,7 @@ def _set_comfyui_options(base_directory: Path) -> None:
     try:
         comfy.options.enable_args_parsing()
         import comfy.cli_args
+        import utils.extra_config  # as main.py does, before nodes.py puts a folder with another utils first
     finally:
         sys.argv = kept
         comfy.options.enable_args_parsing(False)
