@@ -9,6 +9,7 @@ BONSAI_TEST_DEVICE=cuda lets the ComfyUI inside this process use the GPU.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -52,7 +53,8 @@ def _set_comfyui_options(base_directory: Path) -> None:
     try:
         comfy.options.enable_args_parsing()
         import comfy.cli_args
-        import utils.extra_config  # as main.py does, before nodes.py puts a folder with another utils first
+
+        importlib.import_module("utils.extra_config")  # as main.py: nodes.py puts a folder with another utils first
     finally:
         sys.argv = kept
         comfy.options.enable_args_parsing(False)

@@ -40,8 +40,8 @@ TEXT_WIDTHS = (
     "context_dim",
 )
 """Names under which configurations have the width of the text states, which no other width of theirs is called."""
-ABOUT_SIZES = "(?i)shape|size|dimension"
-"""Words of torch for inputs that do not fit one another, also where a compiler reports them."""
+ABOUT_SIZES = "(?i)shape|size|dimension|columns"
+"""Words of torch, and of our products, for inputs that do not fit one another, also where a compiler reports them."""
 LATENTS = {
     "reference_latents": "VAE Encode in front of Reference Latent",
     "concat_latent_image": "the VAE of the inpainting or image conditioning node",
@@ -161,7 +161,8 @@ def _text(model: BaseModel, name: str, cond: dict, refusal: _Refusal | None, err
         )
     width = states.shape[-1]
     if refusal is not None:
-        takes = refusal.takes if refusal.was_given(width) else width
+        fits = any(shape[-1] == refusal.takes for shape in refusal.given) and not re.search(ABOUT_SIZES, str(error))
+        takes = refusal.takes if refusal.was_given(width) and not fits else width
     else:
         takes = (re.search(ABOUT_SIZES, str(error)) and _text_width(model)) or width
     if width == takes:
