@@ -65,6 +65,10 @@ class _Refusal:
     takes: int
     given: tuple[tuple[int, ...], ...]
 
+    @property
+    def was_given_its_width(self) -> bool:
+        return any(shape[-1] == self.takes for shape in self.given)
+
     def was_given(self, width: int) -> bool:
         """True if something of another width than it takes came in, and this is that width."""
         return width != self.takes and any(shape[-1] == width for shape in self.given)
@@ -114,6 +118,8 @@ def _reason(
 ) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     refusal = _refusal(frames, model.diffusion_model)
+    if refusal is not None and refusal.was_given_its_width and not re.search(ABOUT_SIZES, str(error)):
+        refusal = None  # something else went wrong in that layer
     each = [(name, cond) for name, entries in conds.items() for cond in entries]
     checks: list[Callable[[], str | None]] = [lambda: _latent(model, latent)]
     checks += [lambda n=n, c=c: _text(model, n, c, refusal, error) for n, c in each]
@@ -161,8 +167,7 @@ def _text(model: BaseModel, name: str, cond: dict, refusal: _Refusal | None, err
         )
     width = states.shape[-1]
     if refusal is not None:
-        fits = any(shape[-1] == refusal.takes for shape in refusal.given) and not re.search(ABOUT_SIZES, str(error))
-        takes = refusal.takes if refusal.was_given(width) and not fits else width
+        takes = refusal.takes if refusal.was_given(width) else width
     else:
         takes = (re.search(ABOUT_SIZES, str(error)) and _text_width(model)) or width
     if width == takes:
@@ -210,7 +215,7 @@ def _added(model: BaseModel, frames: list[FrameType]) -> str | None:
     """What a node has put beside the layers of the model, such as a model patch for another family."""
     own = {id(module) for module in model.modules()}
     refusal = _refusal(frames, None)
-    if refusal is None or id(refusal.layer) in own or refusal.takes in {shape[-1] for shape in refusal.given}:
+    if refusal is None or id(refusal.layer) in own or refusal.was_given_its_width:
         return None
     called = [frame.f_locals.get("self") for frame in frames]
     added = [module for module in called if isinstance(module, torch.nn.Module) and id(module) not in own]
