@@ -17,7 +17,7 @@ from .. import kernels
 from ..weights.errors import PackError
 from ..weights.formats import Pack
 from ..weights.packed_weight import DENSITIES, PackedWeight
-from ..weights.read import open_transformer, read_weights
+from ..weights.read import open_text_encoder, open_transformer, read_weights
 from .attention import attend_in_parts
 from .flags import maps_files
 from .inventory import Origin, attach_inventory
@@ -63,6 +63,12 @@ class LoadOptions:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown, expected one of {', '.join(known)}")
+
+
+def require_readable(folder: Path) -> None:
+    """Raises PackError for a pack of which the transformer or the text encoder cannot be used; reads headers only."""
+    open_transformer(folder, maps_files())
+    open_text_encoder(folder, maps_files())
 
 
 def load_bonsai_model(

@@ -13,10 +13,11 @@ A new format is such a file and one word in FORMATS.
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ..errors import PackError
+from ..rotation import require_unrotated
 from . import dense, gemlite, gguf, hqq, mlx, native
 from .entries import CodedTensor, DenseTensor, Entry, Pack, PackedTensor
 from .file import PackFile
@@ -59,7 +60,7 @@ def suffixes_of(part: str) -> list[str]:
 def open_pack(path: Path | str, part: str = "transformer", mapped: bool = True) -> Pack:
     """Opens a file; reads headers only. mapped: as for PackFile.
 
-    Raises PackError for one that is not of a format of this part.
+    Raises PackError for one that is not of a format of this part and for weights in a rotated basis.
     """
     path = Path(path)
     container = next((form.FILE for form in FORMATS if path.suffix.lower() in form.FILE.SUFFIXES), None)
@@ -71,6 +72,7 @@ def open_pack(path: Path | str, part: str = "transformer", mapped: bool = True) 
             f"{', '.join(form.NAME for form in formats_of(part))}.",
         )
     file = container(path, mapped)
+    require_unrotated(file, _folders())
     form = next((form for form in FORMATS if form.FILE is container and form.claims(file)), None)
     if form is None:
         raise file.error("is of no known format", f"Expected {', '.join(form.NAME for form in formats_of(part))}.")
@@ -78,3 +80,9 @@ def open_pack(path: Path | str, part: str = "transformer", mapped: bool = True) 
         what, node = PARTS[next(iter(form.PLACES))]
         raise file.error(f"is {what} (format {form.NAME})", f'Load it with "{node}".')
     return form.read(file)
+
+
+def _folders() -> set[str]:
+    """What the folders of a release's parts are called."""
+    places = (PurePosixPath(place) for form in FORMATS for places in form.PLACES.values() for place in places)
+    return {place.parent.name for place in places} - {""}

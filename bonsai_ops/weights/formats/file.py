@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import PackError
 
@@ -18,6 +19,14 @@ class PackFile:
 
     def __init__(self, path: Path, mapped: bool = True) -> None:
         self.path, self.mapped = path, mapped
+
+    def names(self) -> Collection[str]:
+        """The names of its tensors, those of nested tables with dots between."""
+        return ()
+
+    def said(self) -> Mapping[str, Any]:
+        """What it says of itself beside tensors: {name: plain value}."""
+        return {}
 
     def error(self, found: str, cure: str, key: str | None = None) -> PackError:
         """The error to raise for this file, or for its tensor `key`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from .file import PackFile
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of a value by type; 8 is a string, 9 an array."""
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""How a number lies in memory by type; 8 is a string, 9 an array."""
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = "general.alignment"
-_COUNTS = {4: "I", 5: "i", 10: "Q", 11: "q"}
+_COUNTS = (4, 5, 10, 11)
 """Whole numbers that may count something."""
 
 
@@ -40,7 +41,8 @@ class Info:
 
 
 class GgufFile(PackFile):
-    """An open file. `tensors`: {name: Info}; `counts`: {last part of a key: whole number} of its metadata.
+    """An open file. `tensors`: {name: Info}; `metadata`: {key: number, text, or how many values an array has};
+    `counts`: {last part of a key: whole number} of it.
 
     Raises PackError for a file that is not GGUF or is cut off.
     """
@@ -53,9 +55,16 @@ class GgufFile(PackFile):
         if size < 24:
             raise self.error(f"is no GGUF file ({size} bytes)", DOWNLOAD_AGAIN)
         self._data = np.memmap(path, dtype=np.uint8, mode="c")
-        self._at = 0
+        self._view, self._at = memoryview(self._data), 0
+        self.metadata: dict[str, float | str] = {}
         self.counts: dict[str, int] = {}
         self.tensors = self._header()
+
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
+
+    def said(self) -> Mapping[str, float | str]:
+        return self.metadata
 
     def piece(self, name: str, size: int) -> torch.Tensor:
         """The first `size` bytes of a tensor, uint8, mapped where they lie aligned. Raises PackError."""
@@ -66,7 +75,7 @@ class GgufFile(PackFile):
         return piece if start % 8 == 0 and self.mapped else piece.clone()
 
     def _header(self) -> dict[str, Info]:
-        magic, version = self._take(4), self._number("I")
+        magic, version = bytes(self._take(4)), self._number("I")
         if magic != MAGIC or version not in VERSIONS:
             found = f"starts with {magic!r} and version {version}"
             raise self.error(found, f"Expected a GGUF file of version {' or '.join(map(str, VERSIONS))}.")
@@ -74,12 +83,11 @@ class GgufFile(PackFile):
         alignment = 32
         for _ in range(pairs):
             key, kind = self._string(), self._number("I")
+            value = self.metadata[key] = self._value(kind)
             if kind in _COUNTS:
-                self.counts[key.rpartition(".")[2]] = self._number(_COUNTS[kind])
+                self.counts[key.rpartition(".")[2]] = value
                 if key == _ALIGNMENT:
-                    alignment = self.counts["alignment"]
-            else:
-                self._skip(kind)
+                    alignment = value
         if alignment < 1:
             raise self.error(f"has alignment {alignment}", DOWNLOAD_AGAIN, _ALIGNMENT)
         found: dict[str, tuple[int, tuple[int, ...], int]] = {}
@@ -98,30 +106,34 @@ class GgufFile(PackFile):
             for name, (kind, shape, offset) in found.items()
         }
 
-    def _take(self, size: int) -> bytes:
-        if size > len(self._data) - self._at:
-            raise self.error(f"ends inside its header (byte {len(self._data)})", DOWNLOAD_AGAIN)
+    def _take(self, size: int) -> memoryview:
         self._at += size
-        return self._data[self._at - size : self._at].tobytes()
+        if self._at > len(self._view):
+            raise self.error(f"ends inside its header (byte {len(self._view)})", DOWNLOAD_AGAIN)
+        return self._view[self._at - size : self._at]
 
     def _number(self, form: str) -> int:
-        return struct.unpack(f"<{form}", self._take(struct.calcsize(form)))[0]
+        form = f"<{form}"
+        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
 
     def _string(self) -> str:
-        return self._take(self._number("Q")).decode("utf-8", "replace")
+        return str(self._take(self._number("Q")), "utf-8", "replace")
 
-    def _skip(self, kind: int, depth: int = 0) -> None:
-        """Passes over a value of a metadata type."""
+    def _value(self, kind: int, depth: int = 0) -> float | str:
+        """A value of a metadata type; of an array how many there are."""
         if kind == _STRING:
-            self._take(self._number("Q"))
-        elif kind == _ARRAY and depth < MAX_DIMENSIONS:
-            inner, count = self._number("I"), self._number("Q")
-            if inner in _SIZES:
-                self._take(_SIZES[inner] * count)
-            else:
-                for _ in range(count):
-                    self._skip(inner, depth + 1)
-        elif kind in _SIZES:
-            self._take(_SIZES[kind])
-        else:
+            return self._string()
+        if kind in _NUMBERS:
+            return self._number(_NUMBERS[kind])
+        if kind != _ARRAY or depth == MAX_DIMENSIONS:
             raise self.error(f"has metadata of the unknown type {kind}", DOWNLOAD_AGAIN)
+        inner, count = self._number("I"), self._number("Q")
+        if inner in _NUMBERS:
+            self._take(struct.calcsize(f"<{_NUMBERS[inner]}") * count)
+        elif inner == _STRING:
+            for _ in range(count):
+                self._take(self._number("Q"))
+        else:
+            for _ in range(count):
+                self._value(inner, depth + 1)
+        return count

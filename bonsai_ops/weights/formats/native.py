@@ -44,6 +44,7 @@ from ... import __version__
 from .. import codec as codecs
 from ..errors import PackError
 from ..packed_weight import FORM, SCHEMES, TABLE_DTYPES, TABLES, PackedWeight
+from ..rotation import require_no_mark
 from .entries import DOWNLOAD_AGAIN, Entry, Pack, PackedTensor
 from .safetensors_file import DTYPES, SafetensorsFile
 
@@ -313,7 +314,9 @@ def _storable(text: str) -> str:
 def _unreadable(path: Path, check: Callable[[Pack], object] | None) -> str | None:
     """Why a native file cannot be used, None if it can. The file is closed again: Windows renames no open one."""
     try:
-        pack = read(SafetensorsFile(path))
+        file = SafetensorsFile(path)
+        require_no_mark(file)
+        pack = read(file)
         if check is not None:
             check(pack)
     except PackError as error:

@@ -7,6 +7,7 @@ Bytes: u64 little-endian header length H, H bytes of JSON {name: {dtype, shape, 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -81,6 +82,12 @@ class SafetensorsFile(PackFile):
             self._handle = safe_open(str(path), framework="pt", device="cpu")
         except SafetensorError as error:
             raise self.error(f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
+
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
+
+    def said(self) -> Mapping[str, str]:
+        return self.metadata
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor called `name`; one that is mapped from the file is copied when something writes to it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .file import PackFile
 
 ENCRYPTED = 1
 """Bit of a zip member's flags."""
+MAX_DEPTH = 8
 DOWNLOAD_AGAIN = "It is damaged or its download was cut off: download it again."
 
 
@@ -53,6 +55,12 @@ class TorchFile(PackFile):
             raise self.error(f"holds a {type(content).__name__}", "Expected a dict of tensors.")
         self.content: dict[Any, Any] = content
 
+    def names(self) -> Collection[str]:
+        return [name for name, value in _leaves(self.content) if isinstance(value, torch.Tensor)]
+
+    def said(self) -> Mapping[str, Any]:
+        return {name: value for name, value in _leaves(self.content) if not isinstance(value, torch.Tensor)}
+
     def _require_stored(self) -> None:
         """Refuses members that torch would map as they lie although they are compressed or encrypted."""
         try:
@@ -67,3 +75,12 @@ class TorchFile(PackFile):
                     "torch stores its members as they are: use the file as it was published.",
                     member.filename,
                 )
+
+
+def _leaves(table: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """(name with dots, value) of nested dicts; a dict may hold itself, so they end at a depth."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and depth < MAX_DEPTH:
+            yield from _leaves(value, f"{prefix}{key}.", depth + 1)
+        else:
+            yield f"{prefix}{key}", value

@@ -238,3 +238,15 @@ def test_no_other_folder_is_taken_for_a_pack(name: str, models: Path, folders: A
     synthetic_folder(models / "diffusion_models")
     with pytest.raises(PackError, match="is not in models/bonsai"):
         folders.pack_path(name)
+
+
+def test_a_pack_with_a_rotated_text_encoder_is_refused_before_anything_is_loaded(models: Path, start: Callable) -> None:
+    """By Load Bonsai Pack, before it looks into the VAE, which is damaged here."""
+    pack = models / "bonsai" / "pack"
+    synthetic.write_pipeline(pack)
+    (pack / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    (pack / "text_encoder-mlx-4bit" / "config.json").write_text('{"model_type": "prism_hadamard_qwen3"}')
+    start()
+    node = sys.modules["bonsai_started.nodes.load_pack"].LoadBonsaiPack
+    with pytest.raises(ValueError, match=r"model_type prism_hadamard_qwen3 in config\.json beside it: .*rotated"):
+        node.execute("pack")
