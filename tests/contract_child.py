@@ -1,7 +1,7 @@
 """A process with a ComfyUI of its own for tests/host/test_contract.py; prints one line of JSON.
 
 python tests/contract_child.py COMFYUI_FOLDER BASE_DIRECTORY look {}
-    what that ComfyUI lacks of the table in contract.py
+    what that ComfyUI lacks of the table in host/contract/
 python tests/contract_child.py COMFYUI_FOLDER BASE_DIRECTORY without {"names": .., "hidden": .., "model": ..}
     what becomes of the plugin when each of the names is gone: taken from ComfyUI, or, if it is among `hidden`, hidden
     from the plugin alone. Several names need a system that can fork

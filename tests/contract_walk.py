@@ -1,6 +1,6 @@
 """What nodes/ and bonsai_ops/host/ say of ComfyUI and what a ComfyUI says, read from source, to be compared.
 
-The table between them is bonsai_ops/host/contract.py. Types do not count: annotations and what is imported for them
+The table between them is bonsai_ops/host/contract/. Types do not count: annotations and what is imported for them
 alone is needed by nobody who runs the plugin.
 """
 

@@ -1,6 +1,6 @@
 """How packed weights live in ComfyUI: with nodes/ the only code of the plugin that imports comfy.
 
-contract.py       every name of ComfyUI that is leaned on, and why; comfyui.py: what becomes of a missing one
+contract/         every name of ComfyUI that is leaned on, and why; comfyui.py: what becomes of a missing one
 
 one layer
 layout.py         a packed weight as the tensor that ComfyUI moves, counts and saves

@@ -1,4 +1,4 @@
-"""What the ComfyUI in this process has of what contract.py names, and what becomes of the plugin if it lacks some.
+"""What the ComfyUI in this process has of what contract/ names, and what becomes of the plugin if it lacks some.
 
 Without an optional name the plugin does without the feature that it costs and says so once in the log; without a
 required one it does not start, and says that in a sentence. Whatever depends on the version of ComfyUI is asked here

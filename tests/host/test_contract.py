@@ -7,42 +7,25 @@ lacks.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from children import FOLDERS, said_by
 
 from bonsai_ops.host import comfyui
 from bonsai_ops.host.contract import NEEDS, Need
-from bonsai_ops.tools.environment import COMFYUI_VERSIONS, NEWEST, clean_environment, comfyui_path
+from bonsai_ops.tools.environment import COMFYUI_VERSIONS, NEWEST, comfyui_path
 
 pytestmark = pytest.mark.host
 
-CHILD = Path(__file__).resolve().parents[1] / "contract_child.py"
-PINNED = [comfyui_path(version) for version in COMFYUI_VERSIONS]
-CHOSEN = [Path(folder).resolve() for folder in [os.environ.get("BONSAI_COMFYUI")] if folder]
-
 
 def inside(folder: Path, base: Path, what: str, **options: object) -> dict:
-    """What contract_child.py prints in a process of its own with the ComfyUI in `folder`."""
-    if not (folder / "main.py").is_file():
-        pytest.skip(f"{folder.name} is not here: run the tests with `python -m tests`")
-    done = subprocess.run(
-        [sys.executable, str(CHILD), str(folder), str(base), what, json.dumps(options, default=str)],
-        env=clean_environment({**os.environ, "OMP_NUM_THREADS": "1"}),
-        cwd=base,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """What contract_child.py prints."""
+    return said_by("contract_child.py", folder, base, what, json.dumps(options, default=str))
 
 
-@pytest.mark.parametrize("folder", [*PINNED, *(f for f in CHOSEN if f not in PINNED)], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_every_name_is_there(folder: Path, tmp_path: Path) -> None:
     found = inside(folder, tmp_path, "look")
     print(found["versions"])

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import FOLDERS, PINNED, said_by, skip_without
 from safetensors.torch import save_file
 
-from bonsai_ops.tools.environment import COMFYUI_VERSIONS, PLUGIN, clean_environment
-from bonsai_ops.tools.environment import comfyui_path as path_of_version
+from bonsai_ops.tools.environment import PLUGIN
 
 pytestmark = pytest.mark.host
 
-CHILD = Path(__file__).resolve().parents[1] / "flags_child.py"
 SEEDLING = PLUGIN / "bonsai_ops" / "models" / "bonsai" / "seedling"
-PINNED = [path_of_version(version) for version in COMFYUI_VERSIONS]
-CHOSEN = [Path(folder).resolve() for folder in [os.environ.get("BONSAI_COMFYUI")] if folder]
 
 
 def options(folder: Path) -> set[str]:
     """The options of the ComfyUI in a folder, without dashes."""
-    file = folder / "comfy" / "cli_args.py"
-    if not file.is_file():
-        pytest.skip(f"{folder.name} is not here: run the tests with `python -m tests`")
-    return set(re.findall(r"add_argument\(\s*\"--([\w-]+)\"", file.read_text(encoding="utf-8")))
+    skip_without(folder)
+    text = (folder / "comfy" / "cli_args.py").read_text(encoding="utf-8")
+    return set(re.findall(r"add_argument\(\s*\"--([\w-]+)\"", text))
 
 
 def listed() -> tuple[set[str], set[str]]:
@@ -41,7 +33,7 @@ def listed() -> tuple[set[str], set[str]]:
     return {name for flag in FLAGS for name in flag.names.split()}, set(NOT_OURS.split())
 
 
-@pytest.mark.parametrize("folder", [*PINNED, *(f for f in CHOSEN if f not in PINNED)], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_every_option_of_comfyui_is_listed(folder: Path, comfyui_path: Path) -> None:
     ours, others = listed()
     found = options(folder)
@@ -97,17 +89,7 @@ def start(comfyui_path: Path, pack: Path, tmp_path_factory: pytest.TempPathFacto
         if flags not in known:
             there = options(comfyui_path)
             given = [f"--{flag}" for flag in flags if flag.partition("=")[0] in there]
-            done = subprocess.run(
-                [sys.executable, str(CHILD), str(comfyui_path), str(base), str(pack), *given],
-                env=clean_environment({**os.environ, "OMP_NUM_THREADS": "1"}),
-                cwd=base,
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
-            known[flags] = json.loads(done.stdout.splitlines()[-1])
+            known[flags] = said_by("flags_child.py", comfyui_path, base, str(pack), *given)
         return known[flags]
 
     return run

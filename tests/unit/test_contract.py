@@ -1,4 +1,4 @@
-"""The table of ComfyUI's names (bonsai_ops/host/contract.py) says what the code says, no more and no less."""
+"""The table of ComfyUI's names (bonsai_ops/host/contract/) says what the code says, no more and no less."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def users() -> Iterator[tuple[str, Path]]:
     for file in sorted((REPOSITORY / "nodes").glob("*.py")):
         yield "nodes", file
     for file in sorted((PACKAGE / "host").rglob("*.py")):
-        if file.name != "contract.py":
+        if file.parent.name != "contract":
             yield file.relative_to(PACKAGE).as_posix(), file
     for file in sorted((PACKAGE / "tools" / "bench" / "inside").glob("*.py")):
         yield "tools/bench/inside", file
@@ -56,7 +56,7 @@ def test_every_name_in_the_code_stands_in_the_table(said: Mapping[str, Said]) ->
         for name, keywords in file.keywords.items():
             taken = {k for need in rows(user) if name in need.names for k in need.takes.split()}
             absent += [f"{user} calls {name}({k}=)" for k in sorted(keywords - taken) if name]
-    assert not absent, "\n".join(absent) + "\nadd a row to bonsai_ops/host/contract.py, or the user to a row"
+    assert not absent, "\n".join(absent) + "\nadd a row to bonsai_ops/host/contract/, or the user to a row"
 
 
 def test_every_row_of_the_table_is_used(said: Mapping[str, Said]) -> None:
@@ -71,7 +71,7 @@ def test_every_row_of_the_table_is_used(said: Mapping[str, Said]) -> None:
         wanted += [word for word in need.words.split() if word not in file.words]
         wanted += [f"{k}=" for k in need.takes.split() if k not in file.words]
         unused += [f"{need.user} does not use {what} of {need.name}" for what in wanted]
-    assert not unused, "\n".join(unused) + "\ntake it out of host/contract.py, or name the file that uses it now"
+    assert not unused, "\n".join(unused) + "\ntake it out of host/contract/, or name the file that uses it now"
 
 
 def test_every_attribute_of_a_typed_parameter_stands_in_the_table(said: Mapping[str, Said]) -> None:
@@ -83,7 +83,7 @@ def test_every_attribute_of_a_typed_parameter_stands_in_the_table(said: Mapping[
             for name, attribute in sorted(file.typed - known)
             if attribute not in torchs
         ]
-    assert not absent, "\n".join(absent) + "\nadd it to bonsai_ops/host/contract.py"
+    assert not absent, "\n".join(absent) + "\nadd it to bonsai_ops/host/contract/"
 
 
 STATES = {
@@ -126,4 +126,4 @@ def test_every_attribute_is_ours_or_pythons_or_in_the_table(said: Mapping[str, S
         known = {part for need in rows(user) for name in need.names for part in name.split(".")}
         known |= {word for need in rows(user) for word in need.words.split()}
         strange += [f"{user} uses .{name}" for name in sorted(file.attributes - ours - file.defined - public - known)]
-    assert not strange, "\n".join(strange) + "\nwhose is it? If it is ComfyUI's, add it to bonsai_ops/host/contract.py"
+    assert not strange, "\n".join(strange) + "\nwhose is it? If it is ComfyUI's, add it to bonsai_ops/host/contract/"

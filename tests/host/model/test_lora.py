@@ -306,7 +306,7 @@ def test_save_clip_node(text_encoders: tuple[Any, Any], comfy_base_directory: Pa
 def test_loras_are_exact_in_a_comfyui_without_a_class(
     missing: str, memory: float, pair: Pair, lora_file: LoraFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slower, as contract.py says: each call unpacks the layer."""
+    """Slower, as the contract says: each call unpacks the layer."""
     from bonsai_ops.host import linear, lora
 
     for module in (linear, lora):

@@ -1,0 +1,18 @@
+"""What the benchmarks work with; the plugin starts without these."""
+
+from __future__ import annotations
+
+from .need import PATCHER, Need
+
+NEEDS = (
+    Need("tools/bench/inside", "comfy.options.enable_args_parsing", "to set the options of ComfyUI"),
+    Need("tools/bench/inside", "comfy.sd.load_diffusion_model", "to time dense models", takes="model_options"),
+    Need("tools/bench/inside", "comfy.sd.load_lora_for_models", "to time LoRAs"),
+    Need("tools/bench/inside", "comfy.sample.prepare_noise", "to time steps and pictures"),
+    Need(
+        "tools/bench/inside", "comfy.sample.sample_custom", "to time steps and pictures", takes="callback disable_pbar"
+    ),
+    Need("tools/bench/inside", PATCHER, "to time models one by one", "clone", "model"),
+    Need("tools/bench/inside", "comfy_kitchen", "to tell its kernels from others", "__file__"),
+    Need("tools/bench/inside", "comfy.samplers.sampler_object", "to time steps and pictures"),
+)
