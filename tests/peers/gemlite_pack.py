@@ -6,8 +6,8 @@
     manifest.json
 
 state_dict.pt is one flat dict: `<name>.{W_q, scales, zeros, metadata, orig_shape}` per packed linear and
-`<name>.weight` bf16 for the rest. gemlite 0.6 also keeps a `meta_scale` per layer; the published packs have none, so it
-is left out.
+`<name>.weight` bf16 for the rest. gemlite 0.6 also keeps a `meta_scale` per layer, which `pack_codes` returns; the
+published packs have none, so it is left out of them.
 """
 
 from __future__ import annotations
@@ -48,31 +48,49 @@ def codes_and_scale(weight: torch.Tensor, variant: str) -> tuple[torch.Tensor, t
     return codes.to(torch.uint8).reshape(rows, columns), scale[..., 0]
 
 
+def pack_codes(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | int | None,
+    bits: int,
+    group: int | None = GROUP,
+    bitwidth: int = 8,
+    **options: object,
+) -> dict[str, torch.Tensor]:
+    """gemlite's own state_dict() of a layer with codes uint8 [N, K] and (code - zero) * scale, scales [N, groups].
+
+    Group-wise tensors of zeros become zeros to add, unless `options` of gemlite's `pack` say otherwise.
+    """
+    gemlite = import_gemlite()
+    rows, columns = codes.shape
+    layer = gemlite.GemLiteLinear(
+        W_nbits=bits,
+        group_size=group,
+        in_features=columns,
+        out_features=rows,
+        input_dtype=gemlite.DType.FP16,
+        output_dtype=gemlite.DType.FP16,
+    )
+    options = {"bias": None, "packing_bitwidth": bitwidth, **options}
+    layer.pack(codes, scales.reshape(-1, 1), zeros, **options)
+    return {leaf: tensor.detach().clone() for leaf, tensor in layer.state_dict().items()}
+
+
 def pack_linear(weight: torch.Tensor, variant: str, meta_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Pack weight [N, K] with gemlite: the five tensors of one layer, by leaf name.
 
     `meta_dtype` is the dtype of scales and zeros: float32 in the published packs, float16 as gemlite's helpers store.
     K must exceed 128: gemlite packs a single group as channel-wise scales, another formula.
     """
-    gemlite = import_gemlite()
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if columns <= GROUP:
         raise ValueError(f"K is {columns}; gemlite packs group-wise only with more than one group of {GROUP}")
     codes, scale = codes_and_scale(weight, variant)
     # gemlite takes (code - zero) * scale and turns it into code * scale + (-zero * scale), its W_group_mode 4.
     step, zero = (scale, 1.0) if variant == "ternary" else (2 * scale, 0.5)
-    layer = gemlite.GemLiteLinear(
-        W_nbits=BITS[variant],
-        group_size=GROUP,
-        in_features=columns,
-        out_features=rows,
-        input_dtype=gemlite.DType.FP16,
-        output_dtype=gemlite.DType.FP16,
-    )
-    scales = step.reshape(-1, 1).to(meta_dtype)
-    layer.pack(codes, scales, torch.full_like(scales, zero), bias=None, packing_bitwidth=8)
-    state = layer.state_dict()
-    return {leaf: state[leaf].detach().clone() for leaf in LEAVES}
+    scales = step.to(meta_dtype)
+    state = pack_codes(codes, scales, torch.full_like(scales, zero).reshape(-1, 1), BITS[variant])
+    return {leaf: state[leaf] for leaf in LEAVES}
 
 
 def dequantize(leaves: dict[str, torch.Tensor]) -> torch.Tensor:

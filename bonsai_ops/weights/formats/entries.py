@@ -28,6 +28,10 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of dense weights."""
 
 
+CHECKED_ROWS = 256
+"""Rows of codes that are looked at together."""
+
+
 class _FourthLevelError(ValueError):
     """A code that a three-level weight cannot have."""
 
@@ -97,7 +101,7 @@ class CodedTensor(Entry):
     """A weight (N, K) stored as codes with two tables, w = code * scale + zero in float32.
 
     bits: 1, 2 or 4 bits a code. tables(): (scale, zero), each [N, K / group_size] of any float dtype.
-    read(lo, hi): uint8 codes [hi - lo, K] of rows lo .. hi-1. zero_point: w = (code - zero) * scale instead (4 bit).
+    read(lo, hi): uint8 codes [hi - lo, K] of rows lo .. hi-1. zero_point: w = (code - zero) * scale instead.
     reading: for messages, what makes it this shape where the stored bytes allow several.
     """
 
@@ -115,6 +119,8 @@ class CodedTensor(Entry):
         relation is proved for every group; anything else keeps both. Raises PackError for a fourth level in a tensor
         whose tables say ternary (zero = -scale) and for tables that are not finite.
         """
+        if self.zero_point and self.bits < 4:
+            return self._with_added_zero().weight()
         scale, zero = self.tables()
         for name, table in (("scale", scale), ("zero", zero)):
             if not is_finite(table):
@@ -142,6 +148,19 @@ class CodedTensor(Entry):
 
     def kind(self) -> str:
         return f"{self.bits}-bit codes {list(self.shape)}"
+
+    def _with_added_zero(self) -> CodedTensor:
+        """A weight of 1 or 2 bits whose zero is subtracted as one with an added zero, -zero * scale.
+
+        Where a level that it has would not be the same in float32, the codes become 4-bit ones and the zero stays.
+        """
+        scale, zero = (table.float() for table in self.tables())
+        added = -zero * scale
+        rows = range(0, self.shape[0], CHECKED_ROWS)
+        levels = {code for lo in rows for code in self.read(lo, lo + CHECKED_ROWS).unique().tolist()}
+        if all(torch.equal((level - zero) * scale, level * scale + added) for level in levels):
+            return replace(self, zero_point=False, tables=lambda: (scale, added))
+        return replace(self, bits=4)
 
     def _symmetric(
         self, scale: torch.Tensor, zero: torch.Tensor
@@ -253,12 +272,12 @@ def fuse_rows(key: str, parts: Sequence[CodedTensor] | Sequence[DenseTensor]) ->
 
 
 def _widen(part: CodedTensor, bits: int) -> CodedTensor:
-    """A 1-bit part as 2-bit codes {0, 2} of half the scale: the same values."""
+    """A part with codes of more bits: twice the code and half the scale, the same values."""
     if part.bits == bits:
         return part
 
     def tables() -> tuple[torch.Tensor, torch.Tensor]:
         scale, zero = part.tables()
-        return scale.float() / 2, zero.float()
+        return scale.float() / 2, zero.float() * (2 if part.zero_point else 1)
 
     return replace(part, bits=bits, tables=tables, read=lambda lo, hi: part.read(lo, hi) * 2)
