@@ -20,7 +20,7 @@ NO_TRANSFORMER = ("text_encoder", "text_encoders", TOKENIZER, "vae", "scheduler"
 
 def places_of(part: str) -> list[str]:
     """Where releases have that part, in any of its formats."""
-    return [place for form in formats_of(part) for place in form.PLACES[part]]
+    return list(dict.fromkeys(place for form in formats_of(part) for place in form.PLACES[part]))
 
 
 def _with_own_folder(part: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from bonsai_ops.weights.read import open_transformer
 REPOSITORY = Path(__file__).resolve().parents[2]
 MLX_FILE = "diffusion_pytorch_model.safetensors"
 VARIANTS = {"binary": 1, "ternary": 2}
-FORMATS = ["mlx", "gemlite", "unpacked"]
+FORMATS = ["mlx", "gemlite", "diffusers", "unpacked"]
 
 
 def unpack(tensors: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
@@ -46,7 +47,12 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs")
     for variant, bits in VARIANTS.items():
         write_mlx(folder / variant / "mlx" / "transformer-packed-mflux" / MLX_FILE, variant, TINY)
-        write_gemlite(folder / variant / "gemlite" / f"transformer-gemlite-int{bits}" / "state_dict.pt", variant, TINY)
+        gemlite = folder / variant / "gemlite" / f"transformer-gemlite-int{bits}" / "state_dict.pt"
+        write_gemlite(gemlite, variant, TINY)
+        diffusers = folder / variant / "diffusers" / "transformer"
+        diffusers.mkdir(parents=True)
+        save_file(torch.load(gemlite, weights_only=True), diffusers / MLX_FILE)
+        (diffusers / "config.json").write_text(json.dumps({"quantization_config": {"bits": bits, "group_size": 128}}))
         unpacked = folder / variant / "unpacked" / "transformer"
         unpacked.mkdir(parents=True)
         tensors = load_file(folder / variant / "mlx" / "transformer-packed-mflux" / MLX_FILE)

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from ..errors import PackError
 from ..rotation import require_unrotated
-from . import dense, gemlite, gguf, hqq, mlx, native
+from . import dense, gemlite, gemlite_safetensors, gguf, hqq, mlx, native
 from .entries import CodedTensor, DenseTensor, Entry, Pack, PackedTensor
 from .file import PackFile
 
@@ -37,7 +37,7 @@ class Format(Protocol):
     def read(self, file: PackFile) -> Pack: ...
 
 
-FORMATS: tuple[Format, ...] = (native, mlx, hqq, gemlite, gguf, dense)
+FORMATS: tuple[Format, ...] = (native, mlx, gemlite_safetensors, hqq, gemlite, gguf, dense)
 """The first that claims a file reads it."""
 
 PARTS = {

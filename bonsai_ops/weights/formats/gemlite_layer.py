@@ -1,4 +1,4 @@
-"""The layers of gemlite, in whatever file they lie: `GemLiteLinear.state_dict()`, from the source of gemlite 0.6.0.post2.
+"""The layers of gemlite, in whatever file they lie: what `GemLiteLinear.state_dict()` holds in gemlite 0.6.0.post2.
 
 For each quantized layer (N, K) with b bits a code, e codes a word of e b = 8, 16, 32 or 64 bits, groups of g columns:
 
