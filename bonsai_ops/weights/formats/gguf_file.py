@@ -42,7 +42,7 @@ class Info:
 
 class GgufFile(PackFile):
     """An open file. `tensors`: {name: Info}; `metadata`: {key: number, text, or how many values an array has};
-    `counts`: {last part of a key: whole number} of it.
+    `counts`: {last part of a key: whole number} of it. alignment: of the data, bytes.
 
     Raises PackError for a file that is not GGUF or is cut off.
     """
@@ -58,6 +58,7 @@ class GgufFile(PackFile):
         self._view, self._at = memoryview(self._data), 0
         self.metadata: dict[str, float | str] = {}
         self.counts: dict[str, int] = {}
+        self.alignment = 32
         self.tensors = self._header()
 
     def names(self) -> Collection[str]:
@@ -80,16 +81,15 @@ class GgufFile(PackFile):
             found = f"starts with {magic!r} and version {version}"
             raise self.error(found, f"Expected a GGUF file of version {' or '.join(map(str, VERSIONS))}.")
         tensors, pairs = self._number("Q"), self._number("Q")
-        alignment = 32
         for _ in range(pairs):
             key, kind = self._string(), self._number("I")
             value = self.metadata[key] = self._value(kind)
             if kind in _COUNTS:
                 self.counts[key.rpartition(".")[2]] = value
                 if key == _ALIGNMENT:
-                    alignment = value
-        if alignment < 1:
-            raise self.error(f"has alignment {alignment}", DOWNLOAD_AGAIN, _ALIGNMENT)
+                    self.alignment = value
+        if self.alignment < 1:
+            raise self.error(f"has alignment {self.alignment}", DOWNLOAD_AGAIN, _ALIGNMENT)
         found: dict[str, tuple[int, tuple[int, ...], int]] = {}
         for _ in range(tensors):
             name, count = self._string(), self._number("I")
@@ -98,7 +98,7 @@ class GgufFile(PackFile):
             shape = tuple(self._number("Q") for _ in range(count))[::-1]
             kind, offset = self._number("I"), self._number("Q")
             found[name] = (kind, shape, offset)
-        start = -(-self._at // alignment) * alignment
+        start = -(-self._at // self.alignment) * self.alignment
         ends = sorted({offset for _, _, offset in found.values()} | {max(len(self._data) - start, 0)})
         following = dict(itertools.pairwise(ends))
         return {
