@@ -40,8 +40,12 @@ CONFIGS = (
 )
 """What the JSON beside weights is called."""
 INDEX = "*.index.json"
-RECORD = "bonsai"
-"""Our own record (formats/native.py) in the metadata of a file: its layers are in the plain basis."""
+OF_A_PACK = ("*config*.json", "*manifest*.json")
+"""What else describes it in a folder that nothing but a release has."""
+RECORD, RECORD_TENSOR = "bonsai", "bonsai.record"
+"""Our own record (formats/native.py) in a file, where its layers are in the plain basis."""
+NOT_OURS = ("source", "model")
+"""What in that record names others' things."""
 FOREIGN = ("prompt", "workflow")
 """Metadata that ComfyUI adds: the user's own graph and texts."""
 TRAINING = "ss_"
@@ -53,6 +57,8 @@ _KIND = re.compile(r"hadamard|fwht|quarot|spinquant")
 _SIGN = r"sign_?(?:mode|width|value|vector|flip)s?"
 _KEY = re.compile(rf"(?<![a-z])(?:signs|rotations?|rotated|rotate_(?:weight|input|activation)s?|{_SIGN})(?![a-z])")
 _LEAF = re.compile(rf"(?<![a-z])(?:signs?|rot|rotations?|rotated|{_SIGN})(?![a-z])")
+_LISTED = re.compile(r"(?:[\w.*]*[.*])?(?:\w+_)?(?:signs|rotations?)")
+"""A leaf of names, or a kind of transform, in a list of such."""
 _VALUE = re.compile(r"(?<![a-z])rotated(?![a-z])")
 _NO = ("", "0", "0.0", "false", "no", "none", "null", "off", "disabled", "identity")
 CURE = (
@@ -78,7 +84,7 @@ def require_unrotated(file: PackFile, folders: Collection[str]) -> None:
 
 def require_no_mark(file: PackFile) -> None:
     """Raises PackError for a file that has a mark itself: in its metadata or the names of its tensors."""
-    recorded = RECORD in file.said()
+    recorded = RECORD in file.said() or any(name.endswith(RECORD_TENSOR) for name in file.names())
     mark = _mark_in_names(file.names(), recorded) or _mark_in_metadata(file.said(), recorded)
     if mark is not None:
         raise _rotated(file.path, mark, CURE)
@@ -93,8 +99,10 @@ def _beside(path: Path, folders: Collection[str]) -> Iterator[Path]:
     """The JSON files that may describe a file of weights."""
     names = (*CONFIGS, f"{path.stem}.json", f"{path.name}.json")
     yield from (path.parent / name for name in names if (path.parent / name).is_file())
-    yield from sorted(path.parent.glob(INDEX))
+    patterns = (INDEX, *OF_A_PACK) if path.parent.name in folders else (INDEX,)
+    yield from (config for pattern in patterns for config in sorted(path.parent.glob(pattern)))
     if path.parent.name in folders:
+        yield from (config for pattern in OF_A_PACK for config in sorted(path.parents[1].glob(pattern)))
         yield from (path.parents[1] / name for name in CONFIGS if (path.parents[1] / name).is_file())
 
 
@@ -116,9 +124,12 @@ def _mark_in_names(names: Collection[str], recorded: bool) -> str | None:
 def _mark_in_metadata(said: Mapping[str, Any], recorded: bool) -> str | None:
     """The first entry of a file's metadata that says so; texts may be JSON again."""
     for key, value in said.items():
-        if key in FOREIGN or key.startswith(TRAINING) or key == RECORD:
+        if key in FOREIGN or key.startswith(TRAINING):
             continue
-        mark = _mark_in({key: _parsed(value)}, "", soft=not recorded)
+        value = _parsed(value)
+        if key == RECORD and isinstance(value, Mapping):
+            value = {name: part for name, part in value.items() if name not in NOT_OURS}
+        mark = _mark_in({key: value}, "", soft=not recorded)
         if mark is not None:
             return mark
     return None
@@ -144,7 +155,7 @@ def _mark_in(tree: Any, place: str, soft: bool = True, depth: int = 0) -> str | 
     if isinstance(tree, Mapping):
         pairs: Iterable[tuple[str, Any]] = ((str(key), value) for key, value in tree.items())
     elif isinstance(tree, (list, tuple)):
-        pairs = (("", value) for value in tree)
+        pairs = ((value if isinstance(value, str) and _LISTED.fullmatch(value) else "", value) for value in tree)
     else:
         return None
     for key, value in pairs:
@@ -158,7 +169,8 @@ def _mark_in(tree: Any, place: str, soft: bool = True, depth: int = 0) -> str | 
 
 
 def _is_mark(key: str, soft: bool) -> bool:
-    return bool(_KIND.search(key.lower()) or (soft and _KEY.search(_snake(key))))
+    is_file = "/" in key or any(c.isspace() for c in key)
+    return bool(_KIND.search(key.lower()) or (soft and not is_file and _KEY.search(_snake(key))))
 
 
 def _is_kind(text: str, soft: bool) -> bool:

@@ -216,6 +216,9 @@ BESIDE = {
     "modules": [{"path": "a", "block": 1024, "signs": "a.signs"}],
     "rotation": {"enabled": True, "block": 1024},
     "quantizationRotation": "quarot",
+    "leaves": ["weight", "scales", "biases", "signs"],
+    "dense": ["*.norm.weight", "*.signs"],
+    "transforms": ["rotation"],
 }
 
 
@@ -231,6 +234,16 @@ def test_json_beside_the_file(tmp_path: Path, form: str) -> None:
             config.unlink()
     with pytest.raises(PackError, match=rf" in {config.name} beside it: .* If {config.name} belongs to another"):
         open_pack(path, FORMS[form][3])
+
+
+@pytest.mark.parametrize("name", ["mlx_config.json", "packing_manifest.json"])
+def test_any_configuration_in_the_folder_of_a_release(tmp_path: Path, name: str) -> None:
+    """There nothing is another model's; the words of a tokenizer are no configuration."""
+    path = write(tmp_path / "text_encoder-mlx-4bit", "mlx text")
+    (path.parent / "tokenizer.json").write_text('{"model": {"vocab": {"signs": 1, "hadamard": 2}}}')
+    assert open_pack(path, "text_encoder").entries
+    path.with_name(name).write_text('{"quantization": {"signs": "input"}}')
+    refused(path, "mlx text", f"quantization.signs in {name}")
 
 
 @pytest.mark.parametrize(
@@ -278,6 +291,8 @@ PLAIN: dict[str, Any] = {
     "signature": "abc",
     "musubi_block_swap_device": "cpu",
     "basis": "unrotated",
+    "files": ["assets/road_signs.png", "assets/rotation.png", "signs.txt"],
+    "sizes": {"assets/rotation.png": 1, "assets/road_signs.png": 2},
 }
 
 
@@ -309,6 +324,9 @@ def test_a_model_of_our_own_may_have_such_names(tmp_path: Path) -> None:
     record = native.make_record(weights, {"file": "hadamard.safetensors"}, "Other", {"class": "Other"})
     native.write(tmp_path / "m.safetensors", weights, record, extra={"rotation": 3, "prompt": {"hadamard": 1}})
     assert open_pack(tmp_path / "m.safetensors").entries.keys() == weights.keys()
+    tensors = native.to_tensors(weights) | {"m.bonsai.record": record.to_tensor()}  # as ComfyUI saves it
+    save_file(tensors, tmp_path / "n.safetensors", {"rotation": "3"})
+    assert open_pack(tmp_path / "n.safetensors").entries.keys() == weights.keys()
 
 
 def test_nothing_is_saved_that_would_be_refused(tmp_path: Path) -> None:
@@ -318,15 +336,17 @@ def test_nothing_is_saved_that_would_be_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("mark", ["tensor", "metadata"])
+@pytest.mark.parametrize("mark", ["tensor", "metadata", "record"])
 def test_a_native_file_of_a_rotated_model(tmp_path: Path, mark: str) -> None:
     """Whoever adds the marks to a file with our record is believed."""
     weights = {"a.b.weight": torch.ones(2, 2)}
     if mark == "tensor":
         weights["a.b.signs"] = SIGNS
     extra = {"prism.hadamard.block_size": "1024"} if mark == "metadata" else {}
-    tensors = native.to_tensors(weights)
-    save_file(tensors, tmp_path / "m.safetensors", {"bonsai": native.make_record(weights).to_json(), **extra})
+    record = json.loads(native.make_record(weights).to_json())
+    if mark == "record":
+        record["layers"]["a.b"] = {"hadamard_block": 1024}
+    save_file(weights, tmp_path / "m.safetensors", {"bonsai": json.dumps(record), **extra})
     with pytest.raises(PackError, match=SAYS):
         open_pack(tmp_path / "m.safetensors")
 
@@ -387,3 +407,20 @@ def test_a_whole_gemlite_pack(tmp_path: Path) -> None:
     torch.save(tensors | {f"{layer}.signs": SIGNS}, path)
     with pytest.raises(PackError, match=rf"{layer}\.signs: .*{SAYS}"):
         open_transformer(path)
+
+
+def bytes_read() -> int:
+    """What this process has read from files other than by mapping them."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="this system does not count what is read")
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_pickle_is_refused_before_its_tensors_are_read(tmp_path: Path, mapped: bool) -> None:
+    """Also where nothing may stay mapped, and so all of it is read in the end."""
+    size = 1 << 24
+    path = write(tmp_path, "gemlite", {"b.weight": torch.zeros(size // 2, dtype=torch.bfloat16), "a.to_q.signs": SIGNS})
+    before = bytes_read()
+    with pytest.raises(PackError, match=SAYS):
+        open_pack(path, mapped=mapped)
+    assert bytes_read() - before < size // 2

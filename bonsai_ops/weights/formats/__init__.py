@@ -71,8 +71,10 @@ def open_pack(path: Path | str, part: str = "transformer", mapped: bool = True) 
             f"Expected {PARTS[part][0]} ending in {', '.join(suffixes_of(part))}, of one of the formats "
             f"{', '.join(form.NAME for form in formats_of(part))}.",
         )
-    file = container(path, mapped)
+    file = container(path)  # mapped: a torch file would be read whole before it can be refused
     require_unrotated(file, _folders())
+    if not mapped:
+        file = container(path, mapped)
     form = next((form for form in FORMATS if form.FILE is container and form.claims(file)), None)
     if form is None:
         raise file.error("is of no known format", f"Expected {', '.join(form.NAME for form in formats_of(part))}.")
