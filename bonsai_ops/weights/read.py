@@ -17,7 +17,7 @@ from .finite import NOT_FINITE, is_finite
 from .formats import DenseTensor, Entry, Pack, dense, native, open_pack
 from .formats.entries import DOWNLOAD_AGAIN
 from .packed_weight import PackedWeight, at_density
-from .release import find_text_encoder, find_transformer
+from .release import find_text_encoder, find_transformer, shards_of
 
 HASH_BYTES = 16 << 20
 ALIGNMENT = 64
@@ -29,11 +29,12 @@ WEIGHTS = (".weight", ".bias")
 
 
 def open_transformer(path: str | Path, mapped: bool = True) -> Pack:
-    """A transformer file, or the one of a pack folder, as `as_transformer` has it.
+    """A transformer file (of a sharded one any part), or the one of a pack folder, as `as_transformer` has it.
 
     mapped: whether its tensors may be of the file's own pages. Raises PackError.
     """
-    return as_transformer(open_pack(find_transformer(Path(path)), mapped=mapped))
+    files = shards_of(find_transformer(Path(path)))
+    return as_transformer(open_pack(files[0], mapped=mapped, shards=files))
 
 
 def as_transformer(pack: Pack) -> Pack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -14,6 +15,8 @@ VAE_CONFIG = "vae/config.json"
 TOKENIZER = "tokenizer"
 INDEX = ".index.json"
 """What the table of a sharded file's parts is called behind that file's name."""
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors)")
+"""What a part of a sharded file is called."""
 NO_TRANSFORMER = ("text_encoder", "text_encoders", TOKENIZER, "vae", "scheduler")
 """Folders of a release in which no transformer lies."""
 
@@ -34,12 +37,15 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 
 def find_transformer(path: Path) -> Path:
-    """The transformer file of a pack folder (or `path` itself if it is a file). Raises PackError if there is none."""
+    """The transformer file of a pack folder, of a sharded one its first part (or `path` itself if it is a file).
+
+    Raises PackError if there is none.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
         raise PackError(path, "does not exist", "Put the pack under models/bonsai and refresh the page.")
-    found = [path / place for place in _with_own_folder("transformer") if (path / place).is_file()]
+    found = [file for place in _with_own_folder("transformer") if (file := _file_or_shard(path / place)) is not None]
     if not found:
         natives = [file for file in _files(path, "*") if file.suffix.lower() == ".safetensors" and file.is_file()]
         if len(natives) == 1:
@@ -60,7 +66,36 @@ def find_transformer(path: Path) -> Path:
 
 def holds_transformer(folder: Path) -> bool:
     """Whether a folder has a transformer at one of the published places."""
-    return any((folder / place).is_file() for place in places_of("transformer"))
+    return any(_file_or_shard(folder / place) is not None for place in places_of("transformer"))
+
+
+def _file_or_shard(file: Path) -> Path | None:
+    """A file, or the first part of it that is there; None without both."""
+    if file.is_file():
+        return file
+    parts = (part for part in _files(file.parent, f"{file.stem}-*{file.suffix}") if SHARD.fullmatch(part.name))
+    return next(parts, None)
+
+
+def shards_of(file: Path) -> list[Path]:
+    """All files of the sharded model that a file is a part of: those of the index beside it, else those that its name
+    counts. The file alone if it is no part. Raises PackError for a part that is missing.
+    """
+    named = SHARD.fullmatch(file.name)
+    if named is None:
+        return [file]
+    index = file.with_name(f"{named['stem']}{named['suffix']}{INDEX}")
+    if index.is_file():
+        parts = _indexed(index)
+        return parts if file in parts else [file]
+    count = int(named["count"])
+    parts = [file.with_name(f"{named['stem']}-{i:05d}-of-{count:05d}{named['suffix']}") for i in range(1, count + 1)]
+    gone = next((part for part in parts if not part.is_file()), None)
+    if gone is not None:
+        raise PackError(
+            file, f"is one of {count} parts, and {gone.name} is not beside it", "Download the whole folder again."
+        )
+    return parts or [file]
 
 
 def find_text_encoder(path: Path) -> list[Path]:
@@ -115,7 +150,8 @@ def tokenizers_beside(path: Path) -> Iterator[Path]:
 def packs_among(names: list[str]) -> list[str]:
     """The folders (names with forward slashes) that have one of the named files in a transformer's place."""
     ends = [f"/{place}" for place in places_of("transformer")]
-    return sorted({name.removesuffix(end) for name in names for end in ends if name.endswith(end)})
+    whole = {f"{m['stem']}{m['suffix']}" if (m := SHARD.fullmatch(name)) else name for name in names}
+    return sorted({name.removesuffix(end) for name in whole for end in ends if name.endswith(end)})
 
 
 def is_text_encoder(name: str) -> bool:

@@ -18,7 +18,7 @@ from bonsai_ops.weights.formats import CodedTensor, Pack, open_pack
 from bonsai_ops.weights.formats.gemlite_layer import FIELDS
 from bonsai_ops.weights.packed_weight import PackedWeight
 from bonsai_ops.weights.read import open_transformer, read_weights
-from bonsai_ops.weights.release import find_transformer, packs_among
+from bonsai_ops.weights.release import find_transformer, holds_transformer, packs_among
 
 packed_here = pytest.mark.skipif(sys.platform != "linux", reason="gemlite is installed on Linux only")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
@@ -404,3 +404,45 @@ def test_a_text_encoder_of_this_kind_is_named(tmp_path: Path, state: Leaves) -> 
     path = save(tmp_path / "model.safetensors", state)
     with pytest.raises(PackError, match=r"is a transformer \(format gemlite in safetensors\)"):
         open_pack(path, "text_encoder")
+
+
+def shard(state: Leaves, folder: Path, index: bool) -> list[Path]:
+    """The tensors in three files in turn, so that the leaves of a layer lie in all of them."""
+    names = sorted(state)
+    parts = [f"diffusion_pytorch_model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    for i, part in enumerate(parts):
+        save(folder / part, {name: state[name] for name in names[i::3]})
+    if index:
+        table = {"metadata": {}, "weight_map": {name: parts[i % 3] for i, name in enumerate(names)}}
+        (folder / f"{FILE}.index.json").write_text(json.dumps(table))
+    return [folder / part for part in parts]
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_sharded_transformer(tmp_path: Path, state: Leaves, index: bool) -> None:
+    """It is found in its release, and every part of it stands for the whole."""
+    expected = values(open_transformer(save(tmp_path / "x" / "state_dict.pt", state)))
+    parts = shard(state, tmp_path / "pack" / "transformer", index)
+    assert holds_transformer(tmp_path / "pack") and find_transformer(tmp_path / "pack") == parts[0]
+    assert packs_among([f"pack/transformer/{part.name}" for part in parts]) == ["pack"]
+    for path in (tmp_path / "pack", tmp_path / "pack" / "transformer", parts[2]):
+        pack = open_transformer(path)
+        found = values(pack)
+        assert pack.path == parts[0]
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_shards_that_do_not_make_a_whole(tmp_path: Path, state: Leaves) -> None:
+    parts = shard(state, tmp_path, index=False)
+    save(parts[2], {"x_embedder.weight": state["x_embedder.weight"]})
+    with pytest.raises(PackError, match=r"x_embedder\.weight: stands in .*of-00003\.safetensors too"):
+        open_transformer(parts[0])
+    parts[1].unlink()
+    with pytest.raises(
+        PackError, match=r"00001-of-00003.* is one of 3 parts, and .*00002-of-00003\.safetensors is not"
+    ):
+        open_transformer(tmp_path)
+    shard(state, tmp_path, index=True)
+    parts[1].unlink()
+    with pytest.raises(PackError, match=r"index\.json: .*00002-of-00003\.safetensors, which is not there"):
+        open_transformer(tmp_path)

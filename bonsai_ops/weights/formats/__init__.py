@@ -13,6 +13,7 @@ A new format is such a file and one word in FORMATS.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from ..rotation import require_unrotated
 from . import dense, gemlite, gemlite_safetensors, gguf, hqq, mlx, native
 from .entries import CodedTensor, DenseTensor, Entry, Pack, PackedTensor
 from .file import PackFile
+from .safetensors_file import JoinedFile
 
 __all__ = ["FORMATS", "CodedTensor", "DenseTensor", "Entry", "Pack", "PackError", "PackedTensor", "open_pack"]
 
@@ -57,8 +59,8 @@ def suffixes_of(part: str) -> list[str]:
     return list(dict.fromkeys(suffix for form in formats_of(part) for suffix in form.FILE.SUFFIXES))
 
 
-def open_pack(path: Path | str, part: str = "transformer", mapped: bool = True) -> Pack:
-    """Opens a file; reads headers only. mapped: as for PackFile.
+def open_pack(path: Path | str, part: str = "transformer", mapped: bool = True, shards: Sequence[Path] = ()) -> Pack:
+    """Opens a file; reads headers only. mapped: as for PackFile. shards: all files of the model whose first is `path`.
 
     Raises PackError for one that is not of a format of this part and for weights in a rotated basis.
     """
@@ -71,10 +73,14 @@ def open_pack(path: Path | str, part: str = "transformer", mapped: bool = True) 
             f"Expected {PARTS[part][0]} ending in {', '.join(suffixes_of(part))}, of one of the formats "
             f"{', '.join(form.NAME for form in formats_of(part))}.",
         )
-    file = container(path)  # mapped: a torch file would be read whole before it can be refused
+
+    def opened(mapped: bool) -> PackFile:
+        return JoinedFile(shards, mapped) if len(shards) > 1 else container(path, mapped)
+
+    file = opened(True)  # mapped: a torch file would be read whole before it can be refused
     require_unrotated(file, _folders())
     if not mapped:
-        file = container(path, mapped)
+        file = opened(False)
     form = next((form for form in FORMATS if form.FILE is container and form.claims(file)), None)
     if form is None:
         raise file.error("is of no known format", f"Expected {', '.join(form.NAME for form in formats_of(part))}.")

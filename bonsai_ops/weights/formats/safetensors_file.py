@@ -7,7 +7,7 @@ Bytes: u64 little-endian header length H, H bytes of JSON {name: {dtype, shape, 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -97,3 +97,25 @@ class SafetensorsFile(PackFile):
     def dense(self, name: str) -> DenseTensor:
         """The entry of a tensor that is handed over as it is."""
         return DenseTensor(self.path, name, *self.tensors[name], lambda: self.get(name))
+
+
+class JoinedFile(SafetensorsFile):
+    """The parts of a sharded model as one file, called like the first. Raises PackError for a tensor in two of them."""
+
+    def __init__(self, paths: Sequence[Path], mapped: bool = True) -> None:
+        PackFile.__init__(self, paths[0], mapped)
+        self.metadata = {}
+        self.tensors = {}
+        self._owners: dict[str, SafetensorsFile] = {}
+        for part in (SafetensorsFile(path, mapped) for path in paths):
+            for name in part.tensors:
+                if name in self.tensors:
+                    raise part.error(
+                        f"stands in {self._owners[name].path.name} too", "Download the whole folder again.", name
+                    )
+                self._owners[name] = part
+            self.tensors |= part.tensors
+            self.metadata |= part.metadata
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._owners[name].get(name)
