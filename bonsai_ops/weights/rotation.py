@@ -55,8 +55,9 @@ MAX_TEXT = 200
 """Characters of a text that may name a kind of file."""
 _KIND = re.compile(r"hadamard|fwht|quarot|spinquant")
 _SIGN = r"sign_?(?:mode|width|value|vector|flip)s?"
-_KEY = re.compile(rf"(?<![a-z])(?:signs|rotations?|rotated|rotate_(?:weight|input|activation)s?|{_SIGN})(?![a-z])")
-_LEAF = re.compile(rf"(?<![a-z])(?:signs?|rot|rotations?|rotated|{_SIGN})(?![a-z])")
+_ROTATE = r"rotations?|rotated|rotate(?!_half|_every|_pos)"  # not those of rotary position embeddings
+_KEY = re.compile(rf"(?<![a-z])(?:signs|wht|{_ROTATE}|{_SIGN})(?![a-z])")
+_LEAF = re.compile(rf"(?<![a-z])(?:signs?|wht|rot|su|sv|{_ROTATE}|{_SIGN})(?![a-z])")
 _LISTED = re.compile(r"(?:[\w.*]*[.*])?(?:\w+_)?(?:signs|rotations?)")
 """A leaf of names, or a kind of transform, in a list of such."""
 _VALUE = re.compile(r"(?<![a-z])rotated(?![a-z])")
@@ -114,7 +115,8 @@ def _mark_in_names(names: Collection[str], recorded: bool) -> str | None:
     known = set(names) if recorded else ()
     for name in names:
         layer, _, leaf = name.rpartition(".")
-        if _KIND.search(name.lower()):
+        alone = not recorded and "signs" in layer.split(".")  # signs.3072: those of every layer of that width
+        if _KIND.search(name.lower()) or alone:
             return _shown(name)
         if _LEAF.search(_snake(leaf)) and (not recorded or f"{layer}.weight" in known):
             return _shown(name)
@@ -137,7 +139,10 @@ def _mark_in_metadata(said: Mapping[str, Any], recorded: bool) -> str | None:
 
 def _mark_in_json(config: Path) -> str | None:
     """The first entry of a JSON file that says so; in a damaged one any word that does."""
-    raw = config.read_bytes()
+    try:
+        raw = config.read_bytes()
+    except OSError:  # another user's: what must be read of it, its reader says
+        return None
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):

@@ -160,6 +160,10 @@ NAMES = [
     "a.to_q.hadamard",
     "a.to_q.Hadamard_signs",
     "a.to_q.rotation_matrix",
+    "a.to_q.SU",
+    "a.to_q.rotate",
+    "signs.128",
+    "prism.signs.128",
 ]
 
 
@@ -179,6 +183,9 @@ SAID: dict[str, Any] = {
     "quantization.signs": "input",
     "prism.sign_mode": "explicit",
     "sign_widths": "[3072]",
+    "rotate": 1,
+    "rotateWeights": True,
+    "wht_block": 1024,
 }
 
 
@@ -284,6 +291,8 @@ PLAIN: dict[str, Any] = {
     "enable_time_sign_embed": True,
     "rope_theta": 2000,
     "rotary_pct": 0.5,
+    "rotate_half": True,
+    "rotate_every_two": True,
     "partial_rotary_factor": 1.0,
     "axes_dims_rope": [32, 32, 32, 32],
     "design": "road signs",
