@@ -4,7 +4,8 @@ ComfyUI owns the top-level names `nodes`, `server`, `utils` and `tests`, so its 
 `import nodes` finds ComfyUI's, `import bonsai_ops` ours. The folder of the tests comes third, for `import peers`
 and `import twins`.
 ComfyUI's options are set here, before anything imports comfy: processor only, files in a temporary base directory.
-BONSAI_TEST_DEVICE=cuda lets the ComfyUI inside this process use the GPU.
+BONSAI_TEST_DEVICE=cuda lets the ComfyUI inside this process use the GPU. BONSAI_PACKAGES names a folder of packages
+that come before those of the environment, in this process, its children and the server of its own ComfyUI.
 """
 
 from __future__ import annotations
@@ -60,15 +61,28 @@ def _set_comfyui_options(base_directory: Path) -> None:
         comfy.options.enable_args_parsing(False)
 
 
-COMFYUI = _find_comfyui()
+def _find_packages() -> Path | None:
+    chosen = os.environ.get("BONSAI_PACKAGES")
+    if not chosen:
+        return None
+    folder = Path(chosen).resolve()
+    if not folder.is_dir():
+        raise pytest.UsageError(f"BONSAI_PACKAGES names {folder}, which is not a folder.")
+    os.environ["PYTHONPATH"] = str(folder)
+    return folder
+
+
+COMFYUI, PACKAGES = _find_comfyui(), _find_packages()
+VERSIONS = tuple(dict.fromkeys([*COMFYUI_VERSIONS, *([comfyui_version(COMFYUI)] if COMFYUI else [])]))
+"""The pinned ones and that of this process."""
 BASE_DIRECTORY = Path(tempfile.mkdtemp(prefix="bonsai-tests-")).resolve()
-_put_first([*([COMFYUI] if COMFYUI else []), REPOSITORY, TESTS])
+_put_first([folder for folder in (COMFYUI, REPOSITORY, TESTS, PACKAGES) if folder])
 if COMFYUI is not None:
     _set_comfyui_options(BASE_DIRECTORY)
 
 
 WITH_SERVER = ("test_matrix", "test_product")
-SEPARATE = ("test_guards", "test_older_hosts", "test_seedling_interpreted", "test_triton")
+SEPARATE = ("test_guards", "test_other_hosts", "test_seedling_interpreted", "test_triton")
 """Files whose slow tests each start a process of their own and share nothing."""
 
 
@@ -81,7 +95,7 @@ def worker_group(test: str) -> str:
     stem = Path(file).stem
     parameters = name.partition("[")[2].rstrip("]").split("-")
     if stem in WITH_SERVER:
-        return f"ComfyUI {parameters[0] if parameters[0] in COMFYUI_VERSIONS else NEWEST}"
+        return f"ComfyUI {parameters[0] if parameters[0] in VERSIONS else NEWEST}"
     if stem == "test_pictures":
         return "-".join((stem, *parameters[:2]))
     return test if stem in SEPARATE else file
@@ -146,7 +160,9 @@ def comfy_server(
                 pytest.skip(f"ComfyUI {version} is not here: run the tests with `python -m tests`")
             base = tmp_path_factory.mktemp(f"comfyui-{version}")
             link_plugin(base)
-            server = ComfyServer(Path(sys.executable), folder, base)
+            packages = PACKAGES if folder == comfyui_path else None
+            options = _with_manager(base) if packages and (packages / "comfyui_manager").is_dir() else ()
+            server = ComfyServer(Path(sys.executable), folder, base, extra_args=options, packages=packages)
             server.start()
             running[version] = server
         return running[version]
@@ -156,7 +172,15 @@ def comfy_server(
         server.stop()
 
 
-@pytest.fixture(scope="session", params=COMFYUI_VERSIONS)
+def _with_manager(base_directory: Path) -> tuple[str, ...]:
+    """The options that start ComfyUI with comfyui-manager, which is told to leave the network alone."""
+    config = base_directory / "user" / "__manager" / "config.ini"
+    config.parent.mkdir(parents=True)
+    config.write_text("[default]\nnetwork_mode = offline\n", encoding="utf-8")
+    return ("--enable-manager",)
+
+
+@pytest.fixture(scope="session", params=VERSIONS)
 def every_comfy_server(request: pytest.FixtureRequest, comfy_server: Callable[..., ComfyServer]) -> ComfyServer:
-    """A running server of each supported ComfyUI version in turn."""
+    """A running server of each supported ComfyUI version, and that of this process, in turn."""
     return comfy_server(request.param)

@@ -31,8 +31,8 @@ class ComfyServer:
     """A ComfyUI process with its own base directory (models, custom_nodes, input, output, temp, user).
 
     python and comfyui are those of `environment.Environment`. port 0 takes a free one. With cpu, ComfyUI computes on
-    the processor whatever the machine has. extra_args go to main.py as they are. Use it as a context manager or call
-    `start` and `stop`.
+    the processor whatever the machine has. packages: a folder that comes before the packages of python. extra_args go
+    to main.py as they are. Use it as a context manager or call `start` and `stop`.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class ComfyServer:
         port: int = 0,
         extra_args: Sequence[str] = (),
         cpu: bool = True,
+        packages: Path | None = None,
     ) -> None:
         self.python = Path(python).absolute()  # not resolved: that would leave a venv
         self.comfyui = Path(comfyui).resolve()
@@ -50,6 +51,7 @@ class ComfyServer:
         self.port = port
         self.extra_args = tuple(extra_args)
         self.cpu = cpu
+        self.packages = packages
         self.log = self.base_directory / "comfyui.log"
         self._process: subprocess.Popen[bytes] | None = None
         # Without proxies: the variables http_proxy and the like must not redirect calls to this machine.
@@ -78,11 +80,12 @@ class ComfyServer:
             raise RuntimeError(f"Port {self.port} is in use by another program: choose another port, or 0 for any.")
         for name in ("custom_nodes", "input", "models", "output", "temp", "user"):
             (self.base_directory / name).mkdir(parents=True, exist_ok=True)
+        modules = {"PYTHONPATH": str(self.packages.resolve())} if self.packages else {}
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
                 self.command(),
                 cwd=self.comfyui,
-                env=clean_environment({"PYTHONUNBUFFERED": "1"}),
+                env=clean_environment({"PYTHONUNBUFFERED": "1", **modules}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -22,7 +22,6 @@ import pytest
 import tiny_files
 from PIL import Image
 
-from bonsai_ops.tools.environment import NEWEST
 from bonsai_ops.tools.server import ComfyServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.host, pytest.mark.slow]
@@ -94,7 +93,7 @@ def page(
     tools: tuple[str, str], comfy_server: Callable[..., ComfyServer], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Page]:
     """The page of a running server that has the tiny pack and a LoRA for it; they are removed at the end."""
-    server = comfy_server(NEWEST)
+    server = comfy_server()
     folder = tmp_path_factory.mktemp("page")
     pictures = Path(os.environ.get("BONSAI_SCREENSHOTS") or folder)
     pictures.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,10 @@ lacks.
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +37,16 @@ def test_every_name_is_there(folder: Path, tmp_path: Path) -> None:
     assert not required, f"{found['versions']} lacks:\n" + "\n".join(required)
     if folder == comfyui_path(NEWEST):
         assert found["gaps"] == []
+
+
+@pytest.mark.skipif("BONSAI_PACKAGES" not in os.environ, reason="BONSAI_PACKAGES names no folder")
+def test_the_chosen_packages_come_first(comfyui_path: Path) -> None:
+    """In this process and in its children."""
+    folder = Path(os.environ["BONSAI_PACKAGES"]).resolve()
+    code = "import comfy_kitchen; print(comfy_kitchen.__file__)"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout
+    for file in (importlib.import_module("comfy_kitchen").__file__, child.splitlines()[-1]):
+        assert folder in Path(file).resolve().parents
 
 
 def test_the_versions_are_the_pinned_ones() -> None:

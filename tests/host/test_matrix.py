@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,15 @@ def run(server: ComfyServer, prompt: dict) -> torch.Tensor:
 def test_nodes_are_registered(server: ComfyServer) -> None:
     info = server.object_info()
     assert [node for node in NODES if node not in info] == []
+
+
+def test_beside_comfyui_manager(comfy_server: Callable[..., ComfyServer]) -> None:
+    """The server of this process has ComfyUI's manager where BONSAI_PACKAGES brings it."""
+    server = comfy_server()
+    if "--enable-manager" not in server.extra_args:
+        pytest.skip("no comfyui-manager: BONSAI_PACKAGES names no folder with it")
+    assert isinstance(server.get("/v2/customnode/installed"), dict)
+    assert [node for node in NODES if node not in server.object_info()] == []
 
 
 def test_text_to_image(server: ComfyServer) -> None:

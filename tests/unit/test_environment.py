@@ -186,6 +186,44 @@ class TestSteps:
         steps.perform(step, "x")
         assert len(calls) == 2
 
+    def test_folder_of_packages_is_made_anew_when_they_change(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def install(arguments: list[str], tick: object) -> None:
+            assert arguments[:2] == ["install", "--no-deps"]
+            target = Path(arguments[arguments.index("--target") + 1])
+            target.mkdir()
+            (target / arguments[-1]).touch()
+
+        monkeypatch.setattr(steps, "pip", install)
+        folder = environment.newest_packages_path()
+        assert environment.environment_path() in folder.parents, "they are built for its Python"
+        folder.parent.mkdir(parents=True)
+        first, second = (steps.folder_step("x", folder, [package]) for package in ("a==1", "a==2"))
+        assert not first.is_done()
+        folder.with_name(f"{folder.name}.part").mkdir()
+        first.run(lambda: None)
+        assert first.is_done() and not second.is_done()
+        second.run(lambda: None)
+        assert second.is_done() and not first.is_done()
+        assert sorted(path.name for path in folder.iterdir()) == [".bonsai-packages", "a==2"]
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+    def test_failed_folder_of_packages_is_not_done(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(arguments: list[str], tick: object) -> None:
+            Path(arguments[arguments.index("--target") + 1]).mkdir(parents=True)
+            raise environment.SetupError("no network")
+
+        monkeypatch.setattr(steps, "pip", fail)
+        step = steps.folder_step("x", environment.newest_packages_path(), ["a==1"])
+        with pytest.raises(environment.SetupError):
+            steps.perform(step, "x")
+        assert not step.is_done()
+
+    def test_only_the_tests_need_newer_packages(self) -> None:
+        titles = [[step.title for step in prepare._steps(tests, (pins.NEWEST,))] for tests in (False, True)]
+        assert [any("newer packages" in title for title in found) for found in titles] == [False, True]
+
     def test_failed_step_leaves_no_stamp(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(arguments: list[str], tick: object) -> None:
             raise environment.SetupError("no network")

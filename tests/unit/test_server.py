@@ -42,6 +42,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(400, INVALID) if "invalid" in body["prompt"] else self.answer(200, {"prompt_id": "good"})
 
 
+if "--words" in sys.argv:
+    import words
+    sys.exit(words.TEXT)
 if "--fail" in sys.argv:
     print("no such model folder")
     sys.exit(3)
@@ -92,6 +95,21 @@ def test_queue_wait_and_images(comfyui: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_end_of_the_process_shows_its_last_words(comfyui: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)code 3.*no such model folder"):
         make(comfyui, "--fail").start()
+
+
+@pytest.mark.parametrize("place", ["absolute", "relative"])
+def test_packages_come_first(comfyui: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.chdir(comfyui.parent)
+    folder = comfyui.parent / "packages"
+    folder.mkdir()
+    (folder / "words.py").write_text('TEXT = "said by a package"\n')
+    packages = folder if place == "absolute" else Path("packages")
+    running = ComfyServer(
+        Path(sys.executable), comfyui, comfyui.parent / "base", extra_args=["--words"], packages=packages
+    )
+    with pytest.raises(RuntimeError, match="said by a package"):
+        running.start()
 
 
 def test_port_in_use_is_refused(comfyui: Path) -> None:

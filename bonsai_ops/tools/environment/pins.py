@@ -47,6 +47,31 @@ TEST_REQUIREMENTS_WITHOUT_DEPENDENCIES = (
 )
 
 
+# Newer than what the newest ComfyUI of SOURCES asks for: what a user has who updates the packages alone. They lie in a
+# folder of their own, which comes before those of the environment. Without dependencies, which would bring a second
+# transformers; comfyui-manager's missing ones are named.
+NEWEST_PACKAGES = (
+    "comfy-kitchen==0.2.40",
+    "comfy-aimdo==0.6.0",
+    "comfyui-frontend-package==1.58.1",
+    "comfyui-manager==4.3",
+)
+MANAGER_REQUIREMENTS = (
+    "GitPython",
+    "gitdb",
+    "smmap",
+    "PyGithub",
+    "PyJWT",
+    "PyNaCl",
+    "cryptography",
+    "cffi",
+    "pycparser",
+    "chardet",
+    "nh3",
+    "toml",
+)
+
+
 def source_of(version: str) -> Source:
     """Where to get a ComfyUI version. Raises ValueError for an unknown one."""
     if version not in SOURCES:

@@ -64,6 +64,11 @@ def comfyui_path(version: str) -> Path:
     return home() / f"comfyui-{version}"
 
 
+def newest_packages_path() -> Path:
+    """The folder of packages that are newer than those of the venv; it exists after `ensure(tests=True)`."""
+    return environment_path() / "newest-packages"
+
+
 def comfyui_version(comfyui: Path) -> str:
     """The version a ComfyUI folder declares. Raises SetupError when the folder is not a ComfyUI."""
     file = comfyui / "comfyui_version.py"

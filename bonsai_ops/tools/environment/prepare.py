@@ -13,16 +13,27 @@ from .comfyui_download import comfyui_requirements, comfyui_step
 from .lock import hold_lock
 from .own_comfyui import find_own
 from .pins import (
+    MANAGER_REQUIREMENTS,
     NEWEST,
+    NEWEST_PACKAGES,
     TEST_REQUIREMENTS,
     TEST_REQUIREMENTS_WITHOUT_DEPENDENCIES,
     TORCH_REQUIREMENTS,
     TORCHAUDIO_REQUIREMENTS,
     source_of,
 )
-from .places import PLUGIN, Environment, SetupError, comfyui_path, environment_path, home, interpreter
+from .places import (
+    PLUGIN,
+    Environment,
+    SetupError,
+    comfyui_path,
+    environment_path,
+    home,
+    interpreter,
+    newest_packages_path,
+)
 from .processes import clean_environment, run_attached, say
-from .steps import Step, perform, pip_step, venv_step
+from .steps import Step, folder_step, perform, pip_step, venv_step
 
 MINIMUM_PYTHON = (3, 10)
 _RELAUNCHED = "BONSAI_RELAUNCHED"
@@ -104,6 +115,11 @@ def _steps(tests: bool, versions: Sequence[str]) -> list[Step]:
         steps += [
             pip_step("tests", "test tools", lambda: TEST_REQUIREMENTS),
             pip_step("tests-bare", "reference packages for the tests", lambda: bare, "--no-deps"),
+            folder_step(
+                "newer packages than ComfyUI asks for",
+                newest_packages_path(),
+                (*NEWEST_PACKAGES, *MANAGER_REQUIREMENTS),
+            ),
         ]
     return steps
 

@@ -110,6 +110,26 @@ def pip_step(name: str, title: str, requirements: Callable[[], Sequence[str]], *
     return Step(title, is_done, run)
 
 
+def folder_step(title: str, folder: Path, requirements: Sequence[str]) -> Step:
+    """Installs `requirements`, without what they ask for, into a folder for PYTHONPATH; renewed when they change."""
+    stamp = folder / ".bonsai-packages"
+    content = "\n".join((*requirements, ""))
+
+    def is_done() -> bool:
+        return stamp.is_file() and stamp.read_text("utf-8") == content
+
+    def run(tick: Tick) -> None:
+        temporary = folder.with_name(f"{folder.name}.part")
+        for path in (folder, temporary):
+            if path.exists():
+                shutil.rmtree(path)
+        pip(["install", "--no-deps", "--target", str(temporary), *requirements], tick)
+        (temporary / stamp.name).write_bytes(content.encode())
+        temporary.rename(folder)
+
+    return Step(title, is_done, run)
+
+
 def pip(arguments: Sequence[str], tick: Tick) -> None:
     """Run pip of the private environment; its output goes to pip.log there. Raises SetupError."""
     env = environment_path()
