@@ -1,4 +1,4 @@
-"""The in-process tests of tests/host/model on the older ComfyUI versions, each in a pytest of its own."""
+"""Other hosts than the newest ComfyUI with its own packages, each in a pytest of its own."""
 
 from __future__ import annotations
 
@@ -8,14 +8,33 @@ import sys
 from pathlib import Path
 
 import pytest
+from hosts.parts import PARTS
 
-from bonsai_ops.tools.environment import COMFYUI_VERSIONS, NEWEST, clean_environment, comfyui_path
+from bonsai_ops.tools.environment import COMFYUI_VERSIONS, NEWEST, clean_environment, comfyui_path, newest_packages_path
+from bonsai_ops.tools.environment.pins import NEWEST_PACKAGES
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TAIL = 60
 """Lines of the nested run that a failure shows."""
+NOT_AGAIN = ("test_seedling_interpreted.py", "test_training.py")
+"""Files whose subject is not ComfyUI: once is enough."""
+
+
+def run(*command: str, **variables: str) -> str:
+    """What a command prints; fails with its end if it does not succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=REPOSITORY,
+        env=clean_environment({**os.environ, **variables}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-TAIL:])
+    return done.stdout
 
 
 @pytest.mark.parametrize("version", [v for v in COMFYUI_VERSIONS if v != NEWEST])
@@ -26,16 +45,16 @@ def test_on_an_older_comfyui(version: str, comfy_version: str) -> None:
         pytest.skip(f"ComfyUI {version} is not here: run the tests with `python -m tests`")
     if comfy_version == version:
         pytest.skip(f"this process runs ComfyUI {version} itself")
-    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "tests/host/model"],
-        cwd=REPOSITORY,
-        env=clean_environment({**os.environ, "BONSAI_COMFYUI": str(folder)}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-    tail = "\n".join(done.stdout.splitlines()[-TAIL:])
-    assert done.returncode == 0, f"ComfyUI {version}:\n{tail}"
+    left_out = [f"--ignore=tests/host/model/{file}" for file in NOT_AGAIN]
+    options = ["--import-mode=importlib", "-q", "-p", "no:cacheprovider", *left_out]
+    run("pytest", *options, "tests/host/model", BONSAI_COMFYUI=str(folder))
+
+
+def test_with_newer_packages(comfyui_path: Path) -> None:
+    """comfy-kitchen, comfy-aimdo, the page and the manager, each newer than the newest ComfyUI here asks for."""
+    if not newest_packages_path().is_dir():
+        pytest.skip("no newer packages here: run the tests with `python -m tests`")
+    table = run("tests.hosts", "--only", f"{NEWEST}+", "--parts", *(part for part in PARTS if part != "browser"))
+    assert f"| {NEWEST}+ | {NEWEST} |" in table
+    for package in NEWEST_PACKAGES:
+        assert f"| {package.partition('==')[2]} |" in table
