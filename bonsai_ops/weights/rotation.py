@@ -56,12 +56,14 @@ MAX_TEXT = 200
 _KIND = re.compile(r"hadamard|fwht|quarot|spinquant")
 _SIGN = r"sign_?(?:mode|width|value|vector|flip)s?"
 _ROTATE = r"rotations?|rotated|rotate(?!_half|_every|_pos)"  # not those of rotary position embeddings
-_KEY = re.compile(rf"(?<![a-z])(?:signs|wht|{_ROTATE}|{_SIGN})(?![a-z])")
-_LEAF = re.compile(rf"(?<![a-z])(?:signs?|wht|rot|su|sv|{_ROTATE}|{_SIGN})(?![a-z])")
+_KEY = re.compile(rf"(?<![a-z])(?:signs|wht|had|{_ROTATE}|{_SIGN})(?![a-z])")
+_LEAF = re.compile(rf"(?<![a-z])(?:signs?|wht|had|rot|su|sv|{_ROTATE}|{_SIGN})(?![a-z])")
 _LISTED = re.compile(r"(?:[\w.*]*[.*])?(?:\w+_)?(?:signs|rotations?)")
 """A leaf of names, or a kind of transform, in a list of such."""
-_VALUE = re.compile(r"(?<![a-z])rotated(?![a-z])")
-_NO = ("", "0", "0.0", "false", "no", "none", "null", "off", "disabled", "identity")
+_VALUE = re.compile(r"(?<![a-z])(?:rotated|wht)(?![a-z])")
+_APART = {"signs", "rotation", "rotations"}
+"""What tensors that belong to no single layer are kept under: signs.3072, rotation.R1."""
+_NO = ("0", "0.0", "false", "no", "none", "null", "off", "disabled", "identity")
 CURE = (
     "Use the same model without the rotation, as the MLX and gemlite releases of Bonsai Image have it: this plugin "
     "does not undo one, and read as they lie these weights draw noise."
@@ -115,8 +117,7 @@ def _mark_in_names(names: Collection[str], recorded: bool) -> str | None:
     known = set(names) if recorded else ()
     for name in names:
         layer, _, leaf = name.rpartition(".")
-        alone = not recorded and "signs" in layer.split(".")  # signs.3072: those of every layer of that width
-        if _KIND.search(name.lower()) or alone:
+        if _KIND.search(name.lower()) or (not recorded and not _APART.isdisjoint(layer.lower().split("."))):
             return _shown(name)
         if _LEAF.search(_snake(leaf)) and (not recorded or f"{layer}.weight" in known):
             return _shown(name)

@@ -98,6 +98,7 @@ FORMS: dict[str, tuple[str, Callable[[], Tensors], Callable[[Path, Tensors, Mapp
     "mlx": ("w.safetensors", mlx_layer, safetensors, "transformer"),
     "mlx text": ("w.safetensors", mlx_layer, safetensors, "text_encoder"),
     "gemlite": ("state_dict.pt", gemlite_layer, torch_file, "transformer"),
+    "gemlite in safetensors": ("w.safetensors", gemlite_layer, safetensors, "transformer"),
     "hqq": ("qmodel.pt", hqq_layer, torch_file, "text_encoder"),
     "native": ("w.safetensors", native_layer, safetensors, "transformer"),
     "native text": ("w.sft", native_layer, safetensors, "text_encoder"),
@@ -162,6 +163,8 @@ NAMES = [
     "a.to_q.rotation_matrix",
     "a.to_q.SU",
     "a.to_q.rotate",
+    "a.to_q.hadK",
+    "rotation.R1",
     "signs.128",
     "prism.signs.128",
 ]
@@ -186,6 +189,8 @@ SAID: dict[str, Any] = {
     "rotate": 1,
     "rotateWeights": True,
     "wht_block": 1024,
+    "had_dim": 1024,
+    "prism_hadamard_": "",
 }
 
 
@@ -226,6 +231,7 @@ BESIDE = {
     "leaves": ["weight", "scales", "biases", "signs"],
     "dense": ["*.norm.weight", "*.signs"],
     "transforms": ["rotation"],
+    "basis": "wht-1024",
 }
 
 
