@@ -121,6 +121,7 @@ def test_words_of_64_bits_that_gemlite_packed_on_a_cpu_are_refused(tmp_path: Pat
     from peers.gemlite_pack import pack_codes
 
     codes, scales = draw(bits, (24, 256), 2, torch.float32)
+    codes[:, :64] = 0  # nothing to be seen in the first row of words
     leaves = pack_codes(codes, scales, torch.ones(48, 1), bits, bitwidth=64)
     with pytest.raises(PackError, match=r"a\.b\.W_q: has 64-bit words with nothing in their upper halves.*bitwidth 32"):
         one_layer(tmp_path, leaves)
@@ -201,6 +202,9 @@ def test_attention_layers_of_different_bits(tmp_path: Path) -> None:
         s, z = (table.float().repeat_interleave(128, 1) for table in (scales, zeros))
         expected.append((codes.float() - z) * s)
     assert torch.equal(fuse_rows("qkv", parts).weight().dequantize(torch.float32), torch.cat(expected))
+    added = one_layer(tmp_path / "added", pack_codes(codes, scales, zeros.reshape(-1, 1), 4))
+    with pytest.raises(PackError, match=r"has a zero that is added, other than a\.b\.weight"):
+        fuse_rows("qkv", [parts[0], added])
 
 
 def layer(bits: int = 2, shape: tuple[int, int] = (32, 256)) -> Leaves:

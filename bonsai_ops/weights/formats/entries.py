@@ -247,7 +247,12 @@ def fuse_rows(key: str, parts: Sequence[CodedTensor] | Sequence[DenseTensor]) ->
     if not isinstance(first, CodedTensor):
         raise first.error(f"is {first.kind()} with a name of diffusers", "Expected BFL names in a native file.")
     for part in parts[1:]:
-        if (part.group_size, part.zero_point) != (first.group_size, first.zero_point):
+        if part.zero_point != first.zero_point:
+            raise part.error(
+                f"has a zero that is {'subtracted' if part.zero_point else 'added'}, other than {first.key}",
+                "The layers of one attention must be packed alike: use the pack as it was published.",
+            )
+        if part.group_size != first.group_size:
             raise part.error(
                 f"has group size {part.group_size}, but {first.key} has {first.group_size}",
                 "The layers of one attention must be packed alike: use the pack as it was published.",

@@ -55,6 +55,8 @@ WHOLE_ROWS = {1: "subtracted", 0: ""}
 GROUP_SIZES = (128, 64, 32)
 """How a table of one scale a row is spread: the first that divides K."""
 NEEDED = ("W_q", "scales", "zeros", "metadata", "orig_shape")
+CHECKED_ROWS = 8
+"""About how many rows of 64-bit words are looked at."""
 NO_EFFECT = (0.0, 1.0)
 """Values of meta_scale that change nothing, whether it is multiplied by or not used."""
 
@@ -264,8 +266,9 @@ def _require_idle_meta_scale(stored: Stored, key: str) -> None:
 
 
 def _require_whole_words(stored: Stored, key: str) -> None:
-    """Raises PackError for 64-bit words whose upper halves only continue the sign of the lower: a look at one row."""
-    words = stored.get(key)[:1]
+    """Raises PackError for 64-bit words whose upper halves only continue the sign of the lower; looks at a few rows."""
+    words = stored.get(key)
+    words = words[:: max(1, len(words) // CHECKED_ROWS)]
     low = words.to(torch.int32)
     if torch.equal(low.to(torch.int64), words) and not bool(((low == 0) | (low == -1)).all()):
         raise stored.error(
