@@ -38,12 +38,18 @@ def require_depth(pack: Pack, geometry: Geometry) -> None:
         raise _missing(pack.path, says, whose, DOWNLOAD_AGAIN)
 
 
-def told_layers(path: Path) -> int | None:
-    """num_hidden_layers of the config.json beside a text encoder, None if it tells none. Raises PackError."""
+def told_layers(path: Path, hidden: int, held: int) -> int | None:
+    """num_hidden_layers of the config.json beside a text encoder, None if it tells none of this one.
+
+    hidden: width of the encoder. held: layers that it holds. A config.json of another width or of fewer layers belongs
+    to another model, of which many lie in one folder. Raises PackError.
+    """
     config = path.parent / CONFIG
     content = read_json(config) if config.is_file() else None
-    layers = content.get("num_hidden_layers") if isinstance(content, dict) else None
-    return layers if is_count(layers) else None
+    if not isinstance(content, dict) or content.get("hidden_size", hidden) != hidden:
+        return None
+    layers = content.get("num_hidden_layers")
+    return layers if is_count(layers) and layers >= held else None
 
 
 def _missing(path: Path, says: str, truth: str, cure: str) -> PackError:

@@ -6,7 +6,7 @@ The layers behind and the final norm never matter to prompts: only what generate
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .errors import PackError
@@ -58,15 +58,17 @@ def own_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     return {PREFIX + name.removeprefix(prefix): e for name, e in entries.items() if name.startswith(prefix)}
 
 
-def depth(entries: Mapping[str, Entry], told: int | None = None) -> tuple[int, int]:
+def depth(entries: Mapping[str, Entry], told: Callable[[int, int], int | None]) -> tuple[int, int]:
     """(layers that follow one another, layers that it should have) of entries named `model.*`.
 
-    told: by its config.json. The second is 0 where nothing tells: no config, no known width, no final norm.
+    told: what a config.json says of an encoder of that width that holds so many. The second is 0 where nothing tells:
+    no config, no known width, no final norm.
     """
     numbers = {int(m[2]) for name in entries if (m := LAYER.match(name))}
     count = next((i for i in range(len(numbers)) if i not in numbers), len(numbers))
+    last = max(numbers, default=-1) + 1
     width = next((e.shape[-1] for e in [entries.get(f"{PREFIX}embed_tokens.weight")] if e and e.shape), 0)
-    return count, told or DEPTHS.get(width) or (max(numbers, default=-1) + 1 if NORM in entries else 0)
+    return count, told(width, last) or DEPTHS.get(width) or (last if NORM in entries else 0)
 
 
 def measure(path: Path, entries: Mapping[str, Entry], layers: int = LAYERS) -> tuple[dict, dict[str, Entry]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def open_text_encoder(path: str | Path, mapped: bool = True, *, whole: bool = Fa
                 )
             entries[name] = entry
     first, own = packs[0], qwen3.own_names(entries)
-    held, should = qwen3.depth(own, told_layers(first.path))
+    held, should = qwen3.depth(own, partial(told_layers, first.path))
     if whole:
         sizes, needed = qwen3.measure_whole(first.path, own, held, should)
     else:

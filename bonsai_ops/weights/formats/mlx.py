@@ -11,8 +11,9 @@ For each quantized layer (N, K) with b = 1, 2 or 4 bits and group size g:
 
 A layer is quantized if and only if `.scales` and `.biases` stand beside its `.weight`; everything else is dense. The
 transformer has diffusers names, 1 bit (biases = -scales / 2) or 2 bit (biases = -scales) and g = 128; the text encoder
-Hugging Face's Qwen3 names, 4 bit, g = 64. b follows from g and the shapes: b g = 32 words / groups. g stands in a JSON
-beside the file; without one it is 128 for 1 and 2 bit and 64 for 4 bit, which look alike at 2 and 4 bit.
+Hugging Face's Qwen3 names, 4 bit, g = 64, embedding included. Shapes tell b g = 32 words / groups. In a text encoder
+the other tensors tell K (columns.py), with that b and g, and no JSON is asked. Else g stands in a JSON beside the file;
+without one it is 128 for 1 and 2 bit and 64 for 4 bit, which look alike at 2 and 4 bit.
 
 A trimmed vocabulary, our own addition for small encoders: `<layer>.token_ids`, i32 [R - 1], ascending, beside a packed
 embedding of R rows. Row r of the file is that of token token_ids[r - 1]; row 0 is that of every other token. It is read
@@ -22,12 +23,14 @@ as the full table of VOCABULARY rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from ..codec import spread_fields
 from ..json_file import is_count, read_json
+from .columns import Columns
 from .entries import FLOATS, CodedTensor, Entry, Pack
 from .safetensors_file import SafetensorsFile
 
@@ -41,6 +44,7 @@ CONFIG_NAMES = ("quantization_config.json", "config.json")
 TRANSFORMER_BITS = (1, 2, 4)
 TEXT_ENCODER_BITS = (4, 1, 2)
 """The first that fits is meant where no JSON beside the file names a group size."""
+CURE = "Use the file of a Bonsai release; its text encoder is model.safetensors of mlx-community/Qwen3-4B-4bit."
 TEXT_NAMES = ("embed_tokens.", "self_attn.")
 """Parts of names that only text encoders have."""
 VOCABULARY = 151936
@@ -75,7 +79,8 @@ def read(file: SafetensorsFile) -> Pack:
     """Every tensor; packed layers are keyed `<layer>.weight` like dense ones."""
     text = any(part in name for name in file.tensors for part in TEXT_NAMES)
     bits = TEXT_ENCODER_BITS if text else TRANSFORMER_BITS
-    named = _named_sizes(file.path)
+    columns = Columns({name: shape for name, (shape, _) in file.tensors.items()} if text else {})
+    named = cache(lambda: _named_sizes(file.path))  # asked only where nothing else tells: it may be another model's
     entries: dict[str, Entry] = {}
     for name, (_, dtype) in file.tensors.items():
         layer, _, leaf = name.rpartition(".")
@@ -89,7 +94,7 @@ def read(file: SafetensorsFile) -> Pack:
             continue
         siblings = [f"{layer}.{s}" in file.tensors for s in ("scales", "biases")]
         if leaf == "weight" and any(siblings):
-            coded = _coded(file, layer, named, bits)
+            coded = _coded(file, layer, columns.of(layer) or named(), bits)
             entries[name] = _expanded(file, layer, coded) if f"{layer}.token_ids" in file.tensors else coded
         elif dtype == torch.uint32:
             raise file.error("has u32 codes without scales and biases", "Use the file as it was published.", name)
@@ -98,8 +103,10 @@ def read(file: SafetensorsFile) -> Pack:
     return Pack(file.path, NAME, entries)
 
 
-def _coded(file: SafetensorsFile, layer: str, named: _Named | None, preferred: tuple[int, ...]) -> CodedTensor:
+def _coded(file: SafetensorsFile, layer: str, told: _Named | int | None, preferred: tuple[int, ...]) -> CodedTensor:
+    """told: the columns of the weight, or the group size that a JSON names, or neither."""
     weight, scales, biases = (f"{layer}.{leaf}" for leaf in ("weight", "scales", "biases"))
+    _refuse_float_codes(file, weight, scales, biases)
     for name in (scales, biases):
         if name not in file.tensors:
             raise file.error("is missing", f"{weight} needs it: use the file as it was published.", name)
@@ -118,6 +125,44 @@ def _coded(file: SafetensorsFile, layer: str, named: _Named | None, preferred: t
         if file.tensors[name][1] not in FLOATS:
             raise file.error(f"is {file.tensors[name][1]}", "Expected bf16, fp16 or fp32.", name)
     words, groups = shape[1], table[1]
+    if isinstance(told, int):
+        bits, group_size = _of_columns(file, weight, told, words, groups)
+    else:
+        bits, group_size = _of_groups(file, weight, told, words, groups, preferred)
+
+    def read(lo: int, hi: int) -> torch.Tensor:
+        return spread_fields(file.get(weight)[lo:hi].view(torch.uint8), bits)
+
+    return CodedTensor(
+        file.path,
+        weight,
+        (shape[0], 32 * words // bits),
+        bits,
+        group_size,
+        lambda: (file.get(scales), file.get(biases)),
+        read,
+        reading=told.reading(bits) if isinstance(told, _Named) else "",
+    )
+
+
+def _of_columns(file: SafetensorsFile, weight: str, columns: int, words: int, groups: int) -> tuple[int, int]:
+    """(bits, group size) of a weight whose columns are known. Raises PackError for what is not read."""
+    bits = 32 * words / columns
+    if bits not in TEXT_ENCODER_BITS:
+        raise file.error(
+            f"has {words} words for {columns} columns, {bits:g} bits a code",
+            f"Expected 4 bits, or 1 or 2. {CURE}",
+            weight,
+        )
+    if not groups or columns % groups:
+        raise file.error(f"has {groups} groups for {columns} columns", "Use the file as it was published.", weight)
+    return int(bits), columns // groups
+
+
+def _of_groups(
+    file: SafetensorsFile, weight: str, named: _Named | None, words: int, groups: int, preferred: tuple[int, ...]
+) -> tuple[int, int]:
+    """(bits, group size) of a weight whose columns nothing tells. Raises PackError for what does not fit."""
     candidates = [
         (bits, 32 * words // (bits * groups)) for bits in preferred if groups and 32 * words % (bits * groups) == 0
     ]
@@ -134,21 +179,17 @@ def _coded(file: SafetensorsFile, layer: str, named: _Named | None, preferred: t
             what += f" but was {named.reading(bits)}"
             cure = "Use file and JSON as they were published."
         raise file.error(what, cure, weight)
-    bits, group_size = fitting[0]
+    return fitting[0]
 
-    def read(lo: int, hi: int) -> torch.Tensor:
-        return spread_fields(file.get(weight)[lo:hi].view(torch.uint8), bits)
 
-    return CodedTensor(
-        file.path,
-        weight,
-        (shape[0], 32 * words // bits),
-        bits,
-        group_size,
-        lambda: (file.get(scales), file.get(biases)),
-        read,
-        reading=named.reading(bits) if named else "",
-    )
+def _refuse_float_codes(file: SafetensorsFile, weight: str, scales: str, biases: str) -> None:
+    """Raises PackError for MLX's other modes: codes of small floats with shared exponents, u8, and no biases."""
+    if biases not in file.tensors and scales in file.tensors and file.tensors[scales][1] == torch.uint8:
+        raise file.error(
+            "has scales of 8 bits and no biases: it holds small floats (mxfp4, nvfp4 or mxfp8), not codes of levels",
+            f"Expected MLX's affine codes. {CURE}",
+            weight,
+        )
 
 
 def _expanded(file: SafetensorsFile, layer: str, trimmed: CodedTensor) -> CodedTensor:
