@@ -40,6 +40,8 @@ def describe(model: ModelPatcher) -> list[Line]:
     lines.append(("patched layers", str(len(model.patches))))
     if found.origin is not None:
         lines.append(("file", f"{found.origin.format}, {Path(found.origin.path).name}"))
+        if found.origin.release:
+            lines.append(("release", found.origin.release))
     return lines
 
 

@@ -29,6 +29,8 @@ class Origin:
     source: Mapping[str, str]
     architecture: str = "flux2"
     configuration: Mapping[str, Any] = field(default_factory=dict)
+    release: str = ""
+    """Which published file it is, as weights/releases.py tells it; empty for a model patched in memory."""
 
 
 @dataclass(frozen=True)

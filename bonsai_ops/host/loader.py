@@ -105,10 +105,11 @@ def load_bonsai_model(
     attend_in_parts(model)
     explain_misfits(model)
     model.cached_patcher_init = (load_bonsai_model, (str(path), asdict(settings)))
-    origin = Origin(str(pack.path), pack.format, pack.source, pack.architecture, pack.configuration)
+    release = pack.release
+    origin = Origin(str(pack.path), pack.format, pack.source, pack.architecture, pack.configuration, release)
     inventory = attach_inventory(model, origin)
     logger.info(
-        "Bonsai: %s %s, %d layers packed, %.1f MB resident, computes in %s, backend %s, %s%s, %.1f s from %s",
+        "Bonsai: %s %s, %d layers packed, %.1f MB resident, computes in %s, backend %s, %s%s, %.1f s from %s, %s",
         inventory.scheme,
         pack.format,
         inventory.packed_layers,
@@ -119,6 +120,7 @@ def load_bonsai_model(
         inventory.not_faster,
         time.perf_counter() - started,
         pack.path,
+        release,
     )
     return model
 

@@ -108,13 +108,14 @@ def load_bonsai_text_encoder(
     if held < should:
         logger.info("Bonsai text encoder: %s has %d of %d layers, enough for prompts", pack.path, held, should)
     logger.info(
-        "Bonsai text encoder: %s, %d layers, %d matrices packed, %.1f MB, %.1f s from %s",
+        "Bonsai text encoder: %s, %d layers, %d matrices packed, %.1f MB, %.1f s from %s, %s",
         pack.format,
         qwen3.LAYERS,
         len(packed),
         resident / 1e6,
         time.perf_counter() - started,
         pack.path,
+        pack.release,
     )
     return clip
 

@@ -9,6 +9,7 @@ and lack blocks: what is missing is zeros, and a residual block of zeros hands o
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from ..weights.formats.entries import DOWNLOAD_AGAIN
 from ..weights.formats.safetensors_file import SafetensorsFile
 from ..weights.json_file import is_count, read_json
 from ..weights.release import VAE_CONFIG, find_vae
+from ..weights.releases import release_of
 from . import comfyui
 from .flags import maps_files
+
+logger = logging.getLogger(__name__)
 
 PATCH = 2
 """Latent positions are patches of PATCH x PATCH positions of the convolutional latent."""
@@ -42,6 +46,7 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     """The VAE of a pack folder. Raises PackError if it is missing or no FLUX.2 VAE."""
     path = find_vae(folder)
     file = SafetensorsFile(path, maps_files())
+    logger.info("Bonsai VAE: %s, %s", path, release_of(path, file.census()))
     for name in file.tensors:
         if not is_finite(file.get(name)):
             raise file.error(NOT_FINITE, DOWNLOAD_AGAIN, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,8 +18,8 @@ from .formats import DenseTensor, Entry, Pack, dense, native, open_pack
 from .formats.entries import DOWNLOAD_AGAIN
 from .packed_weight import PackedWeight, at_density
 from .release import find_text_encoder, find_transformer, shards_of
+from .releases import sha256_of
 
-HASH_BYTES = 16 << 20
 ALIGNMENT = 64
 """Bytes: where torch's own tensors begin."""
 CHECKPOINT = "model.diffusion_model."
@@ -151,8 +150,4 @@ def source_record(path: Path, kind: str, known: Mapping[str, str]) -> dict[str, 
     """{"file", "sha256"} of what weights came from: a native file's own record, else the file itself."""
     if known or kind == "native" or not path.is_file():
         return dict(known) or {"file": path.name}
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while piece := f.read(HASH_BYTES):
-            digest.update(piece)
-    return {"file": path.name, "sha256": digest.hexdigest()}
+    return {"file": path.name, "sha256": sha256_of(path)}

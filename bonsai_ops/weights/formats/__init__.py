@@ -14,6 +14,7 @@ A new format is such a file and one word in FORMATS.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -87,7 +88,7 @@ def open_pack(path: Path | str, part: str = "transformer", mapped: bool = True, 
     if part not in form.PLACES:
         what, node = PARTS[next(iter(form.PLACES))]
         raise file.error(f"is {what} (format {form.NAME})", f'Load it with "{node}".')
-    return form.read(file)
+    return replace(form.read(file), census=file.census())
 
 
 def _folders() -> set[str]:

@@ -20,6 +20,7 @@ from .. import codec as codecs
 from ..errors import PackError
 from ..finite import NOT_FINITE, is_finite
 from ..packed_weight import PackedWeight, narrow_exact
+from ..releases import Census, release_of
 
 DOWNLOAD_AGAIN = "Download the file again and compare its size and sha256 with the repository's."
 
@@ -226,6 +227,12 @@ class Pack:
     """What the names of its transformer begin with, where its own record says so."""
     beside: tuple[str, ...] = ()
     """What else is in the file and is not among the entries: first parts of names, such as vae."""
+    census: Census = field(default_factory=Census)
+
+    @property
+    def release(self) -> str:
+        """Which published file it is, or what else is known of where it comes from: releases.py."""
+        return release_of(self.path, self.census, self.source)
 
 
 def fuse_rows(key: str, parts: Sequence[CodedTensor] | Sequence[DenseTensor]) -> CodedTensor | DenseTensor:

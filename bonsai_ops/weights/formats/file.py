@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import PackError
+from ..releases import Census
 
 
 class PackFile:
@@ -31,3 +32,7 @@ class PackFile:
     def error(self, found: str, cure: str, key: str | None = None) -> PackError:
         """The error to raise for this file, or for its tensor `key`."""
         return PackError(self.path, found, cure, key)
+
+    def census(self) -> Census:
+        """What its header says of it."""
+        return Census()

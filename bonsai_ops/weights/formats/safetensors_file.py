@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..releases import Census, count
 from .entries import DenseTensor
 from .file import PackFile
 
@@ -62,6 +63,7 @@ class SafetensorsFile(PackFile):
             raise self.error(f"has a header that is not JSON ({error})", DOWNLOAD_AGAIN) from error
         if not isinstance(header, dict):
             raise self.error("has a header that is no table of tensors", DOWNLOAD_AGAIN)
+        self._header_bytes: int | None = length
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         try:
             described = {
@@ -98,6 +100,9 @@ class SafetensorsFile(PackFile):
         """The entry of a tensor that is handed over as it is."""
         return DenseTensor(self.path, name, *self.tensors[name], lambda: self.get(name))
 
+    def census(self) -> Census:
+        return count(self.tensors.values(), self._header_bytes)
+
 
 class JoinedFile(SafetensorsFile):
     """The parts of a sharded model as one file, called like the first. Raises PackError for a tensor in two of them."""
@@ -105,6 +110,7 @@ class JoinedFile(SafetensorsFile):
     def __init__(self, paths: Sequence[Path], mapped: bool = True) -> None:
         PackFile.__init__(self, paths[0], mapped)
         self.metadata = {}
+        self._header_bytes = None
         self.tensors = {}
         self._owners: dict[str, SafetensorsFile] = {}
         for part in (SafetensorsFile(path, mapped) for path in paths):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..device_errors import is_the_devices
+from ..releases import Census, count
 from .file import PackFile
 
 ENCRYPTED = 1
@@ -60,6 +61,9 @@ class TorchFile(PackFile):
 
     def said(self) -> Mapping[str, Any]:
         return {name: value for name, value in _leaves(self.content) if not isinstance(value, torch.Tensor)}
+
+    def census(self) -> Census:
+        return count((t.shape, t.dtype) for t in self.content.values() if isinstance(t, torch.Tensor))
 
     def _require_stored(self) -> None:
         """Refuses members that torch would map as they lie although they are compressed or encrypted."""
