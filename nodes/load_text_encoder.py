@@ -18,14 +18,15 @@ class LoadBonsaiTextEncoder(io.ComfyNode):
             node_id="LoadBonsaiTextEncoder",
             display_name="Load Bonsai Text Encoder",
             category=inputs.CATEGORY,
-            description="Loads the 4-bit Qwen3 text encoder of a Bonsai pack (MLX or HQQ) and keeps it in 4 bit. Stock "
-            "CLIPLoader with qwen_3_4b.safetensors and type flux2 serves as well.",
+            description="Loads the 4-bit Qwen3 text encoder of a Bonsai pack (MLX or HQQ), or Qwen3-4B-4bit of "
+            "mlx-community, and keeps it in 4 bit. Stock CLIPLoader with qwen_3_4b.safetensors and type flux2 serves "
+            "as well.",
             inputs=[
                 io.Combo.Input(
                     "text_encoder_name",
                     options=folders.text_encoder_names(),
-                    tooltip="The pack's text encoder: model.safetensors of an MLX pack or qmodel.pt of a gemlite pack, "
-                    "in models/bonsai or models/text_encoders.",
+                    tooltip="The text encoder: model.safetensors of an MLX pack or of mlx-community/Qwen3-4B-4bit (the "
+                    "same file), or qmodel.pt of a gemlite pack, in models/bonsai or models/text_encoders.",
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="Connect it to CLIP Text Encode.")],

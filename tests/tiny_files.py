@@ -1,8 +1,7 @@
 """Tiny files with random weights for whatever the workflows load that does not ship; the pictures they draw are noise.
 
-ComfyUI's own CLIPLoader and VAELoader accept only text encoders and VAEs of the published widths, so they are taken out
-of a workflow and their links start at a Load Bonsai Pack node instead. All other nodes, values and links stay as they
-are.
+ComfyUI's own VAELoader accepts only VAEs of the published widths, so it is taken out of a workflow and its links start
+at a Load Bonsai Pack node instead. All other nodes, values and links stay as they are.
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ from bonsai_ops.tools.synthetic import TINY, write_dense, write_pipeline
 
 SHIPPED_PACK = "seedling"
 PACK, MODEL, PICTURE = "tiny-files", "tiny-files.safetensors", "tiny-files.png"
-DENSE = "tiny-files-dense.safetensors"
+DENSE, ENCODER = "tiny-files-dense.safetensors", "tiny-files-encoder.safetensors"
 LORA, LORA_RANK = "tiny-files-lora.safetensors", 4
 REPLACED = {
     "LoadBonsaiModel": MODEL,
     "LoadBonsaiPack": PACK,
+    "LoadBonsaiTextEncoder": ENCODER,
     "LoadImage": PICTURE,
     "LoraLoaderModelOnly": LORA,
     "UNETLoader": DENSE,
 }
 NOT_SHIPPED = {"LoadImage": PICTURE, "LoraLoaderModelOnly": LORA}
 """Node: file that takes the place of one that the user brings, for which the workflow names no address."""
-STOCK_LOADERS = {"CLIPLoader": 1, "VAELoader": 2}
+STOCK_LOADERS = {"VAELoader": 2}
 """Loader: output of Load Bonsai Pack that takes its place."""
 
 
@@ -42,17 +42,20 @@ def written(base_directory: Path) -> Iterator[None]:
     models, picture = base_directory / "models", base_directory / "input" / PICTURE
     pack, lora = models / "bonsai" / PACK, models / "loras" / LORA
     model, dense = (models / "diffusion_models" / name for name in (MODEL, DENSE))
+    encoder = models / "text_encoders" / ENCODER
     try:
         write_pipeline(pack, variant="ternary", seed=0)
         write_dense(dense, TINY)
         shutil.copyfile(pack / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", model)
+        encoder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(pack / "text_encoder-mlx-4bit" / "model.safetensors", encoder)
         _write_lora(lora)
         picture.parent.mkdir(parents=True, exist_ok=True)
         _write_picture(picture)
         yield
     finally:
         shutil.rmtree(pack, ignore_errors=True)
-        for file in (model, dense, lora, picture):
+        for file in (model, dense, encoder, lora, picture):
             file.unlink(missing_ok=True)
 
 

@@ -50,6 +50,11 @@ MACHINE_PATH = re.compile(
 SYNTAX = set("{}|@")
 """Characters that the page's translations read as syntax."""
 TITLE_HEIGHT = 30
+PACK_FILES = {
+    "text_encoders": "mlx-community/Qwen3-4B-4bit/resolve/main/model.safetensors",
+    "vae": "black-forest-labs/FLUX.2-klein-4B/resolve/main/vae/diffusion_pytorch_model.safetensors",
+}
+"""{ComfyUI's folder: what a workflow has downloaded into it, behind the address of Hugging Face}."""
 
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
@@ -251,7 +256,7 @@ def test_nodes_do_not_overlap(path: Path) -> None:
 def test_model_links(path: Path, newest: ComfyServer) -> None:
     """The page offers a download only if name and widget agree and the address is one that it trusts."""
     known = nodes_of(newest)
-    loaders = ("LoadBonsaiModel", "UNETLoader", "CLIPLoader", "VAELoader")
+    loaders = ("LoadBonsaiModel", "LoadBonsaiTextEncoder", "UNETLoader", "VAELoader")
     for node in read(path)["nodes"]:
         models = node["properties"].get("models", [])
         assert bool(models) == (node["type"] in loaders), node["type"]
@@ -260,6 +265,19 @@ def test_model_links(path: Path, newest: ComfyServer) -> None:
             assert model["name"].endswith(".safetensors") and model["url"].endswith(".safetensors")
             assert model["url"].startswith("https://huggingface.co/")
             assert model["directory"] in newest.get("/models")
+
+
+@each_workflow
+def test_the_links_lead_to_what_the_packs_have(path: Path) -> None:
+    """The text encoder in 4 bits and FLUX.2 Klein's own VAE, not the larger ones that serve as well; the note too."""
+    models = [m for node in read(path)["nodes"] for m in node["properties"].get("models", ())]
+    for model in models:
+        place = PACK_FILES.get(model["directory"])
+        assert place is None or model["url"] == f"https://huggingface.co/{place}"
+    (note,) = (node for node in read(path)["nodes"] if node["type"] == "MarkdownNote")
+    assert all(
+        model["url"] in note["widgets_values"][0] and model["name"] in note["widgets_values"][0] for model in models
+    )
 
 
 @pytest.fixture(scope="module")
