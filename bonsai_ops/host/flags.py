@@ -18,11 +18,15 @@ from ..weights.packed_weight import PackedWeight
 
 @dataclass(frozen=True)
 class Flag:
-    """names: options without their dashes, spaces in between. user: the file of ours that asks, "" if ComfyUI does."""
+    """names: options without their dashes, spaces in between. user: the file of ours that asks, "" if ComfyUI does.
+
+    since: the ComfyUI that brought it, if that is newer than those that the tests have.
+    """
 
     names: str
     does: str
     user: str = ""
+    since: str = ""
 
 
 FLAGS = (
@@ -63,6 +67,7 @@ FLAGS = (
         "use-flash-attention disable-xformers",
         "ComfyUI's choice is used; only its sub-quadratic function on a CPU is called in parts (attention.py)",
     ),
+    Flag("use-ck-attention", "as the others that choose a function", since="0.33.0"),
     Flag("force-upcast-attention dont-upcast-attention", "as for every model, in parts too"),
     # devices
     Flag("cpu cuda-device default-device directml oneapi-device-selector", "comfy.model_management chooses the device"),
@@ -70,6 +75,11 @@ FLAGS = (
     Flag(
         "enable-triton-backend disable-triton-backend supports-fp8-compute",
         "comfy-kitchen's kernels and fp8 only: our own are chosen by the device",
+    ),
+    Flag(
+        "disable-cuda-graphs",
+        "as without it: ComfyUI captures the blocks of Gemma 4 and of MiniMax's music model only, when they generate",
+        since="0.33.0",
     ),
     # exactness
     Flag("deterministic", "our kernels are deterministic with and without it"),

@@ -12,7 +12,7 @@ import pytest
 from children import FOLDERS, PINNED, said_by, skip_without
 from safetensors.torch import save_file
 
-from bonsai_ops.tools.environment import PLUGIN
+from bonsai_ops.tools.environment import NEWEST, PLUGIN
 
 pytestmark = pytest.mark.host
 
@@ -24,6 +24,10 @@ def options(folder: Path) -> set[str]:
     skip_without(folder)
     text = (folder / "comfy" / "cli_args.py").read_text(encoding="utf-8")
     return set(re.findall(r"add_argument\(\s*\"--([\w-]+)\"", text))
+
+
+def numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
 
 
 def listed() -> tuple[set[str], set[str]]:
@@ -42,9 +46,14 @@ def test_every_option_of_comfyui_is_listed(folder: Path, comfyui_path: Path) -> 
 
 
 def test_every_listed_option_is_one_of_comfyuis(comfyui_path: Path) -> None:
+    """Those of a ComfyUI that is not pinned say which."""
+    from bonsai_ops.host.flags import FLAGS
+
     ours, others = listed()
     assert not ours & others
-    assert sorted((ours | others) - set().union(*map(options, PINNED))) == []
+    newer = {name: flag.since for flag in FLAGS if flag.since for name in flag.names.split()}
+    assert sorted((ours | others) - set().union(*map(options, PINNED))) == sorted(newer)
+    assert all(numbers(since) > numbers(NEWEST) for since in newer.values())
 
 
 def test_the_files_that_ask_are_the_ones_in_the_table(comfyui_path: Path) -> None:
@@ -159,6 +168,8 @@ NOT_ON_A_CPU = {
     "fast-disk",
     "use-sage-attention",
     "use-flash-attention",
+    "use-ck-attention",
+    "disable-cuda-graphs",
 }
 """Options that say where on a GPU weights lie, or that need a package: tests/host/model has their paths."""
 
