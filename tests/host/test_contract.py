@@ -43,7 +43,7 @@ def test_every_name_is_there(folder: Path, tmp_path: Path) -> None:
 def test_the_chosen_packages_come_first(comfyui_path: Path) -> None:
     """In this process and in its children."""
     folder = Path(os.environ["BONSAI_PACKAGES"]).resolve()
-    code = "import comfy_kitchen; print(comfy_kitchen.__file__)"
+    code = "import importlib.util; print(importlib.util.find_spec('comfy_kitchen').origin)"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout
     for file in (importlib.import_module("comfy_kitchen").__file__, child.splitlines()[-1]):
         assert folder in Path(file).resolve().parents
