@@ -18,8 +18,6 @@ UNKNOWN = "unknown file"
 HASH_BYTES = 16 << 20
 CHEAP_BYTES = 256 << 20
 """A file up to this size is hashed."""
-
-
 CODES = (torch.uint32, torch.uint8)
 """Dtypes of codes."""
 
@@ -28,19 +26,20 @@ CODES = (torch.uint32, torch.uint8)
 class Census:
     """A file from outside. header: bytes of a safetensors file's JSON, None for another container.
 
-    tensors: how many it has. coded: how many of them are matrices of a dtype of CODES.
+    tensors: how many it has. coded: how many of them are matrices of a dtype of CODES. bf16: how many are bfloat16.
     """
 
     header: int | None = None
     tensors: int = 0
     coded: int = 0
+    bf16: int = 0
 
 
 @dataclass(frozen=True)
 class Release:
     """A published file. size: in bytes. header: bytes of a safetensors file's JSON, None where nobody told.
 
-    tensors, coded: as of a Census. sha256: empty where nobody told all of it.
+    tensors, coded, bf16: as of a Census, None where nobody told. sha256: empty where nobody told all of it.
     """
 
     name: str
@@ -49,11 +48,14 @@ class Release:
     tensors: int
     coded: int
     sha256: str = ""
+    bf16: int | None = None
 
     def fits(self, size: int, census: Census) -> bool:
         """Whether a file of this size and census looks like it."""
-        return (size, census.tensors, census.coded) == (self.size, self.tensors, self.coded) and (
-            self.header in (None, census.header)
+        return (
+            (size, census.tensors, census.coded) == (self.size, self.tensors, self.coded)
+            and self.header in (None, census.header)
+            and self.bf16 in (None, census.bf16)
         )
 
 
@@ -65,6 +67,7 @@ RELEASES = (
         369,
         100,
         "b21737bdf02690b7d662907781c4dc8b8bf22a2c98b823b1ca3336f48371a84f",
+        bf16=269,
     ),
     Release(
         "PrismML binary, MLX release",
@@ -73,6 +76,7 @@ RELEASES = (
         369,
         100,
         "1792b31d857d95fcbe32df8e6d2fc96b30e800a195e295565d033deccea2dd75",
+        bf16=269,
     ),
     Release(
         "PrismML ternary, gemlite release",
@@ -81,8 +85,9 @@ RELEASES = (
         569,
         100,
         "a3a7df8a90374fea24afce3b36f00b4c728d0254717143d61f912a7b3070e7ac",
+        bf16=69,
     ),
-    Release("PrismML ternary or binary, unpacked release", 7_751_109_712, 20_552, 169, 0),
+    Release("PrismML ternary or binary, unpacked release", 7_751_109_712, 20_552, 169, 0, bf16=169),
     Release("Qwen3-4B-4bit of mlx-community, the text encoder of the MLX releases", 2_263_022_529, 102_329, 904, 253),
     Release(
         "FLUX.2 Klein 4B's VAE, which all releases have",
@@ -134,7 +139,12 @@ HASHED = {release.sha256: release.name for release in RELEASES if release.sha256
 def count(shapes: Iterable[tuple[Sequence[int], torch.dtype]], header: int | None = None) -> Census:
     """The census of a file with tensors of these (shape, dtype)."""
     found = list(shapes)
-    return Census(header, len(found), sum(len(shape) == 2 and dtype in CODES for shape, dtype in found))
+    return Census(
+        header,
+        len(found),
+        sum(len(shape) == 2 and dtype in CODES for shape, dtype in found),
+        sum(dtype == torch.bfloat16 for _, dtype in found),
+    )
 
 
 def release_of(path: Path, census: Census, source: Mapping[str, str] | None = None) -> str:

@@ -22,7 +22,7 @@ from bonsai_ops.weights.read import open_text_encoder, open_transformer
 from bonsai_ops.weights.releases import RELEASES, UNKNOWN, Census, release_of
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
-SIZES = {"U32": 4, "F32": 4, "BF16": 2}
+SIZES = {"U32": 4, "F32": 4, "BF16": 2, "F16": 2}
 SEEDLING = Path(releases.__file__).resolve().parents[1] / "models" / "bonsai" / "seedling"
 TERNARY, BINARY = "PrismML ternary, MLX release", "PrismML binary, MLX release"
 ENCODER = {
@@ -127,7 +127,13 @@ def fewer_codes(tensors: Shapes) -> tuple[Shapes, int]:
     return tensors | {name: ("F32", tensors[name][1])}, 44_712
 
 
-@pytest.mark.parametrize("change", [other_header, one_tensor_less, fewer_codes])
+def other_floats(tensors: Shapes) -> tuple[Shapes, int]:
+    """One of another dtype; the header is as long."""
+    name = "proj_out.weight"
+    return tensors | {name: ("F16", tensors[name][1])}, 44_712
+
+
+@pytest.mark.parametrize("change", [other_header, one_tensor_less, fewer_codes, other_floats])
 def test_a_file_of_the_right_size_and_another_header(tmp_path: Path, change: object) -> None:
     path = write_empty(tmp_path / "a.safetensors", *change(transformer(2)))
     assert path.stat().st_size == named(TERNARY).size
@@ -146,10 +152,11 @@ def test_every_row_can_be_told(tmp_path: Path) -> None:
     assert len(looks) == len({r.name for r in RELEASES}) == len(RELEASES)
     assert all(len(r.sha256) in (0, 64) and set(r.sha256) <= set("0123456789abcdef") for r in RELEASES)
     for release in RELEASES:
-        census = Census(release.header, release.tensors, release.coded)
+        census = Census(release.header, release.tensors, release.coded, release.bf16 or 0)
         assert release.fits(release.size, census) and not release.fits(release.size + 1, census)
         for field in ("tensors", "coded"):
             assert not release.fits(release.size, replace(census, **{field: getattr(census, field) + 1}))
+        assert release.bf16 is None or not release.fits(release.size, replace(census, bf16=release.bf16 - 1))
         assert release.header is None or not release.fits(release.size, replace(census, header=release.header + 8))
 
 
@@ -158,11 +165,11 @@ def test_a_pickle_is_counted(tmp_path: Path) -> None:
     synthetic.write_gemlite(tmp_path / "state_dict.pt", "ternary", synthetic.TINY)
     packed = 12 + 2 * 2
     dense = len(list(synthetic._diffusers(synthetic.TINY))) - packed
-    assert TorchFile(tmp_path / "state_dict.pt").census() == Census(None, 5 * packed + dense, packed)
+    assert TorchFile(tmp_path / "state_dict.pt").census() == Census(None, 5 * packed + dense, packed, dense)
     assert open_transformer(tmp_path / "state_dict.pt").release == UNKNOWN
     with (tmp_path / "published.pt").open("wb") as file:
         file.truncate(1_540_457_482)
-    assert release_of(tmp_path / "published.pt", Census(None, 569, 100)) == (
+    assert release_of(tmp_path / "published.pt", Census(None, 569, 100, 69)) == (
         "PrismML ternary, gemlite release (by size and header)"
     )
 
