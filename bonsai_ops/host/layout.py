@@ -7,9 +7,10 @@ are never cast to uint8; codes, scale, zero and the low-rank residual travel tog
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from comfy_kitchen.tensor import (
@@ -24,12 +25,57 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 from .. import kernels
 from ..weights.packed_weight import FORM, TABLES, PackedWeight
 
+if TYPE_CHECKING:
+    from .lora import LayerPatches
+
 LAYOUT = "BonsaiPackedLayout"
+WRITES = "add_ sub_ mul_ div_ addmm_ addcmul_ addcdiv_ lerp_ clamp_ neg_ fill_ zero_ normal_ uniform_ masked_fill_"
+"""Operators of aten on the values of a tensor. comfy-kitchen would write to an unpacked copy and lose it."""
+
+
+class PackedLayer(Protocol):
+    """What linear.py's layers tell of themselves to a product of their weight outside of their forward."""
+
+    def unseen_patches(self) -> list[LayerPatches]: ...
+
+    def patched(self, dense: torch.Tensor, patches: list[LayerPatches]) -> torch.Tensor: ...
+
+    def product(
+        self, x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, patches: list[LayerPatches]
+    ) -> torch.Tensor: ...
+
+
+class Owner:
+    """The layer that a packed weight belongs to: its patches are part of every product of the weight.
+
+    It says nothing about the weight: any two are equal, a copy is the same, and a pickle forgets the layer.
+    """
+
+    def __init__(self, layer: PackedLayer | None = None) -> None:
+        self.layer = (lambda: None) if layer is None else weakref.ref(layer)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Owner)
+
+    def __hash__(self) -> int:
+        return hash(Owner)
+
+    def __deepcopy__(self, memo: dict) -> Owner:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return (Owner, ())
+
+
+NOBODY = Owner()
 
 
 @dataclass(frozen=True)
 class PackedParams(BaseLayoutParams):
-    """Everything of a PackedWeight but its codes, and the mode of kernels.MODES. `transposed`: it is seen as [K, N]."""
+    """Everything of a PackedWeight but its codes, and the mode of kernels.MODES.
+
+    transposed: it is seen as [K, N]. owner: see `owned`.
+    """
 
     scheme: str = "ternary"
     codec: str = "trit5"
@@ -39,9 +85,21 @@ class PackedParams(BaseLayoutParams):
     down: torch.Tensor | None = None
     transposed: bool = False
     mode: str = kernels.EXACT
+    owner: Owner = NOBODY
 
     def _tensor_fields(self) -> list[str]:
         return [name for name in TABLES if getattr(self, name) is not None]
+
+    def copy_from(self, src: PackedParams, non_blocking: bool = False) -> None:
+        """Takes the values of another weight's tables. Raises ValueError if that has another form or other tables.
+
+        comfy-kitchen's own takes a table that is missing here from the other weight, as it is: shared by both.
+        """
+        form = [(p.orig_shape, p.transposed, _form(p), p._tensor_fields()) for p in (self, src)]
+        if form[0] != form[1]:
+            raise ValueError(f"a packed weight {form[0]} cannot take the values of {form[1]}")
+        for name in self._tensor_fields():
+            getattr(self, name).copy_(getattr(src, name), non_blocking=non_blocking)
 
 
 class BonsaiPackedLayout(QuantizedLayout):
@@ -58,7 +116,12 @@ class BonsaiPackedLayout(QuantizedLayout):
 
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: PackedParams) -> torch.Tensor:
-        return _weight(qdata, params).dequantize(params.orig_dtype)
+        """Values [N, K], with the patches of the layer that owns the weight; `unwrap` gives the weight without them."""
+        layer = params.owner.layer()
+        patches = () if layer is None else layer.unseen_patches()
+        if not patches:
+            return _weight(qdata, params).dequantize(params.orig_dtype)
+        return layer.patched(_weight(qdata, params).dequantize(torch.float32), patches).to(params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
@@ -68,6 +131,16 @@ class BonsaiPackedLayout(QuantizedLayout):
     def state_dict_tensors(cls, qdata: torch.Tensor, params: PackedParams) -> dict[str, torch.Tensor]:
         """{suffix behind `<layer>.weight`: tensor}, as the native format names them."""
         return {"": qdata} | {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
+
+    @classmethod
+    def linear_input_act(cls, weight: QuantizedTensor, *args: Any, **kwargs: Any) -> Any:
+        """Declines: whoever asks for a product with an activation computes both, and calls the layer or `_linear`."""
+        return NotImplemented
+
+    @classmethod
+    def optimize_for_gemv(cls, weight: QuantizedTensor, storage: torch.Tensor) -> QuantizedTensor:
+        """The weight as it is: its codes have one form for any number of tokens."""
+        return weight
 
 
 def wrap(weight: PackedWeight, dtype: torch.dtype, mode: str = kernels.EXACT) -> QuantizedTensor:
@@ -98,6 +171,15 @@ def mode_of(tensor: QuantizedTensor) -> str:
     return tensor._params.mode
 
 
+def owned(weight: QuantizedTensor, layer: PackedLayer) -> None:
+    """Tells a tensor made by `wrap` which layer it is the weight of.
+
+    A product of the tensor itself, outside of the layer's forward, then has the patches that nobody else applies: those
+    in `layer.unseen_patches()`. What the tensor is moved or cast to belongs to the layer too.
+    """
+    weight._params = dataclasses.replace(weight._params, owner=Owner(layer))
+
+
 def _weight(codes: torch.Tensor, params: PackedParams) -> PackedWeight:
     shape = tuple(params.orig_shape)
     return PackedWeight(codes, shape=shape[::-1] if params.transposed else shape, **_described(params))
@@ -108,6 +190,19 @@ def _described(weight: PackedWeight | PackedParams) -> dict[str, Any]:
     return {name: getattr(weight, name) for name in (*TABLES, *FORM)}
 
 
+def _form(params: PackedParams) -> tuple:
+    return tuple(getattr(params, name) for name in FORM)
+
+
+def _product(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + bias, with the patches of the layer that owns the weight."""
+    layer = weight._params.owner.layer()
+    patches = () if layer is None else layer.unseen_patches()
+    if patches:
+        return layer.product(x, weight, bias, patches)
+    return kernels.linear(x, unwrap(weight), bias, mode_of(weight))
+
+
 def _dense(value: Any) -> Any:
     return value.dequantize() if isinstance(value, QuantizedTensor) else value
 
@@ -115,14 +210,14 @@ def _dense(value: Any) -> Any:
 def _linear(qt: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     x, weight, bias = (*args, None)[:3]
     if is_packed(weight) and not weight._params.transposed and not isinstance(x, QuantizedTensor):
-        return kernels.linear(x, unwrap(weight), bias, mode_of(weight))
+        return _product(x, weight, bias)
     return torch.nn.functional.linear(_dense(x), _dense(weight), _dense(bias))
 
 
 def _mm(qt: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     x, weight = args[:2]
     if is_packed(weight) and weight._params.transposed and not isinstance(x, QuantizedTensor):
-        return kernels.linear(x, unwrap(weight), None, mode_of(weight))
+        return _product(x, weight, None)
     return torch.mm(_dense(x), _dense(weight))
 
 
@@ -130,7 +225,7 @@ def _addmm(qt: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     bias, x, weight = args[:3]
     plain = kwargs.get("alpha", 1) == 1 and kwargs.get("beta", 1) == 1
     if plain and is_packed(weight) and weight._params.transposed and not isinstance(x, QuantizedTensor):
-        return kernels.linear(x, unwrap(weight), None, mode_of(weight)) + bias
+        return _product(x, weight, None) + bias
     return torch.addmm(_dense(bias), _dense(x), _dense(weight), **kwargs)
 
 
@@ -138,6 +233,19 @@ def _transpose(qt: QuantizedTensor, args: tuple, kwargs: dict[str, Any]) -> Quan
     params = qt._params
     turned = dataclasses.replace(params, orig_shape=tuple(params.orig_shape)[::-1], transposed=not params.transposed)
     return QuantizedTensor(qt._qdata, LAYOUT, turned)
+
+
+def _write(op: Callable) -> Callable:
+    """Refuses to write into a packed weight; into a dense tensor `op` writes what it makes of one."""
+
+    def handler(qt: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        if is_packed(args[0]):
+            raise RuntimeError(
+                "a Bonsai weight holds codes, and no value is written into it: change a dense copy of it instead"
+            )
+        return op(*map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
+
+    return handler
 
 
 def _register() -> None:
@@ -157,6 +265,10 @@ def _register() -> None:
         (aten.t.default, _transpose),
     ):
         register_layout_op(op, BonsaiPackedLayout)(handler)
+    for packet in (getattr(aten, name) for name in WRITES.split()):
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            register_layout_op(op, BonsaiPackedLayout)(_write(op))
 
 
 _register()

@@ -15,7 +15,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import kernels
-from .layout import is_packed, mode_of, unwrap
+from .layout import is_packed, mode_of, owned, unwrap
 from .lora import LOWVRAM_PATCH, LayerPatches, patches_of
 
 if TYPE_CHECKING:
@@ -77,6 +77,19 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         found = [patches_of(f, self.weight.shape) for f in self._offloaded()] or [self.resident_patch]
         return [p for p in (*found, self.hook_patch) if p is not None]
 
+    def unseen_patches(self) -> list[LayerPatches]:
+        """The patches that are lost on whoever casts and multiplies the packed weight itself, as ComfyUI does here and
+        there: all but the weight functions, which its cast applies."""
+        applied = [f for f in self.weight_function if isinstance(f, LOWVRAM_PATCH)]
+        if not applied:
+            return self._layer_patches()
+        return [] if self.hook_patch is None else [self.hook_patch]
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if is_packed(param):
+            owned(param, self)
+
     def resident_weight(self) -> torch.Tensor:
         """What would lie in memory if the weight were dense, in its dtype: with patches, but for offloaded ones."""
         patches = [None if self._offloaded() else self.resident_patch, self.hook_patch]
@@ -97,6 +110,24 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         for function in wrappers:
             dense = function(dense)
         return dense
+
+    def product(
+        self,
+        x: torch.Tensor,
+        weight: QuantizedTensor,
+        bias: torch.Tensor | None,
+        patches: Sequence[LayerPatches],
+        wrappers: Sequence[Callable] = (),
+        keep: bool = False,
+    ) -> torch.Tensor:
+        """x W^T + bias with patches and wrappers; the packed weight lies on x's device. keep: as for add_to."""
+        if wrappers or any(patch.terms is None for patch in patches):
+            dense = self.patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
+            return torch.nn.functional.linear(x, dense.to(x.dtype), bias)
+        y = kernels.linear(x, unwrap(weight), bias, mode_of(weight))
+        for patch in patches:
+            y = patch.add_to(y, x, keep)
+        return y
 
     def _cast_packed(self, device: torch.device, bias_dtype: torch.dtype) -> tuple:
         """(packed weight, bias, stream) on `device`: ComfyUI moves the codes, its weight functions stay away."""
@@ -157,7 +188,9 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return self
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:
-        """Dense values of the weight for whoever wants to add a patch to them."""
+        """Dense values of the weight for whoever wants to add a patch to them: without those that it has."""
+        if is_packed(weight):
+            return unwrap(weight).dequantize(weight.dtype)
         return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
     def set_weight(
@@ -205,14 +238,7 @@ class PackedLinear(_PackedModule):
         if torch.compiler.is_compiling() and not (patches or wrappers) and self.weight.device == x.device:
             return torch.nn.functional.linear(x, self.weight, self.bias)
         weight, bias, stream = self._cast_packed(x.device, x.dtype)
-        if wrappers or any(patch.terms is None for patch in patches):
-            dense = self.patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
-            y = torch.nn.functional.linear(x, dense.to(x.dtype), bias)
-        else:
-            y = kernels.linear(x, unwrap(weight), bias, mode_of(weight))
-            resident = self.weight.device == x.device
-            for patch in patches:
-                y = patch.add_to(y, x, keep=resident)
+        y = self.product(x, weight, bias, patches, wrappers, keep=self.weight.device == x.device)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
 

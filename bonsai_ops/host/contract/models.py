@@ -13,7 +13,7 @@ NEEDS = (
         "to describe them",
         "quantize dequantize get_plain_tensors state_dict_tensors",
     ),
-    Need("host/layout.py", PARAMS, "to describe them", "_tensor_fields", "orig_dtype orig_shape"),
+    Need("host/layout.py", PARAMS, "to describe them", "_tensor_fields copy_from", "orig_dtype orig_shape"),
     Need(
         "host/layout.py",
         "comfy_kitchen.tensor",

@@ -163,7 +163,9 @@ def convolutions(source: ModelPatcher) -> int:
 def dense_weight(source: ModelPatcher, layer: Layer, device: torch.device) -> torch.Tensor:
     """The float32 weight of a layer on `device`, columns scaled as its inputs are, a merge carried out, no LoRAs."""
     weight = base_tensor(source, layer.weight).detach().to(device)
-    if isinstance(weight, QuantizedTensor):
+    if is_packed(weight):
+        weight = unwrap(weight).dequantize()
+    elif isinstance(weight, QuantizedTensor):
         weight = weight.dequantize()
     patches = source.patches.get(layer.key, ())
     weight = weight.to(torch.float32)

@@ -100,9 +100,12 @@ def test_the_last_layers_are_read_for_text_only(ours: Any, folder: Path, caplog:
     assert "layers 28 to 29" in line
 
 
-def test_a_lora_changes_the_text_as_in_the_twin(ours: Any, twin: Any) -> None:
-    key = "qwen3_4b.transformer.model.layers.3.mlp.down_proj.weight"
-    difference = torch.randn(SIZES.hidden, SIZES.mlp, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("layer", ["layers.3.mlp.down_proj", "embed_tokens"])
+def test_a_lora_changes_the_text_as_in_the_twin(ours: Any, twin: Any, layer: str) -> None:
+    """Also that of the embedding, with whose table ComfyUI computes the logits."""
+    key = f"qwen3_4b.transformer.model.{layer}.weight"
+    shape = ours.cond_stage_model.get_submodule(key.removesuffix(".weight")).weight.shape
+    difference = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     texts = []
     for clip in (ours, twin):
         changed = clip.clone()
