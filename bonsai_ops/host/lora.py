@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.lora
 import torch
 
+from .. import kernels
 from . import comfyui
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class LayerPatches:
     def add_to(self, y: torch.Tensor, x: torch.Tensor, keep: bool) -> torch.Tensor:
         """y [.., N] plus what the patches make of x [.., K]; both in one dtype on one device.
 
-        keep: hold the matrices on that device in that dtype for the next call (resident layers).
+        keep: hold the matrices on that device in that dtype for the next call (resident layers). Raises RuntimeError
+        while a CUDA graph is recorded if they lie elsewhere.
         """
         for rows, columns, down, up in self._matrices(x.device, x.dtype, keep):
             inner = torch.nn.functional.linear(x if columns is None else x.narrow(-1, *columns), down)
@@ -113,6 +115,8 @@ class LayerPatches:
         place = (device, dtype)
         if place in self._prepared:
             return self._prepared[place]
+        if recorded := kernels.capturing():
+            self._refuse_elsewhere(device)
         slices: dict[tuple[Span, Span], list[LowRank]] = {}
         for term in self.terms:
             slices.setdefault((term.rows, term.columns), []).append(term)
@@ -121,9 +125,16 @@ class LayerPatches:
             down = torch.cat([t.down.flatten(1).to(device, dtype) for t in terms])
             up = torch.cat([(t.up.flatten(1).to(device, torch.float32) * t.factor).to(dtype) for t in terms], dim=1)
             matrices.append((rows, columns, down, up))
-        if keep:
+        if keep and not recorded:  # a graph's memory holds them while it runs and no longer
             self._prepared = {place: matrices}
         return matrices
+
+    def _refuse_elsewhere(self, device: torch.device) -> None:
+        if any(matrix.device != device for term in self.terms for matrix in (term.up, term.down)):
+            raise RuntimeError(
+                f"a LoRA on {self.key} is not on {device}, and nothing can be moved there while a CUDA graph is "
+                "recorded: start ComfyUI with --disable-cuda-graphs to use LoRAs here"
+            )
 
 
 def plain_terms(patches: Sequence[tuple]) -> list[LowRank] | None:

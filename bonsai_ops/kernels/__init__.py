@@ -20,7 +20,7 @@ from .dispatch import (
     use_backend,
 )
 from .failure import BackendError
-from .machine import cpu_has_fast_bf16
+from .machine import capturing, cpu_has_fast_bf16
 
 __all__ = [
     "EXACT",
@@ -30,6 +30,7 @@ __all__ = [
     "Choice",
     "backend_names",
     "call_of",
+    "capturing",
     "check_mode",
     "cpu_has_fast_bf16",
     "forget_failures",

@@ -3,7 +3,8 @@
 Order: fused kernels, the CPU's own path, then the eager reference, which takes everything in mode exact.
 `use_backend("eager")` forces one within a block, the environment variable BONSAI_BACKEND for a whole process. A backend
 that raises is out for that device and mode from then on: one line in the log with the cure, and the next one takes
-over. Where memory ran out or the device's context is lost, the error is the caller's, and nothing is out.
+over. Where memory ran out or the device's context is lost, or while a CUDA graph is recorded, which an error ends, the
+error is the caller's, and nothing is out.
 
 A mode other than exact is a wish: where no backend offers it for a call, the call is exact, and the reason is kept
 under the mode's name beside those of the backends.
@@ -124,8 +125,8 @@ def multiply(
 ) -> torch.Tensor:
     """y = x W^T + bias by the best backend; x [.., K] -> [.., N] in x's dtype. Arguments as `linear` checks them.
 
-    A backend that breaks is replaced, not raised. Raises what says that memory ran out or that the device is lost, and
-    what the reference raises.
+    A backend that breaks is replaced, not raised. Raises what says that memory ran out or that the device is lost,
+    what the reference raises, and whatever is raised while a CUDA graph is recorded.
     """
     call = call_of(x.device, x.dtype, weight, mode)
     while True:
@@ -133,7 +134,7 @@ def multiply(
         try:
             return choice.backend.multiply(x, weight, bias, choice.mode)
         except Exception as error:  # a compiler that breaks at its first launch may raise anything
-            if choice.backend is eager or is_the_devices(error):
+            if choice.backend is eager or is_the_devices(error) or machine.capturing():
                 raise
             _failures.record(choice, call.device, error)
 

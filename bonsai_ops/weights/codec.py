@@ -196,7 +196,7 @@ def decode_selected(name: str, packed: torch.Tensor, rows: int, index: torch.Ten
     codec = get_codec(name)
     n = codec.byte_rows(rows)
     plane = torch.div(index, n, rounding_mode="floor")
-    power = torch.tensor([codec.radix ** (p + 1) for p in range(codec.fields)], device=packed.device)[plane]
+    power = torch.pow(codec.radix, plane + 1)
     prefix = (packed.index_select(0, index - plane * n).to(torch.int64) * power.unsqueeze(-1)) >> 8
     return prefix.remainder_(codec.radix).to(torch.uint8)
 

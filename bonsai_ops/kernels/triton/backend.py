@@ -14,7 +14,7 @@ import torch
 from ...weights.codec import encode, get_codec
 from ...weights.device_errors import is_the_devices
 from ...weights.packed_weight import SCHEMES, PackedWeight
-from .. import eager
+from .. import eager, machine
 from ..call import EXACT, refuse_residual
 from ..failure import BackendError
 from . import configs
@@ -117,6 +117,8 @@ def multiply(
     Raises BackendError, which names the cure, when Triton is unavailable and when a kernel cannot be built or started
     or computes wrong values; ValueError for a weight with a residual. Errors of the device (memory, a lost
     context) are raised as they are.
+
+    A kernel that was not compared yet, which takes a wait, leaves what a CUDA graph records to the reference.
     """
     refuse_residual(weight)
     if (unusable := _unusable()) is not None:
@@ -128,6 +130,8 @@ def multiply(
         chosen = config(_target(x.device), weight.codec, mode)
         try:
             key = (x.device, x.dtype, weight.codec, weight.scale.dtype, mode, None if bias is None else bias.dtype)
+            if key not in _verified and machine.capturing():
+                return eager.multiply(x, weight, bias)
             if key not in _verified:
                 _verify(x, weight, bias, chosen, mode)
                 _verified.add(key)
