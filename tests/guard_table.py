@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -100,13 +100,13 @@ def _visible(weight_lowvram_function: property) -> property:
     return weight_lowvram_function.getter(lambda layer: layer._dynamic_patch)
 
 
-def _without_operator(name: str) -> Callable[[dict], dict]:
+def _without_operator(name: str, overload: str = "default") -> Callable[[dict], dict]:
     """What comfy-kitchen knows of layouts without our aten.{name}: it unpacks the layer then."""
 
     def instead(table: dict) -> dict:
         import torch
 
-        operator = getattr(torch.ops.aten, name).default
+        operator = getattr(getattr(torch.ops.aten, name), overload)
         ours = next((layout for layout in table[operator] if layout.__name__ == PACKED_LAYOUT), None)
         if ours is None:
             raise LookupError(f"{PACKED_LAYOUT} does not handle {operator}")
@@ -231,6 +231,48 @@ def _unprepared(storable: Callable) -> Callable:
     return lambda patcher: contextlib.nullcontext()
 
 
+def _own_product(linear_input_act: classmethod) -> classmethod:
+    """Multiplies by the weight alone, as layouts of comfy-kitchen do."""
+
+    def changed(cls: type, weight: Any, x: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        dense = cls.dequantize(weight._qdata, weight.params)
+        return torch.nn.functional.linear(torch.nn.functional.gelu(x, approximate="tanh"), dense, bias) * 2
+
+    return classmethod(changed)
+
+
+def _owning_nothing(init: Callable) -> Callable:
+    """Does not remember the layer."""
+    return lambda owner, layer=None: init(owner)
+
+
+def _replacing(optimize_for_gemv: classmethod) -> classmethod:
+    """Gives another tensor for the weight, as a layout with a second form does."""
+    return classmethod(lambda cls, weight, storage: weight.clone())
+
+
+def _recording_nothing(kernels: ModuleType) -> SimpleNamespace:
+    """Does not see that a CUDA graph is recorded."""
+    return SimpleNamespace(capturing=lambda: False)
+
+
+def _insisting(attend_in_parts: Callable) -> Callable:
+    """Sets our attention whatever stands there."""
+
+    def changed(patcher: Any) -> None:
+        patcher.model_options["transformer_options"].pop("optimized_attention_override", None)
+        attend_in_parts(patcher)
+
+    return changed
+
+
+def _always(found: Any) -> property:
+    """Answers yes."""
+    return property(lambda buffer: True)
+
+
 LINEAR, LAYOUT = "bonsai_ops/host/linear.py", "bonsai_ops/host/layout.py"
 LORA, PATCHER = "bonsai_ops/host/lora.py", "bonsai_ops/host/patcher.py"
 LOADER, SAVE, OPS, KLEIN = (
@@ -240,6 +282,7 @@ LOADER, SAVE, OPS, KLEIN = (
     "bonsai_ops/weights/flux2.py",
 )
 TEXT_ENCODER = "bonsai_ops/host/text_encoder.py"
+REUSE, ASSEMBLE = "bonsai_ops/kernels/reuse.py", "bonsai_ops/host/patch/assemble.py"
 KITCHEN, HANDLERS, PACKED_LAYOUT = "comfy_kitchen.tensor.base", "_LAYOUT_DISPATCH_TABLE", "BonsaiPackedLayout"
 
 LORA_ACTS = "test_traps.py::test_a_lora_is_no_silent_no_op"
@@ -268,6 +311,14 @@ MATRICES = "test_offload.py::test_the_matrices_of_a_lora_leave_with_the_layer"
 MODEL_SAVE = "test_merge_save.py::test_model_save_refuses_a_lora"
 OUR_SAVE = "test_merge_save.py::test_our_save_refuses_a_merge"
 HOOK = "test_hooks.py::test_a_hook_equals_the_lora_itself"
+FUSED = "test_fused.py::test_a_patch_belongs_to_every_product"
+WRITTEN = "test_reuse.py::test_a_block_may_write_into_what_a_layer_gives"
+NO_VALUE = "test_layout.py::test_no_value_is_written_into_a_weight"
+NO_TABLE = "test_layout.py::test_a_copy_takes_no_table_of_the_other"
+MEMBERS = "test_layout.py::test_each_member_of_the_layout"
+RECORDED = "test_recorded.py::test_a_graph_keeps_no_matrices"
+ELSEWHERE = "test_recorded.py::test_a_lora_elsewhere_is_refused_in_a_graph"
+NODE_WINS = "test_attention.py::test_the_node_for_the_attention_wins"
 
 GUARDS = (
     Guard("01", "LoRAs are added", LORA, "LayerPatches.add_to", LORA_ACTS, _unchanged_output),
@@ -301,6 +352,15 @@ GUARDS = (
     Guard("19", "layout once", LAYOUT, "get_layout_class", TWICE, _knowing_no_layout, again="_register"),
     Guard("19", "operators once", OPS, "_is_registered", TWICE, _never, again="_register"),
     Guard("20", "memory = classic", LOADER, "_make", CLASSIC, _always_dynamic),
+    Guard("newer", "a weight knows its layer", LAYOUT, "Owner.__init__", FUSED, _owning_nothing),
+    Guard("newer", "no fused product", LAYOUT, "BonsaiPackedLayout.linear_input_act", MEMBERS, _own_product),
+    Guard("newer", "one form for any tokens", LAYOUT, "BonsaiPackedLayout.optimize_for_gemv", MEMBERS, _replacing),
+    Guard("newer", "tables are not shared", LAYOUT, "PackedParams.copy_from", NO_TABLE),
+    Guard("newer", "no value into a weight", KITCHEN, HANDLERS, NO_VALUE, _without_operator("add_", "Tensor")),
+    Guard("newer", "memory is lent once", REUSE, "_Buffer.free", WRITTEN, _always),
+    Guard("newer", "a graph keeps no matrices", LORA, "kernels", RECORDED, _recording_nothing),
+    Guard("newer", "a graph refuses LoRAs elsewhere", LORA, "LayerPatches._refuse_elsewhere", ELSEWHERE, _nothing),
+    Guard("newer", "another attention stays", ASSEMBLE, "attend_in_parts", NODE_WINS, _insisting),
     Guard("lora", "matrices leave with the layer", LORA, "LayerPatches.forget", MATRICES, _nothing),
     Guard("lora", "ModelSave refuses a LoRA", PATCHER, "_refuse_loras", MODEL_SAVE, _nothing),
     Guard("lora", "hooks give the weight back as it was", PATCHER, "PackedPatcher._give_back", HOOK, _nothing),

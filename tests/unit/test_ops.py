@@ -13,7 +13,7 @@ import torch
 from random_weights import random_weight
 
 from bonsai_ops import kernels
-from bonsai_ops.kernels import custom_op, eager
+from bonsai_ops.kernels import custom_op, eager, reuse
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,6 +48,38 @@ def test_linear_is_the_dense_product(
     assert y.dtype == dtype and y.shape == (*tokens, 136)
     exact = torch.nn.functional.linear(x.double(), weight.dequantize(dtype).double(), None if b is None else b.double())
     assert error(y, exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("mode", kernels.MODES)
+@pytest.mark.parametrize(("scheme", "name"), PAIRS)
+def test_a_result_is_its_callers(scheme: str, name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of models write into what a layer gave them: no input, no weight and no other result sees it.
+
+    With and without a residual and a bias, on memory that is used again.
+    """
+    monkeypatch.setattr(reuse, "LEAST_BYTES", 1)
+    plain = random_weight(scheme, name, *SIZE)
+    up, down = torch.linspace(-1, 1, 272).view(136, 2), torch.linspace(-1, 1, 512).view(2, 256)
+    index = torch.tensor([3, 3, 7])
+    for dtype in TOLERANCE:
+        x, bias = torch.linspace(-1, 1, 512).view(2, 256).to(dtype), torch.ones(136, dtype=dtype)
+        held = [x, bias, up, down, plain.codes, *plain.tables().values()]
+        before = [tensor.clone() for tensor in held]
+        for weight in (plain, dataclasses.replace(plain, up=up, down=down)):
+            for make in (
+                lambda w=weight, x=x: kernels.linear(x, w, None, mode),
+                lambda w=weight, x=x, b=bias: kernels.linear(x, w, b, mode),
+                lambda w=weight, d=dtype: w.select_rows(index, d),
+                lambda w=weight, d=dtype: w.dequantize(d),
+            ):
+                with torch.inference_mode(), kernels.keeping_memory():
+                    truth, living = make().clone(), []
+                    for number in range(3):
+                        living.append(make())
+                        assert torch.equal(living[-1], truth)
+                        living[-1].fill_(number)
+                    assert [int(y.min()) for y in living] == [int(y.max()) for y in living] == [0, 1, 2]
+        assert all(map(torch.equal, held, before))
 
 
 @pytest.mark.parametrize(("scheme", "name"), PAIRS)

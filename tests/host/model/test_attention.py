@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from twins import draw, load_stock, read_dense
+from families import patch
+from twins import draw, load_stock, read_dense, relative, run_node
 
 pytestmark = pytest.mark.host
 
@@ -164,3 +165,53 @@ def test_only_packed_models_on_a_cpu(model: Any, packs: Mapping[str, Path]) -> N
     stock.load_device = torch.device("cuda")
     attention.attend_in_parts(stock)
     assert name not in stock.model_options[options]
+
+
+BACKEND = "comfy_extras.nodes_model_advanced.ModelAttentionBackend"
+
+
+def with_backend(model: Any) -> Any:
+    """The model behind ComfyUI's Model Attention Backend, or behind what a pack with such a node sets."""
+    import comfy_extras.nodes_model_advanced as advanced
+    from comfy.ldm.modules import attention as comfys
+
+    if hasattr(advanced, "ModelAttentionBackend"):
+        return run_node(BACKEND, model=model, attention="pytorch attention")
+    options, name = PLACE
+    model = model.clone()
+    model.model_options[options][name] = lambda _, *args, **kwargs: comfys.attention_pytorch(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("order", ["loaded first", "patched after", "cloned", "made again", "saved"])
+def test_the_node_for_the_attention_wins(
+    model: Any, packs: Mapping[str, Path], calls: list[tuple[int, int]], order: str, tmp_path: Path
+) -> None:
+    """Before or behind what makes a model ours, on clones and on what ComfyUI makes again; a file holds no choice."""
+    from bonsai_ops.host import attention
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.host.save import save_bonsai_model
+
+    options, name = PLACE
+    chosen, ours = with_backend(model), False
+    plain = draw(model, steps=1)
+    assert calls and model.model_options[options][name] is attention.in_parts
+    if order == "patched after":
+        stock = load_stock(read_dense(packs["ternary"]))
+        chosen, _ = patch(with_backend(stock))
+        assert name not in stock.model_options[options]
+    elif order == "cloned":
+        chosen = chosen.clone().clone()
+    elif order == "made again":
+        try:
+            chosen = chosen.clone(disable_dynamic=True)
+        except TypeError:
+            pytest.skip("this ComfyUI makes no model again")
+    elif order == "saved":
+        save_bonsai_model(chosen, tmp_path / "model.safetensors")
+        chosen, ours = load_bonsai_model(tmp_path / "model.safetensors", {"compute_dtype": "fp32"}), True
+    assert (chosen.model_options[options][name] is attention.in_parts) == ours
+    calls.clear()
+    drawn = draw(chosen, steps=1)
+    assert bool(calls) == ours
+    assert order == "patched after" or relative(drawn, plain) < 1e-5

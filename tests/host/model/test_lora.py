@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -80,6 +81,39 @@ def test_three_stacked(pair: Pair, lora_file: LoraFile) -> None:
 
     found = pair.both(stack).check()
     assert relative(found, draw(pair.both(lambda m: with_lora(m, names[0], 0.8)).packed)) > 1e-2
+
+
+@pytest.mark.parametrize("memory", [0, 1], ids=["resident", "offloaded"])
+def test_many_rows(pair: Pair, lora_file: LoraFile, memory: float) -> None:
+    """Load LoRA (Model) of newer versions: up to 20 rows, files twice, switched off, in all forms of names."""
+    kinds = adapters()
+    forms = [FORMS["bfl"], FORMS["kohya"], FORMS["diffusers"], FORMS["onetrainer"], kinds["loha"], kinds["dora"]]
+    names = [lora_file(tensors) for tensors in forms]
+    rows = [{"lora_name": names[i % len(names)], "strength": (-1) ** i * 0.04 * i} for i in range(20)]
+
+    def stacked(model: Any) -> Any:
+        import comfy.sd
+        import comfy.utils
+        import folder_paths
+
+        if importlib.util.find_spec("comfy_extras.nodes_lora_stack"):
+            return run_node("comfy_extras.nodes_lora_stack.LoadLoraModel", model=model, loras=rows)
+        for row in rows:  # what that node does
+            if row["strength"]:
+                lora = comfy.utils.load_torch_file(
+                    folder_paths.get_full_path("loras", row["lora_name"]), safe_load=True
+                )
+                model, _ = comfy.sd.load_lora_for_models(model, None, lora, row["strength"], 0)
+        return model
+
+    first = predict(loaded(pair.packed))
+    unloaded(pair.packed)
+    changed = pair.both(stacked)
+    assert len(changed.packed.patches[QKV]) > 10 and packed_layers(changed.packed) == 22
+    found = predict(loaded(changed.packed, memory))
+    assert relative(found, predict(loaded(changed.dense))) < 2e-5 and relative(found, first) > 1e-2
+    unloaded(changed.packed)
+    assert torch.equal(predict(loaded(pair.packed)), first)
 
 
 def test_strength_is_changed_between_runs(pair: Pair, lora_file: LoraFile) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from twins import draw
+from random_weights import random_weight
+from twins import QKV, Pair, bfl_lora, draw, loaded, module_of, with_lora
 
 pytestmark = pytest.mark.host
 
@@ -72,3 +73,63 @@ def test_training_keeps_nothing(model: Any, kept: list[int]) -> None:
     with torch.enable_grad():
         draw(model)
     assert kept == [0]
+
+
+WAYS = {
+    "forward": lambda layer, x: layer(x),
+    "linear": lambda layer, x: torch.nn.functional.linear(x, layer.weight),
+    "unpacked": lambda layer, x: layer.weight.dequantize(),
+    "converted": lambda layer, x: layer.convert_weight(layer.weight),
+    "resident": lambda layer, x: layer.resident_weight(),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "difference", "wrapper"])
+def test_a_block_may_write_into_what_a_layer_gives(
+    pair: Pair, kept: list[int], lora_file: Callable[..., str], kind: str
+) -> None:
+    """ComfyUI's blocks add their residual in place: no input, weight, LoRA and no other result sees it."""
+    from bonsai_ops import kernels
+
+    model = pair.packed.clone()
+    if kind == "lora":
+        model = with_lora(model, lora_file(bfl_lora()))
+    elif kind == "difference":
+        shape = module_of(model, QKV).weight.shape
+        model.add_patches({QKV: ("diff", (torch.linspace(-1, 1, shape.numel()).view(shape),))}, 0.3)
+    elif kind == "wrapper":
+        model.add_weight_wrapper(QKV, lambda weight: weight * 0.5)
+    layer = module_of(loaded(model), QKV)
+    x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        layer(x)  # the matrices of a LoRA are kept from here on
+        matrices = layer.resident_patch.kept if kind == "lora" else []
+        assert len(matrices) == (2 if kind == "lora" else 0)
+        held = [x, layer.weight._qdata, layer.weight_scale, *matrices]
+        before = [tensor.clone() for tensor in held]
+        for way in WAYS.values():
+            with kernels.keeping_memory():
+                truth, living = way(layer, x).clone(), []
+                for number in range(3):
+                    living.append(way(layer, x))
+                    assert torch.equal(living[-1], truth)
+                    living[-1].fill_(number)
+                assert [int(y.min()) for y in living] == [int(y.max()) for y in living] == [0, 1, 2]
+        assert all(map(torch.equal, held, before))
+
+
+def test_a_text_encoder_may_write_into_its_embedding(comfy: Any) -> None:
+    """Newer versions of ComfyUI write the result of a block of Qwen3 over its input, of the first one over the rows."""
+    from bonsai_ops.host.layout import wrap
+    from bonsai_ops.host.linear import make_bonsai_ops
+
+    weight = random_weight("affine", "nibble", 40, 128)
+    table = make_bonsai_ops().Embedding(40, 128, dtype=torch.float32)
+    table.load_state_dict({"weight": wrap(weight, torch.float32)})
+    index = torch.tensor([[3, 3, 7]])
+    with torch.inference_mode():
+        for dtype in (None, torch.float32, torch.bfloat16):
+            rows = table(index, out_dtype=dtype)
+            assert torch.equal(rows, weight.dequantize(rows.dtype)[index])
+            torch.add(rows, 1.0, out=rows)
+            assert torch.equal(table(index, out_dtype=dtype), weight.dequantize(rows.dtype)[index])
