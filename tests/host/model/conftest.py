@@ -24,6 +24,7 @@ def comfy(comfyui_path: Path) -> Iterator[Any]:
 
     import nodes  # noqa: F401
 
+    importlib.import_module("bonsai_ops.kernels")  # before a test's copy of the plugin: operators are the first one's
     threads, bars = torch.get_num_threads(), comfy.utils.PROGRESS_BAR_ENABLED
     torch.set_num_threads(1)  # the matrices are tiny: more threads only wait for one another
     comfy.utils.PROGRESS_BAR_ENABLED = False
