@@ -2,8 +2,9 @@
 
 The interpreter must be chosen before Triton is imported, so `test_in_the_interpreter` runs this file again in a child
 with TRITON_INTERPRET=1. There every packed layer's input is rounded to fp16 and goes through the kernels; everything
-else is computed in fp32. The interpreter takes half a minute for a single step, so each mode draws one picture in one
-step, and the prompt comes without its padding, which the model knows from its training: an eighth of the rows.
+else is computed in fp32. The interpreter takes half a minute for a single step, so each way to multiply draws one picture in one step, and the
+prompt comes without its padding, which the model knows from its training: an eighth of the rows. test_triton.py has
+every mode with every codec.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def test_in_the_interpreter() -> None:
     done = subprocess.run(command, cwd=PLUGIN, env=environment, capture_output=True, text=True, timeout=1800)
     print(done.stdout[-2000:])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"\b4 passed", done.stdout), done.stdout[-2000:]
+    assert re.search(r"\b2 passed", done.stdout), done.stdout[-2000:]
 
 
 if INTERPRETED:
@@ -87,7 +88,7 @@ if INTERPRETED:
 
     @pytest.mark.parametrize(
         ("mode", "layout"),
-        [("exact", "compact"), ("exact", "fast"), ("fp16_accumulate", "compact"), ("a8", "fast")],
+        [("exact", "compact"), ("a8", "fast")],
         ids="-".join,
     )
     def test_mode(mode: str, layout: str, paint: Callable, truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
