@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hosts.parts import PARTS
+from hosts.parts import MODEL, PARTS
 
 from bonsai_ops.tools.environment import COMFYUI_VERSIONS, NEWEST, clean_environment, comfyui_path, newest_packages_path
 from bonsai_ops.tools.environment.pins import NEWEST_PACKAGES
@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.host, pytest.mark.slow]
 REPOSITORY = Path(__file__).resolve().parents[2]
 TAIL = 60
 """Lines of the nested run that a failure shows."""
-NOT_AGAIN = ("test_seedling_interpreted.py", "test_training.py")
-"""Files whose subject is not ComfyUI: once is enough."""
+ON_OLDER = (f"{MODEL}/test_traps.py", *(test for tests in PARTS.values() for test in tests if test.startswith(MODEL)))
+"""What runs in the process of an older ComfyUI; test_matrix.py has the servers."""
 
 
 def run(*command: str, **variables: str) -> str:
@@ -39,15 +39,13 @@ def run(*command: str, **variables: str) -> str:
 
 @pytest.mark.parametrize("version", [v for v in COMFYUI_VERSIONS if v != NEWEST])
 def test_on_an_older_comfyui(version: str, comfy_version: str) -> None:
-    """What a version cannot do is skipped there, with the reason."""
+    """What a version cannot do is skipped there, with the reason. `python -m tests.hosts --all` runs the rest."""
     folder = comfyui_path(version)
     if not (folder / "main.py").is_file():
         pytest.skip(f"ComfyUI {version} is not here: run the tests with `python -m tests`")
     if comfy_version == version:
         pytest.skip(f"this process runs ComfyUI {version} itself")
-    left_out = [f"--ignore=tests/host/model/{file}" for file in NOT_AGAIN]
-    options = ["--import-mode=importlib", "-q", "-p", "no:cacheprovider", *left_out]
-    run("pytest", *options, "tests/host/model", BONSAI_COMFYUI=str(folder))
+    run("pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", *ON_OLDER, BONSAI_COMFYUI=str(folder))
 
 
 def test_with_newer_packages(comfyui_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 The interpreter must be chosen before Triton is imported, so `test_in_the_interpreter` runs this file again in a child
 with TRITON_INTERPRET=1. There every packed layer's input is rounded to fp16 and goes through the kernels; everything
-else is computed in fp32. The interpreter takes half a minute for a single step, so each way to multiply draws one picture in one step, and the
-prompt comes without its padding, which the model knows from its training: an eighth of the rows. test_triton.py has
-every mode with every codec.
+else is computed in fp32. The interpreter takes half a minute for a single step, so each kernel draws one picture in
+one step, and the prompt comes without its padding, which the model knows from its training: an eighth of the rows.
+test_triton.py compares every codec and mode with float64.
 """
 
 from __future__ import annotations
