@@ -40,6 +40,17 @@ class CalibrateBitLinear(io.ComfyNode):
                 Calibration.Output("calibration", tooltip="Connect it to Patch to BitLinear."),
                 io.Latent.Output(tooltip="What was sampled meanwhile."),
             ],
+            **inputs.found_as(
+                "calibrate",
+                "calibration",
+                "imatrix",
+                "importance matrix",
+                "awq",
+                "gptq",
+                "quantize",
+                "bitlinear",
+                "bit linear",
+            ),
         )
 
     @classmethod

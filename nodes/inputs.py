@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.samplers
 import torch
 from comfy_api.latest import io
 
+from ..bonsai_ops.host import comfyui
 from ..bonsai_ops.host.loader import CHOICES, LoadOptions
 from ..bonsai_ops.host.patch.report import Report
 
 CATEGORY = "Bonsai"
+ESSENTIALS = "Image Generation"
+"""The heading under which the page lists what makes the first pictures."""
+NAMES = ("bonsai", "prism", "prismml", "1-bit", "1 bit", "1bit", "ternary", "bitnet")
+"""Words that find every node here; those of one node stand in its schema."""
+
+
+def found_as(*words: str, essential: bool = False) -> dict[str, Any]:
+    """What else the page finds a node by, for its schema: as far as this ComfyUI's schemas have it."""
+    category = ESSENTIALS if essential else None
+    return comfyui.taken(io.Schema, search_aliases=[*words, *NAMES], essentials_category=category)
+
+
+def _advanced() -> dict[str, Any]:
+    """For an input that the page may fold away."""
+    return comfyui.taken(io.Combo.Input, advanced=True)
 
 
 def loading() -> list[io.Input]:
@@ -24,6 +42,7 @@ def _compute_dtype() -> io.Combo.Input:
         default=LoadOptions.compute_dtype,
         tooltip="Number format of the activations. auto: ComfyUI's choice for this GPU; bf16 on a CPU that has it in "
         "hardware, else fp32. The packed weights stay the same in every format.",
+        **_advanced(),
     )
 
 
@@ -34,6 +53,7 @@ def _memory() -> io.Combo.Input:
         default=LoadOptions.memory,
         tooltip="auto: ComfyUI's own memory management, dynamic VRAM where it is on. classic: no dynamic VRAM for this "
         "model; try it if a driver or an extension misbehaves.",
+        **_advanced(),
     )
 
 
@@ -46,6 +66,7 @@ def _mode() -> io.Combo.Input:
         tooltip="How packed layers are multiplied. exact: the weights' values, fp32 sums. fp16_accumulate: sums of up "
         "to 128 products in fp16; for GeForce cards, with compute_dtype fp16. a8: activations rounded to 8 bit; the "
         "fastest and least exact. Where the device does not offer a mode, exact is used; Bonsai Model Info says why.",
+        **_advanced(),
     )
 
 
@@ -57,6 +78,7 @@ def _layout() -> io.Combo.Input:
         optional=True,
         tooltip="How ternary weights lie in memory. compact: five to a byte. fast: four to a byte, which takes a "
         "quarter more memory for them and unpacks faster. The values are the same; 1-bit models are not affected.",
+        **_advanced(),
     )
 
 

@@ -29,6 +29,20 @@ class LoadBonsaiModel(io.ComfyNode):
                 *inputs.loading(),
             ],
             outputs=[io.Model.Output(tooltip="An ordinary MODEL: use it with any sampler.")],
+            **inputs.found_as(
+                "load diffusion model",
+                "load unet",
+                "unet loader",
+                "load checkpoint",
+                "gguf",
+                "mlx",
+                "gemlite",
+                "flux2",
+                "flux 2",
+                "klein",
+                "low vram",
+                essential=True,
+            ),
         )
 
     @classmethod

@@ -34,6 +34,17 @@ class LoadBonsaiPack(io.ComfyNode):
                 io.Clip.Output(tooltip="The pack's text encoder, kept in 4 bit."),
                 io.Vae.Output(tooltip="The pack's FLUX.2 VAE."),
             ],
+            **inputs.found_as(
+                "load checkpoint",
+                "load diffusion model",
+                "mlx",
+                "gemlite",
+                "flux2",
+                "flux 2",
+                "klein",
+                "low vram",
+                essential=True,
+            ),
         )
 
     @classmethod

@@ -30,6 +30,21 @@ class LoadBonsaiTextEncoder(io.ComfyNode):
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="Connect it to CLIP Text Encode.")],
+            **inputs.found_as(
+                "load clip",
+                "clip loader",
+                "qwen3",
+                "qwen",
+                "hqq",
+                "mlx",
+                "4-bit",
+                "4 bit",
+                "flux2",
+                "flux 2",
+                "klein",
+                "low vram",
+                essential=True,
+            ),
         )
 
     @classmethod

@@ -35,6 +35,17 @@ class MeasureBitLinear(io.ComfyNode):
                 io.Image.Output("plot", tooltip="The errors of every packed layer as a picture."),
                 io.Latent.Output(tooltip="What the packed model drew meanwhile."),
             ],
+            **inputs.found_as(
+                "measure",
+                "compare models",
+                "error",
+                "quality",
+                "sqnr",
+                "quantize",
+                "quantization",
+                "bitlinear",
+                "bit linear",
+            ),
         )
 
     @classmethod

@@ -29,6 +29,7 @@ class BonsaiModelInfo(io.ComfyNode):
                 ),
             ],
             is_output_node=True,
+            **inputs.found_as("model info", "inspect", "memory", "vram", "size", "backend", "quantization"),
         )
 
     @classmethod

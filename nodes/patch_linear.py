@@ -85,6 +85,19 @@ class PatchToBitLinear(io.ComfyNode):
                 io.String.Output("csv", tooltip="The same as a table for a spreadsheet."),
                 io.Image.Output("plot", tooltip="The error of every packed layer as a picture."),
             ],
+            **inputs.found_as(
+                "quantize",
+                "quantization",
+                "quantizer",
+                "bitlinear",
+                "bit linear",
+                "compress",
+                "4-bit",
+                "4 bit",
+                "8-bit",
+                "gguf",
+                "low vram",
+            ),
         )
 
     @classmethod

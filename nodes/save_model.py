@@ -46,6 +46,9 @@ class SaveBonsaiModel(io.ComfyNode):
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
+            **inputs.found_as(
+                "save model", "save diffusion model", "save checkpoint", "export", "merge lora", "bake lora", "quantize"
+            ),
         )
 
     @classmethod

@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,12 @@ def needed(name: str) -> Any:
         return find(name)
     except LookupError:
         raise MissingNameError([Gap(name, _need_of(name))]) from None
+
+
+def taken(function: Callable, **keywords: Any) -> dict[str, Any]:
+    """Those of the keyword arguments that a function or class takes; older versions lack the others."""
+    absent = _not_taken(function, list(keywords))
+    return {name: value for name, value in keywords.items() if name not in absent}
 
 
 def _need_of(name: str) -> Need:

@@ -113,3 +113,13 @@ def test_the_cure_fits_the_version(here: str, cure: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(comfyui, "version", lambda: here)
     error = comfyui.MissingNameError([comfyui.Gap("comfy.nowhere", Need("host/x.py", "comfy.nowhere", "to fly"))])
     assert str(error).startswith(f"Bonsai: ComfyUI {here} has no comfy.nowhere, which host/x.py needs to fly. {cure}")
+
+
+def test_what_an_older_function_does_not_take_is_not_passed() -> None:
+    def older(node_id: str, inputs: object = None) -> None: ...
+
+    def newer(node_id: str, **fields: object) -> None: ...
+
+    given = {"search_aliases": ["bonsai"], "inputs": []}
+    assert comfyui.taken(older, **given) == {"inputs": []}
+    assert comfyui.taken(newer, **given) == given

@@ -328,6 +328,39 @@ def test_patch_workflow_saves_and_reports(
     assert [weight.rank for weight in weights] == [32] * layers and {weight.scheme for weight in weights} == {"ternary"}
 
 
+# What a search finds
+
+SEARCHED = {
+    "LoadBonsaiModel": ("1 bit", "gguf", "flux2", "klein", "load diffusion model", "low vram"),
+    "LoadBonsaiPack": ("flux2", "klein", "load checkpoint", "low vram"),
+    "LoadBonsaiTextEncoder": ("qwen3", "load clip", "klein", "low vram"),
+    "BonsaiSampler": ("ksampler", "flux2", "klein"),
+    "SaveBonsaiModel": ("save model", "quantize"),
+    "BonsaiModelInfo": ("vram", "model info"),
+    "PatchToBitLinear": ("quantize", "bitlinear", "bitnet", "low vram"),
+    "CalibrateBitLinear": ("calibration", "quantize", "bitlinear"),
+    "MeasureBitLinear": ("quality", "quantize", "bitlinear"),
+}
+"""{node: what people type who look for such a node}."""
+FOR_ALL = ("bonsai", "prism", "1-bit", "1 bit", "ternary")
+FIRST_NEEDED = ("LoadBonsaiModel", "LoadBonsaiPack", "LoadBonsaiTextEncoder", "BonsaiSampler")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_search_finds_each_node(name: str, every_comfy_server: ComfyServer) -> None:
+    node = nodes_of(every_comfy_server)[name]
+    assert {*FOR_ALL, *SEARCHED[name]} <= {*node["search_aliases"]}
+    assert len({*node["search_aliases"]}) == len(node["search_aliases"])
+    assert node.get("essentials_category") == ("Image Generation" if name in FIRST_NEEDED else None)
+
+
+def test_what_a_newcomer_need_not_choose_is_folded_away(every_comfy_server: ComfyServer) -> None:
+    for name in ("LoadBonsaiModel", "LoadBonsaiPack"):
+        inputs = inputs_of(nodes_of(every_comfy_server)[name])
+        folded = [key for key, spec in inputs.items() if options_of(spec).get("advanced")]
+        assert folded == ["compute_dtype", "memory", "mode", "layout"]
+
+
 # What the template browser shows
 
 

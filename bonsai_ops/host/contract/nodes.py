@@ -13,6 +13,8 @@ NEEDS = (
         "to describe a node",
         takes="node_id display_name category description inputs outputs hidden is_output_node",
     ),
+    Need("nodes", f"{IO}.Schema", "to be found", takes="search_aliases essentials_category", costs=""),
+    Need("nodes", f"{IO}.Combo.Input", "to be folded away", takes="advanced", costs=""),
     Need("nodes", f"{IO}.NodeOutput", "to return results", takes="ui"),
     Need("nodes", IO, "to describe inputs", "Model.Input Conditioning.Input Latent.Input", takes="tooltip"),
     Need("nodes", f"{IO}.Combo.Input", "to offer choices", takes="options default tooltip optional"),
