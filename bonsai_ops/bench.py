@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the chosen benchmarks (layers and step if none is chosen); returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(given)
-    relaunch_if_needed("bonsai_ops.bench", given)
+    relaunch_if_needed("bonsai_ops.bench", given, arguments.yes)
     chosen = table.chosen(arguments)
     if alone := next((benchmark for benchmark in chosen if benchmark.alone), None):
         return alone.measure(table.Run(arguments, arguments.work or Path()))
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     how.add_argument("--threads", type=int, help="threads torch computes with")
     how.add_argument("--work", type=Path, help="folder for the synthetic packs (13 GB); default: a temporary one")
+    how.add_argument("--yes", action="store_true", help="download what this Python lacks without asking")
     how.add_argument("--comfyui", type=Path, help="use this ComfyUI folder and its Python")
     table.add_arguments(parser)
     return parser

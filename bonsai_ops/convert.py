@@ -23,8 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="pack file or folder")
     parser.add_argument("target", type=Path, help="new .safetensors file (or a folder to put it in)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file that is not the source")
+    parser.add_argument("--yes", action="store_true", help="download what this Python lacks without asking")
     arguments = parser.parse_args(argv)
-    relaunch_if_needed("bonsai_ops.convert", sys.argv[1:] if argv is None else argv)
+    if not arguments.source.exists():
+        print(f"{arguments.source} does not exist. Give the path of a pack's file or folder.", file=sys.stderr)
+        return 1
+    relaunch_if_needed("bonsai_ops.convert", sys.argv[1:] if argv is None else argv, arguments.yes)
     started = time.perf_counter()
     try:
         target = _convert(arguments.source, arguments.target, arguments.overwrite)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from bonsai_ops.tools.environment import COMFYUI_VERSIONS, PLUGIN, clean_environment, ensure_or_exit, home, run_attached
 
+SIZES = f"""The environment lies in {home()}, or where BONSAI_HOME says: about 7 GB, prepared once in some minutes.
+pytest's own options: python -m pytest --help in that environment."""
 MOST_WORKERS = 4
 """Each may hold a few GB: ComfyUI servers and packs."""
 ONE_PROCESS = ("-n", "--numprocesses", "--pdb", "--trace", "--co")
@@ -20,6 +22,9 @@ ONE_PROCESS = ("-n", "--numprocesses", "--pdb", "--trace", "--co")
 
 def main(argv: Sequence[str]) -> int:
     """Prepare the environment, run pytest with the arguments and return its exit code."""
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: python -m tests [pytest arguments]\n\n{__doc__}\n{SIZES}")
+        return 0
     environment = ensure_or_exit(tests=True, versions=COMFYUI_VERSIONS)
     whole = all(argument.startswith("-") and not argument.startswith(ONE_PROCESS) for argument in argv)
     processors = os.cpu_count() or 1

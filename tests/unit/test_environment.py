@@ -267,8 +267,65 @@ class TestRelaunch:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(prepare, "ensure", lambda *arguments: ready)
         with pytest.raises(SystemExit) as stop:
-            environment.relaunch_if_needed("bonsai_ops.tools.environment", ["--no-such-option"])
+            environment.relaunch_if_needed("bonsai_ops.tools.environment", ["--no-such-option"], yes=True)
         assert stop.value.code == 2
+
+    @pytest.mark.parametrize(
+        ("answer", "agreed"), [("y", True), (" Yes ", True), ("", False), ("no", False), (None, False)]
+    )
+    def test_gigabytes_are_asked_for(
+        self,
+        answer: str | None,
+        agreed: bool,
+        home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """None: nobody can be asked. What it costs and the other way are told before; nothing is made without a yes."""
+        prepared = []
+
+        def ensure(*arguments: object) -> environment.Environment:
+            prepared.append(arguments)
+            return environment.Environment(Path(sys.executable), home)
+
+        monkeypatch.delenv("BONSAI_RELAUNCHED", raising=False)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(prepare, "ensure", ensure)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{answer}\n"))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: answer is not None, raising=False)
+        with pytest.raises(SystemExit) as stop:
+            environment.relaunch_if_needed("bonsai_ops.tools.environment", ["--no-such-option"])
+        assert bool(prepared) is agreed
+        if not agreed:
+            assert "Nothing was downloaded" in stop.value.code and not home.exists()
+            assert ("--yes" in stop.value.code) is (answer is None)
+        said = capsys.readouterr().err
+        assert "3 GB" in said and "7 GB" in said and "Python that runs your ComfyUI" in said
+
+    @pytest.mark.parametrize(
+        "module",
+        [
+            "bonsai_ops.convert",
+            "bonsai_ops.demo",
+            "bonsai_ops.bench",
+            "bonsai_ops.tools.environment",
+            "tests",
+            "tests.guards",
+            "tests.hosts",
+            "training",
+        ],
+    )
+    def test_help_prepares_nothing(self, module: str, home: Path) -> None:
+        """With a Python that has the standard library alone."""
+        done = subprocess.run(
+            [sys.executable, "-S", "-m", module, "--help"],
+            capture_output=True,
+            encoding="utf-8",
+            cwd=environment.PLUGIN,
+            timeout=20,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"usage: python -m {module} ") and not home.exists()
 
     @pytest.mark.parametrize(
         ("error", "code"), [(environment.SetupError("no disk"), "no disk"), (KeyboardInterrupt(), 130)]

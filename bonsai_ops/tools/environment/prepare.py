@@ -36,6 +36,7 @@ from .processes import clean_environment, run_attached, say
 from .steps import Step, folder_step, perform, pip_step, venv_step
 
 MINIMUM_PYTHON = (3, 10)
+COSTS = "downloads about 3 GB from the Python package index, takes 7 GB of disk and some minutes"
 _RELAUNCHED = "BONSAI_RELAUNCHED"
 
 
@@ -59,7 +60,7 @@ def ensure(tests: bool = False, comfyui: Path | None = None, versions: Sequence[
         if all(step.is_done() for step in steps):
             return environment
         with hold_lock(home() / "lock"):
-            say(f"Preparing {environment_path()}")
+            say(f"Preparing {environment_path()}: {COSTS}")
             _mention_old_environments()
             for number, step in enumerate(steps, start=1):
                 perform(step, f"[{number}/{len(steps)}] {step.title}")
@@ -84,21 +85,38 @@ def ensure_or_exit(
         raise SystemExit(130) from None
 
 
-def relaunch_if_needed(module: str, argv: Sequence[str], tests: bool = False) -> None:
+def relaunch_if_needed(module: str, argv: Sequence[str], yes: bool = False) -> None:
     """Return if this Python has what the package imports; else run `module` with `argv` in the private environment.
 
     In that case the function ends with SystemExit and the exit code of that run. It is meant as the first line of a
-    command-line entry: `relaunch_if_needed("bonsai_ops.convert", sys.argv[1:])`.
+    command-line entry: `relaunch_if_needed("bonsai_ops.convert", sys.argv[1:])`. Where the environment is not there
+    yet, it says what that costs and asks, unless `yes`.
     """
     missing = [name for name in ("torch", "numpy", "safetensors") if importlib.util.find_spec(name) is None]
     if not missing:
         return
     if os.environ.get(_RELAUNCHED):
         raise SystemExit(f"{sys.executable} lacks {', '.join(missing)}: delete {environment_path()} and run again.")
-    say(f"This Python has no {', '.join(missing)}: using the private environment in {home()}.")
-    environment = ensure_or_exit(tests=tests)
+    say(f"This Python ({sys.executable}) has no {', '.join(missing)}: using the private environment in {home()}.")
+    if not yes and not all(step.is_done() for step in _steps(False, (NEWEST,))):
+        _ask(module)
+    environment = ensure_or_exit()
     variables = clean_environment({_RELAUNCHED: "1", "PYTHONPATH": str(PLUGIN)})
     raise SystemExit(run_attached([str(environment.python), "-m", module, *argv], env=variables))
+
+
+def _ask(module: str) -> None:
+    """Returns if the user agrees to prepare the environment; else ends with SystemExit."""
+    say(f"It is not there yet, or not complete. Preparing it {COSTS}.")
+    say(f"The Python that runs your ComfyUI has it already: PATH/TO/ITS/python -m {module} .. downloads nothing.")
+    if not sys.stdin.isatty():
+        raise SystemExit("Nothing was downloaded: say --yes to prepare the environment without being asked.")
+    try:
+        answer = input("Prepare it now? [y/N] ")
+    except (EOFError, KeyboardInterrupt):
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise SystemExit("Nothing was downloaded.")
 
 
 def _steps(tests: bool, versions: Sequence[str]) -> list[Step]:
