@@ -35,6 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     except (PackError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        from .weights.device_errors import is_the_devices  # torch is there only after the relaunch
+
+        if not is_the_devices(error):
+            raise
+        print(f"\n{arguments.source}: memory ran out. Close other programs and convert again.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nCancelled; nothing was written.", file=sys.stderr)
         return 130

@@ -14,7 +14,7 @@ import comfy.sd
 import torch
 
 from .. import kernels
-from ..weights.errors import PackError
+from ..weights.errors import PackError, shown
 from ..weights.formats import Pack
 from ..weights.packed_weight import DENSITIES, PackedWeight
 from ..weights.read import open_text_encoder, open_transformer, read_weights
@@ -91,7 +91,7 @@ def load_bonsai_model(
         logger.info(
             "Bonsai: %s is a checkpoint; its transformer is loaded, what else is in it (%s) is not",
             pack.path,
-            ", ".join(pack.beside),
+            shown(", ".join(pack.beside)),
         )
     weights = read_weights(pack, progress, settings.layout)
     count = sum(w.shape[0] * w.shape[1] if isinstance(w, PackedWeight) else w.numel() for w in weights.values())

@@ -53,15 +53,15 @@ def empty_model(config: BASE, model_type: ModelType | None, names: Mapping[str, 
     config.custom_operations = make_bonsai_ops()
     try:
         model = config.get_model(dict(names), "")
-    except (AttributeError, TypeError, KeyError, RuntimeError) as error:
+        if model_type is not None and model.model_type != model_type:
+            model.model_type = model_type
+            model.model_sampling = comfy.model_base.model_sampling(config, model_type)
+    except Exception as error:  # whatever a class makes of a configuration that is not its own
         if is_the_devices(error):
             raise
         raise ValueError(
             f"ComfyUI's class for {type(config).__name__} cannot be built with packed layers: {error}"
         ) from error
-    if model_type is not None and model.model_type != model_type:
-        model.model_type = model_type
-        model.model_sampling = comfy.model_base.model_sampling(config, model_type)
     return model
 
 
@@ -149,7 +149,10 @@ def _plain(value: Any) -> Any:
 
 def _typed(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(_DTYPE):
-        return getattr(torch, value.removeprefix(_DTYPE))
+        dtype = getattr(torch, value.removeprefix(_DTYPE), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value} is no dtype")
+        return dtype
     if isinstance(value, list):
         return [_typed(v) for v in value]
     if isinstance(value, dict):

@@ -19,6 +19,7 @@ import torch
 
 from ..kernels import is_the_devices
 from ..weights.errors import PackError
+from ..weights.files import is_file
 from ..weights.finite import NOT_FINITE, is_finite
 from ..weights.formats.entries import DOWNLOAD_AGAIN
 from ..weights.formats.safetensors_file import SafetensorsFile
@@ -38,6 +39,9 @@ TINY_RATIO = 8
 """Pixels a side of a latent position of that family."""
 STOCK = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 32, "layers_per_block": 2}
 """Sizes that ComfyUI assumes when it recognises a FLUX.2 VAE, as config.json has them."""
+MAX_LATENT = 512
+"""Channels of a latent."""
+KERNEL = 3
 FIRST_CONVOLUTION = r"encoder\.down(?:_blocks)?\.(\d{1,3})\.(?:resnets|block)\.(\d{1,3})\.conv1\.weight"
 """Tensor [width, ..] of each layer of each block."""
 
@@ -47,24 +51,21 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     path = find_vae(folder)
     file = SafetensorsFile(path, maps_files())
     logger.info("Bonsai VAE: %s, %s", path, release_of(path, file.census()))
-    for name in file.tensors:
-        if not is_finite(file.get(name)):
-            raise file.error(NOT_FINITE, DOWNLOAD_AGAIN, name)
     if TINY_KEY in file.tensors:
         return _load_tiny(file)
     for key in ("bn.running_mean", "decoder.conv_in.weight"):
         if key not in file.tensors:
             raise PackError(path, "is missing", "Expected the FLUX.2 VAE as it was published.", key)
     config = _config(folder, file)
+    tensors = {name: _finite(file, name) for name in file.tensors}
     try:
-        vae = comfy.sd.VAE(sd={name: file.get(name) for name in file.tensors}, config=config)
-    except (RuntimeError, ValueError) as error:  # torch: a tensor does not fit its module, or widths make none
+        vae = comfy.sd.VAE(sd=tensors, config=config)
+    except Exception as error:  # a tensor does not fit its module, or sizes make none
         if is_the_devices(error):
             raise
-        told = (folder / VAE_CONFIG).is_file()
-        sizes = "the published sizes" if config is None else f"the sizes in {VAE_CONFIG}" if told else "one another"
-        raise PackError(
-            path, f"has tensors that do not fit {sizes}", f"Download the folder {path.parent} again."
+        told = is_file(folder / VAE_CONFIG)
+        raise _misfit(
+            path, "the published sizes" if config is None else f"the sizes in {VAE_CONFIG}" if told else "one another"
         ) from error
     if vae.first_stage_model is None:
         raise PackError(path, "was read, but this ComfyUI does not recognise it as a VAE", "Update ComfyUI.")
@@ -74,11 +75,23 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     return vae
 
 
+def _misfit(path: Path, sizes: str) -> PackError:
+    return PackError(path, f"has tensors that do not fit {sizes}", f"Download the folder {path.parent} again.")
+
+
+def _finite(file: SafetensorsFile, name: str) -> torch.Tensor:
+    """A tensor of the file. Raises PackError for NaN and infinity."""
+    tensor = file.get(name)
+    if not is_finite(tensor):
+        raise file.error(NOT_FINITE, DOWNLOAD_AGAIN, name)
+    return tensor
+
+
 def _load_tiny(file: SafetensorsFile) -> comfy.sd.VAE:
     """A VAE of the TAESD family, filled up with zeros to the size of ComfyUI's class."""
     cure = "Download the file again, or choose a pack whose VAE has ComfyUI's TAESD layout."
     shape, dtype = file.tensors[TINY_KEY]
-    if len(shape) != 4 or not shape[1] or not dtype.is_floating_point:
+    if len(shape) != 4 or not 0 < shape[1] <= MAX_LATENT or not dtype.is_floating_point:
         raise PackError(file.path, f"is {dtype} {list(shape)}, expected floats [width, latent, 3, 3]", cure, TINY_KEY)
     tiny = comfyui.needed("comfy.taesd.taesd.TAESD")
     filled = dict(tiny(latent_channels=shape[1]).state_dict())
@@ -91,7 +104,7 @@ def _load_tiny(file: SafetensorsFile) -> comfy.sd.VAE:
         room = filled[name].shape
         if len(own) != len(room) or any(n > m for n, m in zip(own, room, strict=True)):
             raise PackError(file.path, f"is {list(own)}, expected at most {list(room)}", cure, name)
-        filled[name][tuple(slice(n) for n in own)] = file.get(name)
+        filled[name][tuple(slice(n) for n in own)] = _finite(file, name)
     whole = {name.partition(".conv.")[0] for name in file.tensors if ".conv." in name}
     for name, tensor in filled.items():
         block, inside, _ = name.partition(".conv.")
@@ -120,7 +133,8 @@ def _config(folder: Path, file: SafetensorsFile) -> dict | None:
     What config.json does not tell, or all of it where there is none, is measured on the tensors.
     """
     sizes, path = _measured(file), file.path
-    if (folder / VAE_CONFIG).is_file():
+    measured = dict(sizes)
+    if is_file(folder / VAE_CONFIG):
         path = folder / VAE_CONFIG
         config = read_json(path)
         if not isinstance(config, dict):
@@ -143,9 +157,23 @@ def _config(folder: Path, file: SafetensorsFile) -> dict | None:
     for key, value in (("latent_channels", latent), ("layers_per_block", layers)):
         if not is_count(value):
             raise PackError(path, f"is {str(value)[:80]}", "Expected a positive whole number. Download it again.", key)
+    if sizes != measured:
+        raise _misfit(file.path, f"the sizes in {VAE_CONFIG}")
     if sizes == STOCK:
         return None
+    _require_whole(file, latent)
     return _description(widths, latent, layers)
+
+
+def _require_whole(file: SafetensorsFile, latent: int) -> None:
+    """Raises PackError for widths that single tensors claim: ComfyUI makes whole layers of them before it compares."""
+    fits = latent <= MAX_LATENT
+    for name, (shape, _) in file.tensors.items():
+        if re.fullmatch(FIRST_CONVOLUTION, name):
+            second, _ = file.tensors.get(name.replace("conv1", "conv2"), ((), None))
+            fits = fits and len(shape) == 4 and tuple(second) == (shape[0], shape[0], KERNEL, KERNEL)
+    if not fits:
+        raise _misfit(file.path, "one another")
 
 
 def _measured(file: SafetensorsFile) -> dict[str, Any]:

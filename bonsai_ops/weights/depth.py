@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import PackError
+from .files import is_file
 from .flux2 import Geometry
 from .formats.entries import DOWNLOAD_AGAIN, Pack
 from .json_file import is_count, read_json
@@ -45,7 +46,7 @@ def told_layers(path: Path, hidden: int, held: int) -> int | None:
     to another model, of which many lie in one folder. Raises PackError.
     """
     config = path.parent / CONFIG
-    content = read_json(config) if config.is_file() else None
+    content = read_json(config) if is_file(config) else None
     if not isinstance(content, dict) or content.get("hidden_size", hidden) != hidden:
         return None
     layers = content.get("num_hidden_layers")
@@ -70,7 +71,7 @@ def _told_by_file(pack: Pack, found: tuple[int, int]) -> tuple[tuple[int, int], 
 def _told_beside(path: Path, geometry: Geometry) -> tuple[tuple[int, int], str, str] | None:
     """What the config.json of the file's folder, or of the release's `transformer`, says of a model of this width."""
     for config in (path.parent / CONFIG, path.parent.parent / "transformer" / CONFIG):
-        content = read_json(config) if config.is_file() else None
+        content = read_json(config) if is_file(config) else None
         if not isinstance(content, dict):
             continue
         depth = (content.get("num_layers"), content.get("num_single_layers"))

@@ -1,15 +1,38 @@
-"""The one error a user sees for a file that cannot be used."""
+"""The one error a user sees for a file that cannot be used; the one place where text from a file is made fit to show.
+
+Names, texts and numbers of a file go into messages, logs and the page: whoever wrote the file must not write there.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+KEY_LENGTH, FOUND_LENGTH, CURE_LENGTH = 160, 420, 620
+"""Characters of the parts of a message. What is longer loses its middle."""
+GAP = " .. "
+
+
+def shown(text: str, length: int = KEY_LENGTH) -> str:
+    """Text as one line of at most `length` characters: what cannot be printed is escaped, the middle is left out."""
+    if len(text) > length:
+        text = text[:length] + text[-length:]  # so that no more than that is escaped
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(escaped) <= length:
+        return escaped
+    tail = (length - len(GAP)) // 3
+    return escaped[: length - len(GAP) - tail] + GAP + escaped[len(escaped) - tail :]
+
 
 class PackError(ValueError):
-    """A pack that cannot be used. The message names file, key, what was found, what was expected and the cure."""
+    """A pack that cannot be used. The message names file, key, what was found, what was expected and the cure.
+
+    It is one line whatever is handed in: see `shown`. A path is escaped, not cut.
+    """
 
     def __init__(self, path: Path | str, found: str, cure: str, key: str | None = None) -> None:
-        place = f"{path}: {key}" if key else str(path)
-        super().__init__(f"{place}: {found}. {cure}")
+        place = shown(str(path), max(KEY_LENGTH, 4 * len(str(path)) + len(GAP)))
+        if key:
+            place = f"{place}: {shown(key)}"
+        super().__init__(f"{place}: {shown(found, FOUND_LENGTH)}. {shown(cure, CURE_LENGTH)}")
         self.path = Path(path)
         self.key = key

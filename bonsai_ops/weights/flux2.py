@@ -35,6 +35,8 @@ TIME_CHANNELS = 256
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 MARKER = "double_stream_modulation_img.lin.weight"
 """Only FLUX.2 has it."""
+MAX_BLOCKS = 512
+"""Of either kind; FLUX.2 dev has 8 and 48."""
 SWAPPED = "final_layer.adaLN_modulation.1.weight"
 AS_PUBLISHED = "Use the file as it was published."
 
@@ -239,6 +241,9 @@ def measure(path: Path, entries: Mapping[str, Entry], diffusers: bool = False) -
     hidden, in_channels = entries[image].shape
     if hidden % HEAD_DIM or not hidden:
         raise entries[image].error(f"has {hidden} rows", f"Expected a multiple of {HEAD_DIM}, the head size of FLUX.2.")
+    for name, count in ((prefix, _blocks(entries, prefix)) for prefix in (double, single)):
+        if count > MAX_BLOCKS:
+            raise PackError(path, f"has {count} blocks", f"Expected at most {MAX_BLOCKS}. {AS_PUBLISHED}", name)
     embedder = "time_guidance_embed.guidance_embedder." if diffusers else "guidance_in."
     return Geometry(
         hidden,

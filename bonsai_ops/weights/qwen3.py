@@ -91,6 +91,9 @@ def measure(path: Path, entries: Mapping[str, Entry], layers: int = LAYERS) -> t
                 f"is not a Qwen3 text encoder: it has {sample} and no {name}",
                 'Give the text encoder of a Bonsai pack; its transformer goes into "Load Bonsai Model".',
             )
+        dimensions = 1 if name.endswith("_norm.weight") else 2
+        if len(entries[name].shape) != dimensions:
+            raise entries[name].wrong_shape(f"Expected {dimensions} dimensions. {AS_PUBLISHED}")
     vocabulary, hidden = entries[f"{PREFIX}embed_tokens.weight"].shape
     config = {
         "vocab_size": vocabulary,

@@ -12,6 +12,7 @@ import torch
 
 from . import flux2, qwen3
 from .depth import require_depth, told_layers
+from .device_errors import is_the_devices
 from .errors import PackError
 from .finite import NOT_FINITE, is_finite
 from .formats import DenseTensor, Entry, Pack, dense, native, open_pack
@@ -108,7 +109,7 @@ def read_weights(
     done = 0
     weights: dict[str, PackedWeight | torch.Tensor] = {}
     for name, entry in pack.entries.items():
-        weight = entry.weight()
+        weight = _weight(entry)
         if must_be_finite(name, pack.architecture):
             _require_finite(entry, weight)
         weights[name] = _at_density(entry, weight, density) if isinstance(weight, PackedWeight) else _aligned(weight)
@@ -116,6 +117,17 @@ def read_weights(
             done += _matrix_size(entry)
             progress(done, total)
     return weights
+
+
+def _weight(entry: Entry) -> PackedWeight | torch.Tensor:
+    try:
+        return entry.weight()
+    except PackError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_the_devices(error):
+            raise
+        raise entry.error(f"cannot be unpacked ({error})", DOWNLOAD_AGAIN) from error
 
 
 def must_be_finite(name: str, architecture: str) -> bool:

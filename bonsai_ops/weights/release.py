@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .errors import PackError
+from .files import is_file, is_folder
 from .formats import formats_of
 from .json_file import read_json
 
@@ -41,13 +42,11 @@ def find_transformer(path: Path) -> Path:
 
     Raises PackError if there is none.
     """
-    if path.is_file():
+    if not is_folder(path):
         return path
-    if not path.is_dir():
-        raise PackError(path, "does not exist", "Put the pack under models/bonsai and refresh the page.")
     found = [file for place in _with_own_folder("transformer") if (file := _file_or_shard(path / place)) is not None]
     if not found:
-        natives = [file for file in _files(path, "*") if file.suffix.lower() == ".safetensors" and file.is_file()]
+        natives = [file for file in _files(path, "*") if file.suffix.lower() == ".safetensors" and is_file(file)]
         if len(natives) == 1:
             return natives[0]
         raise PackError(
@@ -71,7 +70,7 @@ def holds_transformer(folder: Path) -> bool:
 
 def _file_or_shard(file: Path) -> Path | None:
     """A file, or the first part of it that is there; None without both."""
-    if file.is_file():
+    if is_file(file):
         return file
     parts = (part for part in _files(file.parent, f"{file.stem}-*{file.suffix}") if SHARD.fullmatch(part.name))
     return next(parts, None)
@@ -85,12 +84,12 @@ def shards_of(file: Path) -> list[Path]:
     if named is None:
         return [file]
     index = file.with_name(f"{named['stem']}{named['suffix']}{INDEX}")
-    if index.is_file():
+    if is_file(index):
         parts = _indexed(index)
         return parts if file in parts else [file]
     count = int(named["count"])
     parts = [file.with_name(f"{named['stem']}-{i:05d}-of-{count:05d}{named['suffix']}") for i in range(1, count + 1)]
-    gone = next((part for part in parts if not part.is_file()), None)
+    gone = next((part for part in parts if not is_file(part)), None)
     if gone is not None:
         raise PackError(
             file, f"is one of {count} parts, and {gone.name} is not beside it", "Download the whole folder again."
@@ -103,12 +102,12 @@ def find_text_encoder(path: Path) -> list[Path]:
 
     The parts are those of the index beside them, without one all that are called so. Raises PackError if there is none.
     """
-    if path.is_file():
+    if not is_folder(path):
         return [path]
     for place in map(PurePosixPath, _with_own_folder("text_encoder")):
-        if (path / place).is_file():
+        if is_file(path / place):
             return [path / place]
-        if (index := path / f"{place}{INDEX}").is_file():
+        if is_file(index := path / f"{place}{INDEX}"):
             return _indexed(index)
         if parts := _files(path / place.parent, f"{place.stem}*{place.suffix}"):
             return parts
@@ -129,7 +128,7 @@ def _indexed(index: Path) -> list[Path]:
     for tensor, name in files.items():
         if not isinstance(name, str) or not name or PureWindowsPath(name).name != name:
             raise PackError(index, f"lies in {str(name)[:80]!r}", f"Expected a file beside the index. {cure}", tensor)
-        if not (index.parent / name).is_file():
+        if not is_file(index.parent / name):
             raise PackError(index, f"lies in {name[:80]}, which is not there", cure, tensor)
     return [index.parent / name for name in sorted(set(files.values()))]
 
@@ -137,7 +136,7 @@ def _indexed(index: Path) -> list[Path]:
 def find_vae(folder: Path) -> Path:
     """The VAE file of a pack folder. Raises PackError if there is none."""
     path = folder / VAE
-    if not path.is_file():
+    if not is_file(path):
         raise PackError(folder, f"holds no {VAE}", "Download the whole repository into this folder.")
     return path
 

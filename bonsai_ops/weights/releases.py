@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from .errors import shown
+
 UNKNOWN = "unknown file"
 HASH_BYTES = 16 << 20
 CHEAP_BYTES = 256 << 20
@@ -152,7 +154,10 @@ def release_of(path: Path, census: Census, source: Mapping[str, str] | None = No
 
     census: of the opened file. source: of a native file, its record of what it was made from.
     """
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except OSError:  # it was taken away after it was opened
+        size = -1
     for release in RELEASES:
         if not release.fits(size, census):
             continue
@@ -168,7 +173,7 @@ def _made_from(source: Mapping[str, str]) -> str | None:
     if "patched" in source:
         return "made by Patch to BitLinear"
     name = HASHED.get(str(source.get("sha256")), source.get("file"))
-    return f"made from {str(name)[:80]}" if name else None
+    return f"made from {shown(str(name), 80)}" if name else None
 
 
 def sha256_of(path: Path) -> str:

@@ -16,13 +16,14 @@ its tensors and in the JSON beside it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import PackError
+from .errors import PackError, shown
+from .files import is_file
+from .json_file import MAX_VALUES, parse_json, read_small, values_in
 
 if TYPE_CHECKING:
     from .formats.file import PackFile
@@ -101,12 +102,12 @@ def _rotated(path: Path, mark: str, cure: str) -> PackError:
 def _beside(path: Path, folders: Collection[str]) -> Iterator[Path]:
     """The JSON files that may describe a file of weights."""
     names = (*CONFIGS, f"{path.stem}.json", f"{path.name}.json")
-    yield from (path.parent / name for name in names if (path.parent / name).is_file())
+    yield from (path.parent / name for name in names if is_file(path.parent / name))
     patterns = (INDEX, *OF_A_PACK) if path.parent.name in folders else (INDEX,)
     yield from (config for pattern in patterns for config in sorted(path.parent.glob(pattern)))
     if path.parent.name in folders:
         yield from (config for pattern in OF_A_PACK for config in sorted(path.parents[1].glob(pattern)))
-        yield from (path.parents[1] / name for name in CONFIGS if (path.parents[1] / name).is_file())
+        yield from (path.parents[1] / name for name in CONFIGS if is_file(path.parents[1] / name))
 
 
 def _mark_in_names(names: Collection[str], recorded: bool) -> str | None:
@@ -126,10 +127,13 @@ def _mark_in_names(names: Collection[str], recorded: bool) -> str | None:
 
 def _mark_in_metadata(said: Mapping[str, Any], recorded: bool) -> str | None:
     """The first entry of a file's metadata that says so; texts may be JSON again."""
+    left = MAX_VALUES
     for key, value in said.items():
         if key in FOREIGN or key.startswith(TRAINING):
             continue
-        value = _parsed(value)
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+            left -= values_in(value)
+            value = _parsed(value) if left >= 0 else _KIND.findall(value.lower())
         if key == RECORD and isinstance(value, Mapping):
             value = {name: part for name, part in value.items() if name not in NOT_OURS}
         mark = _mark_in({key: value}, "", soft=not recorded)
@@ -140,13 +144,17 @@ def _mark_in_metadata(said: Mapping[str, Any], recorded: bool) -> str | None:
 
 def _mark_in_json(config: Path) -> str | None:
     """The first entry of a JSON file that says so; in a damaged one any word that does."""
-    try:
-        raw = config.read_bytes()
-    except OSError:  # another user's: what must be read of it, its reader says
+    if not is_file(config):  # a pipe of that name would wait for ever
         return None
     try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
+        raw = read_small(config)
+    except PackError as error:
+        if isinstance(error.__cause__, OSError):  # another user's: what must be read of it, its reader says
+            return None
+        raise
+    try:
+        content = parse_json(raw)
+    except ValueError:
         found = _KIND.search(raw.decode("utf-8", "ignore").lower())
         return found and found[0]
     return _mark_in(content, "")
@@ -161,7 +169,7 @@ def _mark_in(tree: Any, place: str, soft: bool = True, depth: int = 0) -> str | 
     if isinstance(tree, Mapping):
         pairs: Iterable[tuple[str, Any]] = ((str(key), value) for key, value in tree.items())
     elif isinstance(tree, (list, tuple)):
-        pairs = ((value if isinstance(value, str) and _LISTED.fullmatch(value) else "", value) for value in tree)
+        pairs = ((value if _is_listed(value) else "", value) for value in tree)
     else:
         return None
     for key, value in pairs:
@@ -172,6 +180,10 @@ def _mark_in(tree: Any, place: str, soft: bool = True, depth: int = 0) -> str | 
         if mark is not None:
             return mark
     return None
+
+
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT and _LISTED.fullmatch(value) is not None
 
 
 def _is_mark(key: str, soft: bool) -> bool:
@@ -197,14 +209,12 @@ def _says_no(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (int, float)) and value == 0)
 
 
-def _parsed(value: Any) -> Any:
-    """What a text holds that is JSON, else the value itself."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+def _parsed(text: str) -> Any:
+    """What a text holds that is JSON, else the text itself."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
 
 
 def _snake(text: str) -> str:
@@ -214,4 +224,4 @@ def _snake(text: str) -> str:
 
 def _shown(text: str) -> str:
     """A name for a message: one line, not long."""
-    return " ".join(text.split())[:80]
+    return shown(" ".join(text[:MAX_TEXT].split()), 80)

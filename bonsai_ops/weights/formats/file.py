@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import PackError
+from ..files import file_size
 from ..releases import Census
+
+MAX_SAID = 4096
+"""What it may say of itself beside them, one by one."""
+MAX_TENSORS = 20_000
+"""What a file may hold; the text encoder of the MLX releases has 904."""
 
 
 class PackFile:
     """An opened file. Subclasses read the header in `__init__`, raise PackError for a damaged one and map the rest.
+
+    What is no file, or may not be read, is refused before it is opened. size: its bytes, which no header may exceed.
 
     mapped: tensors may be of the file's own pages; else each is a copy, and nothing of the file is needed afterwards.
     """
@@ -19,7 +27,7 @@ class PackFile:
     SUFFIXES: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, path: Path, mapped: bool = True) -> None:
-        self.path, self.mapped = path, mapped
+        self.path, self.mapped, self.size = path, mapped, file_size(path)
 
     def names(self) -> Collection[str]:
         """The names of its tensors, those of nested tables with dots between."""
@@ -28,6 +36,16 @@ class PackFile:
     def said(self) -> Mapping[str, Any]:
         """What it says of itself beside tensors: {name: plain value}."""
         return {}
+
+    def require_few(self, tensors: int) -> None:
+        """Raises PackError for more tensors than a model has."""
+        if tensors > MAX_TENSORS:
+            raise self.error(f"has {tensors} tensors", f"Expected a model, which has at most {MAX_TENSORS}.")
+
+    def require_few_words(self, entries: int) -> None:
+        """Raises PackError for more metadata than a model has."""
+        if entries > MAX_SAID:
+            raise self.error(f"has {entries} entries of metadata", f"Expected at most {MAX_SAID}.")
 
     def error(self, found: str, cure: str, key: str | None = None) -> PackError:
         """The error to raise for this file, or for its tensor `key`."""

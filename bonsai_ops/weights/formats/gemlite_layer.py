@@ -28,6 +28,7 @@ gemlite's packer for CPUs loses half of the codes in words of 64 bits: it shifts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -186,10 +187,10 @@ def _require_dtype(stored: Stored, key: str, dtypes: tuple[torch.dtype, ...]) ->
 
 def _numbers(stored: Stored, key: str, count: int) -> list[int]:
     _require_dtype(stored, key, (torch.int32, torch.int64))
-    values = stored.get(key).flatten().tolist()
-    if len(values) != count:
-        raise stored.error(key, f"has {len(values)} values", f"Expected {count}.")
-    return values
+    found = math.prod(stored.described[key][0])
+    if found != count:
+        raise stored.error(key, f"has {found} values", f"Expected {count}.")
+    return stored.get(key).flatten().tolist()
 
 
 def _require_meaning(layer: Layer) -> None:
@@ -230,11 +231,11 @@ def _require_shapes(layer: Layer) -> None:
     shapes = {"W_q": (columns // told["elements_per_sample"], rows), "scales": table}
     zeros = stored.described[f"{layer.name}.zeros"][0]
     if role:
-        one_number = role == "subtracted" and torch.Size(zeros).numel() == 1
+        one_number = role == "subtracted" and math.prod(zeros) == 1
         if not one_number:
             _require_dtype(stored, f"{layer.name}.zeros", tuple(DTYPES.values()))
             shapes["zeros"] = table
-    elif torch.Size(zeros).numel():
+    elif math.prod(zeros):
         raise stored.error(
             f"{layer.name}.zeros",
             f"has shape {list(zeros)}",
@@ -254,7 +255,7 @@ def _require_idle_meta_scale(stored: Stored, key: str) -> None:
     if key not in stored.described:
         return
     shape, dtype = stored.described[key]
-    if torch.Size(shape).numel() != 1 or dtype not in FLOATS:
+    if math.prod(shape) != 1 or dtype not in FLOATS:
         raise stored.error(key, f"is {dtype} {list(shape)}", "Expected one fp32 number.")
     value = stored.get(key).item()
     if value not in NO_EFFECT:

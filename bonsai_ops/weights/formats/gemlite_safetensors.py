@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..errors import PackError
+from ..files import is_file
 from ..json_file import read_json
 from .entries import Pack
 from .gemlite_layer import DTYPES, Layer, Stored, read_tensors
@@ -48,6 +49,8 @@ DTYPE_NAMES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
+MAX_SKIPPED = 512
+"""Names of modules that are not packed; each is looked for in each layer's."""
 FORMAT = re.compile(r"gemlite-int(\d+)(?:-.+)?-g(\d+)")
 """What `format` says of bits and group size."""
 
@@ -64,7 +67,7 @@ def read(file: SafetensorsFile) -> Pack:
     """Every tensor; packed layers are keyed `<layer>.weight` like dense ones."""
     entries, layers = read_tensors(Stored(file, file.tensors, file.get, AS_PUBLISHED))
     config = file.path.parent / CONFIG
-    content = read_json(config) if config.is_file() else None
+    content = read_json(config) if is_file(config) else None
     settings = content.get(SETTINGS) if isinstance(content, dict) else None
     if settings is not None:
         _require_agreement(config, settings, layers)
@@ -133,6 +136,9 @@ def _require_names(config: Path, settings: Mapping[str, Any], packed: Collection
     for name, value in (("quantized_fqns", [] if named is None else named), ("modules_to_not_convert", skipped)):
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value if v is not None):
             raise _error(config, name, "is no list of names")
+    if len(skipped) > MAX_SKIPPED:
+        raise _error(config, "modules_to_not_convert", f"has {len(skipped)} names, more than {MAX_SKIPPED}")
+    listed = None if named is None else set(named)
 
     def skips(layer: str) -> bool:
         return any(f"{part}." in layer or part == layer for part in skipped if part is not None)
@@ -140,7 +146,7 @@ def _require_names(config: Path, settings: Mapping[str, Any], packed: Collection
     for layer in packed:
         if skips(layer):
             raise _error(config, "modules_to_not_convert", f"names {layer}, which is packed")
-        if named is not None and layer not in named:
+        if listed is not None and layer not in listed:
             raise _error(config, "quantized_fqns", f"does not name {layer}, which is packed")
     for layer in named or ():
         if layer is not None and layer not in packed and not skips(layer):

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -123,8 +124,10 @@ def _entry(file: GgufFile, name: str, info: Info, wide: bool) -> Entry:
     if info.kind in DENSE:
         dtype = DENSE[info.kind]
         size = math.prod(info.shape) * dtype.itemsize
-        piece = file.piece(name, size)
-        return DenseTensor(file.path, name, info.shape, dtype, lambda: piece.view(dtype).view(info.shape))
+        file.require_room(name, size)
+        return DenseTensor(
+            file.path, name, info.shape, dtype, lambda: file.piece(name, size).view(dtype).view(info.shape)
+        )
     block = _EIGHT if info.kind == Q8_0 else BLOCKS.get(PQ2_0 if wide and info.kind == Q2_0 else info.kind)
     if block is None:
         raise _other_type(file, name, info.kind)
@@ -135,23 +138,28 @@ def _entry(file: GgufFile, name: str, info: Info, wide: bool) -> Entry:
             name,
         )
     rows, groups = info.shape[0], info.shape[1] // block.size
-    raw = file.piece(name, rows * groups * block.nbytes).view(rows, groups, block.nbytes)
-    if not _fits(file, info, raw.numel()):
+    size = rows * groups * block.nbytes
+    file.require_room(name, size)
+    if not _fits(file, info, size):
         raise file.error(
             f"is a {block.name} tensor {list(info.shape)} with room for {info.end - info.start} bytes",
-            f"Expected {raw.numel()}, {block.nbytes} for each {block.size} weights: another program's blocks under the "
+            f"Expected {size}, {block.nbytes} for each {block.size} weights: another program's blocks under the "
             f"number {info.kind} are not read. {DOWNLOAD_AGAIN}",
             name,
         )
 
+    @cache  # an unaligned tensor is copied once, when it is loaded
+    def raw() -> torch.Tensor:
+        return file.piece(name, size).view(rows, groups, block.nbytes)
+
     def scale(lo: int, hi: int) -> torch.Tensor:
-        halves = raw[lo:hi, :, block.scale_at : block.scale_at + 2].contiguous()
+        halves = raw()[lo:hi, :, block.scale_at : block.scale_at + 2].contiguous()
         return halves.view(torch.float16).squeeze(-1).float()
 
     if block is _EIGHT:
 
         def load() -> torch.Tensor:
-            return (block.codes(raw.contiguous()).float() * scale(0, rows).unsqueeze(-1)).view(info.shape)
+            return (block.codes(raw().contiguous()).float() * scale(0, rows).unsqueeze(-1)).view(info.shape)
 
         return DenseTensor(file.path, name, info.shape, torch.float32, load)
 
@@ -160,7 +168,7 @@ def _entry(file: GgufFile, name: str, info: Info, wide: bool) -> Entry:
         return (2 * found if block.bits == 1 else found), -found
 
     def read(lo: int, hi: int) -> torch.Tensor:
-        data = raw[lo:hi].contiguous()
+        data = raw()[lo:hi].contiguous()
         if (wrong := _never_written(data, block.runs)) is not None:
             row, byte = wrong
             raise file.error(

@@ -16,12 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..errors import PackError
 from .entries import DOWNLOAD_AGAIN
 from .file import PackFile
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
+MAX_HEADER = 16 << 20
+"""Bytes; a vocabulary of 151,936 tokens with its merges takes 6 MB."""
+MAX_VALUES = 1 << 19
+"""Texts and lists in arrays, all together."""
+MAX_ALIGNMENT = 1 << 16
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """How a number lies in memory by type; 8 is a string, 9 an array."""
 _STRING, _ARRAY = 8, 9
@@ -51,11 +57,13 @@ class GgufFile(PackFile):
 
     def __init__(self, path: Path, mapped: bool = True) -> None:
         super().__init__(path, mapped)
-        size = path.stat().st_size
-        if size < 24:
-            raise self.error(f"is no GGUF file ({size} bytes)", DOWNLOAD_AGAIN)
-        self._data = np.memmap(path, dtype=np.uint8, mode="c")
-        self._view, self._at = memoryview(self._data), 0
+        if self.size < 24:
+            raise self.error(f"is no GGUF file ({self.size} bytes)", DOWNLOAD_AGAIN)
+        try:
+            self._data = np.memmap(path, dtype=np.uint8, mode="c")
+        except (OSError, ValueError) as error:  # it went away or shrank to nothing
+            raise self.error(f"cannot be mapped ({error})", DOWNLOAD_AGAIN) from error
+        self._view, self._at, self._values = memoryview(self._data)[:MAX_HEADER], 0, 0
         self.metadata: dict[str, float | str] = {}
         self.counts: dict[str, int] = {}
         self.alignment = 32
@@ -70,10 +78,15 @@ class GgufFile(PackFile):
     def piece(self, name: str, size: int) -> torch.Tensor:
         """The first `size` bytes of a tensor, uint8, mapped where they lie aligned. Raises PackError."""
         start = self.tensors[name].start
-        if start + size > len(self._data):
-            raise self.error(f"ends at byte {start + size} of {len(self._data)}", DOWNLOAD_AGAIN, name)
+        self.require_room(name, size)
         piece = torch.from_numpy(self._data)[start : start + size]
         return piece if start % 8 == 0 and self.mapped else piece.clone()
+
+    def require_room(self, name: str, size: int) -> None:
+        """Raises PackError for a tensor whose `size` bytes are not all in the file."""
+        end = self.tensors[name].start + size
+        if end > len(self._data):
+            raise self.error(f"ends at byte {end} of {len(self._data)}", DOWNLOAD_AGAIN, name)
 
     def _header(self) -> dict[str, Info]:
         magic, version = bytes(self._take(4)), self._number("I")
@@ -81,6 +94,8 @@ class GgufFile(PackFile):
             found = f"starts with {magic!r} and version {version}"
             raise self.error(found, f"Expected a GGUF file of version {' or '.join(map(str, VERSIONS))}.")
         tensors, pairs = self._number("Q"), self._number("Q")
+        self.require_few(tensors)
+        self.require_few_words(pairs)
         for _ in range(pairs):
             key, kind = self._string(), self._number("I")
             value = self.metadata[key] = self._value(kind)
@@ -88,7 +103,7 @@ class GgufFile(PackFile):
                 self.counts[key.rpartition(".")[2]] = value
                 if key == _ALIGNMENT:
                     self.alignment = value
-        if self.alignment < 1:
+        if not 1 <= self.alignment <= MAX_ALIGNMENT:
             raise self.error(f"has alignment {self.alignment}", DOWNLOAD_AGAIN, _ALIGNMENT)
         found: dict[str, tuple[int, tuple[int, ...], int]] = {}
         for _ in range(tensors):
@@ -97,6 +112,8 @@ class GgufFile(PackFile):
                 raise self.error(f"has {count} dimensions", DOWNLOAD_AGAIN, name)
             shape = tuple(self._number("Q") for _ in range(count))[::-1]
             kind, offset = self._number("I"), self._number("Q")
+            if name in found:
+                raise self.error("stands in the header twice", DOWNLOAD_AGAIN, name)
             found[name] = (kind, shape, offset)
         start = -(-self._at // self.alignment) * self.alignment
         ends = sorted({offset for _, _, offset in found.values()} | {max(len(self._data) - start, 0)})
@@ -109,8 +126,19 @@ class GgufFile(PackFile):
     def _take(self, size: int) -> memoryview:
         self._at += size
         if self._at > len(self._view):
-            raise self.error(f"ends inside its header (byte {len(self._view)})", DOWNLOAD_AGAIN)
+            raise self._ends()
         return self._view[self._at - size : self._at]
+
+    def _ends(self) -> PackError:
+        if len(self._data) > len(self._view):
+            return self.error(f"has a header of more than {MAX_HEADER} bytes", DOWNLOAD_AGAIN)
+        return self.error(f"ends inside its header (byte {len(self._view)})", DOWNLOAD_AGAIN)
+
+    def _count(self, values: int) -> None:
+        """Raises PackError for a header that has more than MAX_VALUES one by one."""
+        self._values += values
+        if self._values > MAX_VALUES:
+            raise self.error(f"has {self._values} values in its header", f"Expected at most {MAX_VALUES}.")
 
     def _number(self, form: str) -> int:
         form = f"<{form}"
@@ -130,10 +158,19 @@ class GgufFile(PackFile):
         inner, count = self._number("I"), self._number("Q")
         if inner in _NUMBERS:
             self._take(struct.calcsize(f"<{_NUMBERS[inner]}") * count)
-        elif inner == _STRING:
-            for _ in range(count):
-                self._take(self._number("Q"))
         else:
-            for _ in range(count):
-                self._value(inner, depth + 1)
+            self._count(count)
+            if inner == _STRING:
+                self._skip_strings(count)
+            else:
+                for _ in range(count):
+                    self._value(inner, depth + 1)
         return count
+
+    def _skip_strings(self, count: int) -> None:
+        view, at = self._view, self._at
+        for _ in range(count):
+            at += 8 + int.from_bytes(view[at : at + 8], "little")
+            if at > len(view):
+                raise self._ends()
+        self._at = at

@@ -16,9 +16,12 @@ they lie: rows 0 .. N/2 - 1 in the high nibbles, the others in the low ones. Not
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..packed_weight import PackedWeight
+from ..json_file import is_count
+from ..packed_weight import TABLE_DTYPES, PackedWeight
 from .entries import DenseTensor, Entry, Pack, PackedTensor
 from .torch_file import TorchFile
 
@@ -27,6 +30,8 @@ FILE = TorchFile
 FILE_NAME = "qmodel.pt"
 PLACES = {"text_encoder": (f"text_encoder-hqq-4bit/{FILE_NAME}",)}
 AS_PUBLISHED = "Use qmodel.pt as it was published."
+MAX_SPELLED = 64
+"""Values of a tensor that spells a plain one."""
 PLAIN_TYPES = (bool, int, float, str, type(None), torch.Size, torch.dtype, tuple, list)
 
 
@@ -60,23 +65,27 @@ def read(file: TorchFile) -> Pack:
     return Pack(file.path, NAME, entries)
 
 
-def _plain(value: object) -> object:
-    """A number, shape or string, also where the serializer spelled it as a tensor."""
+def _plain(file: TorchFile, key: str, value: Any) -> Any:
+    """A number, shape or string, also where the serializer spelled it as a tensor. Raises PackError for other ones."""
     if not isinstance(value, torch.Tensor):
         return value
+    if value.numel() > MAX_SPELLED or value.ndim > 1 or value.is_complex():
+        raise file.error(
+            f"is {value.dtype} {list(value.shape)}", f"Expected a number, a shape or a text. {AS_PUBLISHED}", key
+        )
     if value.dtype == torch.uint8 and value.ndim == 1:
         return "".join(chr(c) for c in value.tolist())
     return tuple(value.tolist()) if value.ndim else value.item()
 
 
-def _packed(file: TorchFile, module: str, leaves: dict) -> PackedTensor:
-    key = f"{module}.weight"
+def _sizes(file: TorchFile, module: str, leaves: dict) -> tuple[tuple[int, int], int]:
+    """((N, K), group size) of a module whose metadata is what is read. Raises PackError."""
     for leaf in ("scale", "zero", "nbits", "group_size", "axis", "shape", "packing"):
         if leaf not in leaves:
             raise file.error("is missing", f"Expected 4-bit HQQ with plain scales. {AS_PUBLISHED}", f"{module}.{leaf}")
     told = {
-        leaf: _plain(leaves.get(leaf))
-        for leaf in ("nbits", "group_size", "axis", "packing", "view_as_float", "quant_scale", "quant_zero")
+        leaf: _plain(file, f"{module}.{leaf}", leaves.get(leaf))
+        for leaf in ("nbits", "group_size", "axis", "packing", "view_as_float", "quant_scale", "quant_zero", "shape")
     }
     if (
         (told["nbits"], told["axis"], told["packing"]) != (4, 1, "4bit_u8")
@@ -87,19 +96,34 @@ def _packed(file: TorchFile, module: str, leaves: dict) -> PackedTensor:
         raise file.error(
             f"says {told}", f"Expected nbits 4, axis 1, packing 4bit_u8 and plain tables. {AS_PUBLISHED}", module
         )
-    shape, group_size, words = tuple(_plain(leaves["shape"])), int(told["group_size"]), leaves["W_q"]
-    if len(shape) != 2 or group_size < 32 or group_size % 32 or shape[1] % group_size or shape[0] % 16:
+    shape, group_size = told["shape"], told["group_size"]
+    if (
+        not isinstance(shape, (tuple, list))
+        or len(shape) != 2
+        or not all(map(is_count, (*shape, group_size)))
+        or group_size % 32
+        or shape[1] % group_size
+        or shape[0] % 16
+    ):
         raise file.error(
             f"is {shape} in groups of {group_size}",
             f"Expected rows in sixteens and columns in groups of a multiple of 32. {AS_PUBLISHED}",
             module,
         )
-    groups = shape[0] * shape[1] // group_size
-    if (
-        words.dtype != torch.uint8
-        or words.numel() * 2 != shape[0] * shape[1]
-        or any(leaves[leaf].numel() != groups for leaf in ("scale", "zero"))
-    ):
+    return (shape[0], shape[1]), group_size
+
+
+def _packed(file: TorchFile, module: str, leaves: dict) -> PackedTensor:
+    key = f"{module}.weight"
+    shape, group_size = _sizes(file, module, leaves)
+    for leaf, dtypes in (("W_q", (torch.uint8,)), ("scale", TABLE_DTYPES), ("zero", TABLE_DTYPES)):
+        value = leaves[leaf]
+        if not isinstance(value, torch.Tensor) or value.dtype not in dtypes or not value.is_contiguous():
+            found = f"is {value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else "is no tensor"
+            expected = f"Expected {', '.join(map(str, dtypes))}, row after row. {AS_PUBLISHED}"
+            raise file.error(found, expected, f"{module}.{leaf}")
+    words, groups = leaves["W_q"], shape[0] * shape[1] // group_size
+    if words.numel() * 2 != shape[0] * shape[1] or any(leaves[leaf].numel() != groups for leaf in ("scale", "zero")):
         raise file.error(
             f"has {words.numel()} bytes of codes and {leaves['scale'].numel()} scales",
             f"Expected {shape[0] * shape[1] // 2} and {groups}. {AS_PUBLISHED}",

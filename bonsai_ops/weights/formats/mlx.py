@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from ..codec import spread_fields
+from ..files import is_file
 from ..json_file import is_count, read_json
 from .columns import Columns
 from .entries import FLOATS, CodedTensor, Entry, Pack
@@ -130,6 +131,10 @@ def _coded(file: SafetensorsFile, layer: str, told: _Named | int | None, preferr
     else:
         bits, group_size = _of_groups(file, weight, told, words, groups, preferred)
 
+    if group_size % 32:
+        found = f"has groups of {group_size} columns"
+        raise file.error(found, f"Expected a multiple of 32. {CURE}", weight)
+
     def read(lo: int, hi: int) -> torch.Tensor:
         return spread_fields(file.get(weight)[lo:hi].view(torch.uint8), bits)
 
@@ -195,12 +200,12 @@ def _refuse_float_codes(file: SafetensorsFile, weight: str, scales: str, biases:
 def _expanded(file: SafetensorsFile, layer: str, trimmed: CodedTensor) -> CodedTensor:
     """The full embedding table behind a trimmed one. Raises PackError if the ids do not fit its rows."""
     key = f"{layer}.token_ids"
-    ids = file.get(key).to(torch.int64)
-    count = trimmed.shape[0] - 1
-    ascending = ids.ndim == 1 and len(ids) == count and bool((ids.diff() > 0).all())
-    if not ascending or (count and not 0 <= int(ids[0]) <= int(ids[-1]) < VOCABULARY):
+    count, (shape, dtype) = trimmed.shape[0] - 1, file.tensors[key]
+    fits = shape == (count,) and count <= VOCABULARY and dtype in (torch.int32, torch.int64)
+    ids = file.get(key).to(torch.int64) if fits else torch.zeros(0)
+    if not fits or not bool((ids.diff() > 0).all()) or (count and not 0 <= int(ids[0]) <= int(ids[-1]) < VOCABULARY):
         raise file.error(
-            f"has shape {list(ids.shape)} and does not fit {trimmed.shape[0]} rows",
+            f"has shape {list(shape)} and does not fit {trimmed.shape[0]} rows",
             f"Expected {count} ascending token ids below {VOCABULARY}: use the file as it was published.",
             key,
         )
@@ -211,12 +216,14 @@ def _expanded(file: SafetensorsFile, layer: str, trimmed: CodedTensor) -> CodedT
         scale, zero = trimmed.tables()
         return scale[row_of], zero[row_of]
 
-    return replace(
-        trimmed,
-        shape=(VOCABULARY, trimmed.shape[1]),
-        tables=tables,
-        read=lambda lo, hi: trimmed.read(0, trimmed.shape[0])[row_of[lo:hi]],
-    )
+    def read(lo: int, hi: int) -> torch.Tensor:
+        rows = row_of[lo:hi]
+        held = rows[rows > 0]  # one after another, for the ids ascend
+        first, stop = (int(held[0]), int(held[-1]) + 1) if len(held) else (1, 1)
+        codes = torch.cat([trimmed.read(0, 1), trimmed.read(first, stop)])
+        return codes[torch.where(rows > 0, rows - first + 1, 0)]
+
+    return replace(trimmed, shape=(VOCABULARY, trimmed.shape[1]), tables=tables, read=read)
 
 
 def _default_group(bits: int) -> int:
@@ -227,7 +234,7 @@ def _named_sizes(path: Path) -> _Named | None:
     """The sizes named in a JSON beside the file, None where none names a group size. Raises PackError."""
     for name in CONFIG_NAMES:
         config = path.parent / name
-        if config.is_file():
+        if is_file(config):
             content = read_json(config)
             for table in (content, content.get("quantization")) if isinstance(content, dict) else ():
                 if isinstance(table, dict) and is_count(table.get("group_size")):

@@ -35,52 +35,27 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ... import __version__
 from .. import codec as codecs
 from ..errors import PackError
 from ..packed_weight import FORM, SCHEMES, TABLE_DTYPES, TABLES, PackedWeight
 from ..rotation import require_no_mark
 from .entries import DOWNLOAD_AGAIN, Entry, Pack, PackedTensor
+from .native_record import RECORD, RECORD_TENSOR, NativeRecord, read_records
 from .safetensors_file import DTYPES, SafetensorsFile
 
 NAME = "native"
 FILE = SafetensorsFile
 PLACES = {"transformer": (), "text_encoder": ()}
-VERSION = 2
 NEWER_CODECS = ("byte",)
 """Codecs that a reader of version 1 does not know."""
-RECORD, RECORD_TENSOR = "bonsai", "bonsai.record"
 TEXT_ENCODER = "qwen3"
 """Architecture of a text encoder's record."""
 WRITE_BYTES = 16 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class NativeRecord:
-    """The metadata of a native file. `layers` maps a layer name to scheme, codec, group_size and shape."""
-
-    variant: str
-    layers: Mapping[str, Mapping]
-    source: Mapping[str, str] = field(default_factory=dict)
-    architecture: str = "flux2"
-    version: int = 1
-    packer: str = f"bonsai-image {__version__}"
-    model: Mapping[str, object] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """What the metadata holds."""
-        described = {name: value for name, value in vars(self).items() if name != "model" or value}
-        return json.dumps(described, sort_keys=True)
-
-    def to_tensor(self) -> torch.Tensor:
-        """What stands in a file that ComfyUI saves, as RECORD_TENSOR."""
-        return torch.frombuffer(bytearray(self.to_json(), "utf-8"), dtype=torch.uint8)
 
 
 def claims(file: SafetensorsFile) -> bool:
@@ -90,44 +65,6 @@ def claims(file: SafetensorsFile) -> bool:
         or (dtype == torch.uint8 and name.endswith(".weight") and f"{name}_scale" in file.tensors)
         for name, (_, dtype) in file.tensors.items()
     )
-
-
-def read_records(file: SafetensorsFile) -> dict[str, NativeRecord]:
-    """{prefix of the layers it describes: record}. Raises PackError for a damaged one or a newer version."""
-    found = {}
-    for name, (shape, dtype) in file.tensors.items():
-        if name.endswith(RECORD_TENSOR):
-            if dtype != torch.uint8 or len(shape) != 1:
-                raise file.error(f"is {dtype} {list(shape)}", f"Expected u8 [bytes]. {DOWNLOAD_AGAIN}", name)
-            found[name.removesuffix(RECORD_TENSOR)] = _parsed(file, name, file.get(name).numpy().tobytes())
-    if not found and RECORD in file.metadata:
-        found[""] = _parsed(file, RECORD, file.metadata[RECORD])
-    return found
-
-
-def _parsed(file: SafetensorsFile, key: str, text: str | bytes) -> NativeRecord:
-    try:
-        record = json.loads(text)
-        version = int(record["version"])
-        if version > VERSION:
-            raise file.error(
-                f"is version {version} of the native format, this plugin reads up to {VERSION}",
-                "Update bonsai-image.",
-                key,
-            )
-        return NativeRecord(
-            record["variant"],
-            dict(record["layers"]),
-            dict(record.get("source") or {}),
-            record["architecture"],
-            version,
-            record.get("packer", ""),
-            dict(record.get("model") or {}),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, PackError):
-            raise
-        raise file.error(f"has a damaged record ({error!r})", DOWNLOAD_AGAIN, key) from error
 
 
 def read(file: SafetensorsFile) -> Pack:
@@ -174,6 +111,8 @@ def _packed(file: SafetensorsFile, layer: str, described: Mapping | None) -> Pac
             scale,
         )
     shape, group_size = (table[0], code_shape[1]), code_shape[1] // table[1]
+    if not group_size or group_size % 32:
+        raise file.error(f"has groups of {group_size} columns", f"Expected a multiple of 32. {DOWNLOAD_AGAIN}", scale)
     if described is None:
         scheme, codec = _guess(file, weight, shape[0], code_shape[0], has_zero)
     else:

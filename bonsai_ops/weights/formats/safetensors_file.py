@@ -6,13 +6,14 @@ Bytes: u64 little-endian header length H, H bytes of JSON {name: {dtype, shape, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..files import unreadable
+from ..json_file import parse_json
 from ..releases import Census, count
 from .entries import DenseTensor
 from .file import PackFile
@@ -32,8 +33,17 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-MAX_HEADER = 100 << 20
+MAX_HEADER = 8 << 20
+"""Bytes; that of the text encoder of the MLX releases, the longest published, has 102,329."""
+MAX_NUMBER = 1 << 62
 DOWNLOAD_AGAIN = "The file is damaged or its download was cut off: download it again."
+
+
+def _whole(number: int) -> int:
+    """A size or place in a file. Raises ValueError for anything else."""
+    if type(number) is not int or not 0 <= number < MAX_NUMBER:
+        raise ValueError(f"{type(number).__name__} is no size")
+    return number
 
 
 class SafetensorsFile(PackFile):
@@ -46,28 +56,23 @@ class SafetensorsFile(PackFile):
 
     def __init__(self, path: Path, mapped: bool = True) -> None:
         super().__init__(path, mapped)
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if size < 10 or length > MAX_HEADER or length < 2:
-                raise self.error(
-                    f"is not a safetensors file ({size} bytes, first bytes are no header length)",
-                    "Give a .safetensors file as it was published.",
-                )
-            raw = f.read(length)
-        if len(raw) < length:
-            raise self.error(f"ends inside its header ({size} bytes, the header alone has {length})", DOWNLOAD_AGAIN)
+        size, raw = self.size, self._read_header()
+        length = len(raw)
         try:
-            header = json.loads(raw)
-        except (ValueError, RecursionError) as error:
+            header = parse_json(raw)
+        except ValueError as error:
             raise self.error(f"has a header that is not JSON ({error})", DOWNLOAD_AGAIN) from error
         if not isinstance(header, dict):
             raise self.error("has a header that is no table of tensors", DOWNLOAD_AGAIN)
+        self.require_few(len(header) - ("__metadata__" in header))
         self._header_bytes: int | None = length
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        if not isinstance(self.metadata, dict) or not all(isinstance(text, str) for text in self.metadata.values()):
+            raise self.error("has a header whose __metadata__ is no table of texts", DOWNLOAD_AGAIN)
+        self.require_few_words(len(self.metadata))
         try:
             described = {
-                name: (str(e["dtype"]), tuple(map(int, e["shape"])), int(e["data_offsets"][1]))
+                name: (str(e["dtype"]), tuple(map(_whole, e["shape"])), _whole(e["data_offsets"][1]))
                 for name, e in header.items()
             }
         except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
@@ -84,6 +89,30 @@ class SafetensorsFile(PackFile):
             self._handle = safe_open(str(path), framework="pt", device="cpu")
         except SafetensorError as error:
             raise self.error(f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+    def _read_header(self) -> bytes:
+        """The header's JSON. Raises PackError, for a long one before it is read."""
+        size = self.size
+        try:
+            with self.path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if size < 10 or length < 2 or length > max(MAX_HEADER, size - 8):
+                    raise self.error(
+                        f"is not a safetensors file ({size} bytes, first bytes are no header length)",
+                        "Give a .safetensors file as it was published.",
+                    )
+                if length > MAX_HEADER:
+                    raise self.error(
+                        f"has a header of {length} bytes", f"Expected at most {MAX_HEADER}. {DOWNLOAD_AGAIN}"
+                    )
+                raw = file.read(length)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        if len(raw) < length:
+            raise self.error(f"ends inside its header ({size} bytes, the header alone has {length})", DOWNLOAD_AGAIN)
+        return raw
 
     def names(self) -> Collection[str]:
         return self.tensors.keys()
@@ -122,6 +151,7 @@ class JoinedFile(SafetensorsFile):
                 self._owners[name] = part
             self.tensors |= part.tensors
             self.metadata |= part.metadata
+            self.require_few(len(self.tensors))
 
     def get(self, name: str) -> torch.Tensor:
         return self._owners[name].get(name)
