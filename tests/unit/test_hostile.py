@@ -518,7 +518,15 @@ def test_a_configuration_that_asks_for_too_much(tmp_path: Path, kind: str) -> No
 
 
 def test_a_configuration_as_it_is(tmp_path: Path) -> None:
-    unet = {"context_dim": 2048, "channel_mult": [1, 2], "theta": 1_000_000, "depth": 2, "eps": 1e-6, "a": None}
+    unet = {
+        "context_dim": 2048,
+        "max_position": 32768,
+        "channel_mult": [1, 2],
+        "theta": 1_000_000,
+        "depth": 2,
+        "eps": 1e-6,
+        "a": None,
+    }
     settings = {"timesteps": 1000, "shift": 3.0, "sigma_max": 500}
     model = {"class": "SDXL", "model_type": "EPS", "unet_config": unet, "sampling_settings": settings}
     tensors = {f"x.{i}": torch.zeros(2) for i in range(3)}

@@ -30,8 +30,9 @@ FREE = re.compile(r"theta|period|freq|scale|factor|eps|ratio|shift|sigma")
 """The same: what is computed with and makes nothing."""
 LARGEST = 1 << 24
 """Of the numbers that nothing is made of."""
-TIMES_WIDEST, MIN_WIDTH = 4, 8192
-"""A width is at most so many times that of the widest tensor, or the other where that is less."""
+TIMES_WIDEST, MIN_WIDTH = 4, 1 << 16
+"""A width is at most so many times that of the widest tensor, or the other where that is less: ACE-Step counts
+positions up to 32,768, whatever its tensors are."""
 MAX_STEPS = 100_000
 """Of settings of sampling: the tables that ComfyUI makes of them have so many values."""
 
