@@ -25,7 +25,7 @@ from bonsai_ops import convert
 from bonsai_ops.tools.synthetic import TINY, write_gemlite, write_mlx
 from bonsai_ops.weights import qwen3
 from bonsai_ops.weights.errors import PackError
-from bonsai_ops.weights.formats import file, native, open_pack, safetensors_file
+from bonsai_ops.weights.formats import file, native, native_record, open_pack, safetensors_file
 from bonsai_ops.weights.json_file import MAX_BYTES
 from bonsai_ops.weights.packed_weight import PackedWeight
 from bonsai_ops.weights.read import open_text_encoder, open_transformer, read_weights
@@ -493,6 +493,7 @@ CONFIGURATIONS: dict[str, Any] = {
     "depth of a tuple": {"unet_config": {"transformer_depth": {"tuple": [1, 10**9]}}},
     "layers": {"unet_config": {"num_layers": 4000}},
     "depth as a float": {"unet_config": {"depth": 1e9}},
+    "positions": {"unet_config": {"llama_layers": [10**9]}},
     "negative": {"unet_config": {"depth_single_blocks": -(10**9)}},
     "channels": {"unet_config": {"channel_mult": [1] * 100_000}},
     "lists": {"unet_config": {"a": [[1]] * 100_000}},
@@ -517,6 +518,14 @@ def test_a_configuration_that_asks_for_too_much(tmp_path: Path, kind: str) -> No
     refused(patched_model(tmp_path / "n.safetensors", model), "bonsai: has a damaged record", "ownload")
 
 
+def test_so_many_blocks_a_level() -> None:
+    """Each number is one that the file has tensors for; ComfyUI makes 3,600 blocks of them."""
+    with pytest.raises(ValueError, match="more than the file has tensors for"):
+        native_record.require_modest(
+            [((1,), None)] * 9000, {"unet_config": {"channel_mult": [1] * 60, "num_res_blocks": 60}}
+        )
+
+
 def test_a_configuration_as_it_is(tmp_path: Path) -> None:
     unet = {
         "context_dim": 2048,
@@ -529,7 +538,7 @@ def test_a_configuration_as_it_is(tmp_path: Path) -> None:
     }
     settings = {"timesteps": 1000, "shift": 3.0, "sigma_max": 500}
     model = {"class": "SDXL", "model_type": "EPS", "unet_config": unet, "sampling_settings": settings}
-    tensors = {f"x.{i}": torch.zeros(2) for i in range(3)}
+    tensors = {f"x.{i}": torch.zeros(2) for i in range(32)}
     path = patched_model(tmp_path / "n.safetensors", model)
     record = json.loads(open_metadata(path)["bonsai"])
     save_file(load_file(path) | tensors, path, {"bonsai": json.dumps(record)})

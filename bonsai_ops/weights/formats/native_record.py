@@ -28,6 +28,10 @@ COUNTS = re.compile(r"depth|layers|blocks|repeats|num_res|_mult\b|levels|stages"
 """In names of a configuration: what is made so often, each time with a tensor of its own at least."""
 FREE = re.compile(r"theta|period|freq|scale|factor|eps|ratio|shift|sigma")
 """The same: what is computed with and makes nothing."""
+POSITIONS = re.compile(r"(?<!num)_layers$")
+"""Names of lists that say which, not how many: HiDream's llama_layers, 48 numbers up to 31."""
+MAX_COUNT, MAX_PRODUCT = 512, 2048
+"""The most that one of these may be, and the longest list of them times the largest: a UNet has so many a level."""
 LARGEST = 1 << 24
 """Of the numbers that nothing is made of."""
 TIMES_WIDEST, MIN_WIDTH = 4, 1 << 16
@@ -118,15 +122,20 @@ def require_modest(tensors: Iterable[tuple[tuple[int, ...], Any]], model: Mappin
         if not isinstance(model.get(name, {}), dict):
             raise TypeError(f"{name} is no table")
     widest = max([MIN_WIDTH, *(TIMES_WIDEST * max(shape, default=0) for shape in shapes)])
-    for name, number in _numbers(model, ""):
-        settings = name.startswith("sampling_settings")
-        limit = len(shapes) if COUNTS.search(name) else LARGEST if FREE.search(name) else widest
-        if abs(number) > (MAX_STEPS if settings else limit):
+    most, longest = 0.0, 1
+    for name, number, length in _numbers(model, ""):
+        limit = LARGEST if FREE.search(name) else widest
+        if name.startswith("sampling_settings"):
+            limit = MAX_STEPS
+        elif COUNTS.search(name):
+            limit = min(len(shapes), MAX_COUNT)
+            most, longest = max(most, abs(number)), longest if POSITIONS.search(name) else max(longest, length)
+        if abs(number) > limit or most * longest > MAX_PRODUCT:
             raise ValueError(f"{name} is {number}, more than the file has tensors for")
 
 
-def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    """(name with dots, number) of everything in a configuration; a list of counts counts together."""
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float, int]]:
+    """(name with dots, number, how many it stands for) of all in a configuration; a list of counts counts together."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _numbers(inner, f"{name}.{key}" if name else str(key))
@@ -135,7 +144,8 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
             raise ValueError(f"{name} has {len(value)} values")
         numbers = [v for v in value if isinstance(v, (int, float))]
         if numbers:
-            yield name, sum(map(abs, numbers))
+            of_all = max if POSITIONS.search(name) else sum
+            yield name, of_all(map(abs, numbers)), len(numbers)
         for inner in value:
             if not isinstance(inner, (int, float)):
                 yield from _numbers(inner, name)
@@ -143,4 +153,4 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
         if len(value) > MAX_TEXT:
             raise ValueError(f"{name} has {len(value)} characters")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield name, value
+        yield name, value, 1
