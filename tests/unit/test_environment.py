@@ -243,6 +243,23 @@ class TestSteps:
             steps.pip(["no-such-command"], lambda: None)
         assert "no-such-command" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(("index", "cure"), [("none", "could not be reached"), ("empty", "64-bit Python")])
+    def test_no_network_is_told_from_no_build(
+        self, index: str, cure: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where pip does not try again, it says of a package that it did not find any, whatever the reason."""
+        monkeypatch.setattr(steps, "interpreter", lambda env: Path(sys.executable))
+        (tmp_path / "index" / "pip").mkdir(parents=True)
+        (tmp_path / "index" / "pip" / "index.html").write_text('<a href="pip-99.0-py3-none-any.whl">pip</a>')
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_RETRIES", "0")
+        for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"):
+            monkeypatch.delenv(name, raising=False)
+        address = "http://127.0.0.1:9/simple" if index == "none" else (tmp_path / "index").as_uri()
+        monkeypatch.setenv("PIP_INDEX_URL", address)
+        with pytest.raises(environment.SetupError, match=cure):
+            steps.pip(["download", "--dest", str(tmp_path), "bonsai-no-such-package==1"], lambda: None)
+
     @pytest.mark.parametrize(
         ("output", "cure"),
         [

@@ -15,6 +15,12 @@ from pathlib import Path
 from .places import SetupError, environment_path, home, interpreter
 from .processes import Tick, call_quietly, run_logged, say, show_tail
 
+FOUND_NOTHING = re.compile(r"No matching distribution|Could not find a version")
+UNREACHABLE = (
+    "the package index could not be reached; check the network and proxy settings and run again, it goes on where it "
+    "stopped"
+)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -146,7 +152,21 @@ def pip(arguments: Sequence[str], tick: Tick) -> None:
     ]
     if run_logged(command, log, tick) != 0:
         tail = show_tail(log)
-        raise SetupError(f"pip {arguments[0]} failed: {explain(tail)} (whole log: {log}).")
+        cause = UNREACHABLE if FOUND_NOTHING.search(tail) and not _reaches_index(log, tick) else explain(tail)
+        raise SetupError(f"pip {arguments[0]} failed: {cause} (whole log: {log}).")
+
+
+def _reaches_index(log: Path, tick: Tick) -> bool:
+    """Whether pip finds itself in the package index, which has it for every Python: without a network it finds nothing.
+
+    Where pip does not try again, it says no more of an index that it could not reach.
+    """
+    before = log.stat().st_size
+    command = [str(interpreter(environment_path())), "-m", "pip", "index", "versions", "pip", "--no-input"]
+    return (
+        run_logged(command, log, tick) == 0
+        or FOUND_NOTHING.search(log.read_bytes()[before:].decode("utf-8", "replace")) is None
+    )
 
 
 def explain(tail: str) -> str:
@@ -163,11 +183,10 @@ def explain(tail: str) -> str:
         ),
         (
             r"NewConnectionError|Temporary failure|timed out|ConnectTimeout|ConnectionReset|ProxyError|SSLError",
-            "the package index could not be reached; check the network and proxy settings and run again, it goes on "
-            "where it stopped",
+            UNREACHABLE,
         ),
         (
-            r"No matching distribution|Could not find a version",
+            FOUND_NOTHING.pattern,
             f"a package has no build for Python {platform.python_version()} on {platform.system()} "
             f"{platform.machine()}; use a 64-bit Python 3.10 to 3.13",
         ),

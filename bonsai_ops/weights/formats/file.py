@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
+
+import torch
 
 from ..errors import PackError
-from ..files import file_size
+from ..files import file_size, unreadable
 from ..releases import Census
 
 MAX_SAID = 4096
@@ -46,6 +48,23 @@ class PackFile:
         """Raises PackError for more metadata than a model has."""
         if entries > MAX_SAID:
             raise self.error(f"has {entries} entries of metadata", f"Expected at most {MAX_SAID}.")
+
+    def read_bytes(self, stream: BinaryIO, start: int, size: int, name: str) -> torch.Tensor:
+        """u8 [size], copied out of an open file. Raises PackError where that has become shorter.
+
+        There a mapping would end the process (bus error).
+        """
+        held = torch.empty(size, dtype=torch.uint8)
+        view, done = memoryview(held.numpy()), 0
+        try:
+            stream.seek(start)
+            while done < size and (got := stream.readinto(view[done:])):
+                done += got
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        if done < size:
+            raise self.error("ends here, and did not when it was opened", "Wait until it is all there.", name)
+        return held
 
     def error(self, found: str, cure: str, key: str | None = None) -> PackError:
         """The error to raise for this file, or for its tensor `key`."""

@@ -60,10 +60,12 @@ class GgufFile(PackFile):
         if self.size < 24:
             raise self.error(f"is no GGUF file ({self.size} bytes)", DOWNLOAD_AGAIN)
         try:
-            self._data = np.memmap(path, dtype=np.uint8, mode="c")
+            self._stream = path.open("rb", buffering=0)
+            self._data = np.memmap(path, dtype=np.uint8, mode="c") if mapped else None
+            self._view = memoryview(self._stream.read(MAX_HEADER))
         except (OSError, ValueError) as error:  # it went away or shrank to nothing
             raise self.error(f"cannot be mapped ({error})", DOWNLOAD_AGAIN) from error
-        self._view, self._at, self._values = memoryview(self._data)[:MAX_HEADER], 0, 0
+        self._at, self._values = 0, 0
         self.metadata: dict[str, float | str] = {}
         self.counts: dict[str, int] = {}
         self.alignment = 32
@@ -79,14 +81,16 @@ class GgufFile(PackFile):
         """The first `size` bytes of a tensor, uint8, mapped where they lie aligned. Raises PackError."""
         start = self.tensors[name].start
         self.require_room(name, size)
+        if self._data is None:
+            return self.read_bytes(self._stream, start, size, name)
         piece = torch.from_numpy(self._data)[start : start + size]
-        return piece if start % 8 == 0 and self.mapped else piece.clone()
+        return piece if start % 8 == 0 else piece.clone()
 
     def require_room(self, name: str, size: int) -> None:
         """Raises PackError for a tensor whose `size` bytes are not all in the file."""
         end = self.tensors[name].start + size
-        if end > len(self._data):
-            raise self.error(f"ends at byte {end} of {len(self._data)}", DOWNLOAD_AGAIN, name)
+        if end > self.size:
+            raise self.error(f"ends at byte {end} of {self.size}", DOWNLOAD_AGAIN, name)
 
     def _header(self) -> dict[str, Info]:
         magic, version = bytes(self._take(4)), self._number("I")
@@ -116,7 +120,7 @@ class GgufFile(PackFile):
                 raise self.error("stands in the header twice", DOWNLOAD_AGAIN, name)
             found[name] = (kind, shape, offset)
         start = -(-self._at // self.alignment) * self.alignment
-        ends = sorted({offset for _, _, offset in found.values()} | {max(len(self._data) - start, 0)})
+        ends = sorted({offset for _, _, offset in found.values()} | {max(self.size - start, 0)})
         following = dict(itertools.pairwise(ends))
         return {
             name: Info(kind, shape, start + offset, start + following.get(offset, offset))
@@ -130,7 +134,7 @@ class GgufFile(PackFile):
         return self._view[self._at - size : self._at]
 
     def _ends(self) -> PackError:
-        if len(self._data) > len(self._view):
+        if self.size > len(self._view):
             return self.error(f"has a header of more than {MAX_HEADER} bytes", DOWNLOAD_AGAIN)
         return self.error(f"ends inside its header (byte {len(self._view)})", DOWNLOAD_AGAIN)
 

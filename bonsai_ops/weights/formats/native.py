@@ -30,10 +30,8 @@ ternary weights, from the bytes. Keys may carry the prefix `model.diffusion_mode
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -41,6 +39,7 @@ import torch
 
 from .. import codec as codecs
 from ..errors import PackError
+from ..new_file import new_file
 from ..packed_weight import FORM, SCHEMES, TABLE_DTYPES, TABLES, PackedWeight
 from ..rotation import require_no_mark
 from .entries import DOWNLOAD_AGAIN, Entry, Pack, PackedTensor
@@ -287,44 +286,33 @@ def write(
     extra: Mapping[str, object] | None = None,
     check: Callable[[Pack], object] | None = None,
 ) -> None:
-    """Writes a native file under a temporary name beside `path` and renames it: `path` is complete or absent.
+    """Writes a native file under a temporary name and renames it (new_file.py): `path` is complete or absent.
 
     extra: further metadata (ComfyUI's prompt and workflow), see join_metadata. progress(bytes done, bytes in all) is
     called between pieces; what it raises (a cancel) ends the writing. check(what was written, opened again) raises
     PackError if a loader would. Whatever goes wrong, nothing is left behind.
-    Raises PackError if `path` exists and not `overwrite` or if what was written cannot be read, OSError from the disk.
+    Raises PackError if `path` exists and not `overwrite`, if the disk has no room, if nothing may be written there or
+    if what was written cannot be read; OSError from the disk.
     """
-    if path.exists() and not overwrite:
-        raise PackError(path, "exists", "Choose another name or remove it first.")
     tensors = to_tensors(weights)
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     described = join_metadata({"format": "pt", RECORD: record.to_json()}, extra or {})
     raw, offset = _header({name: tensors[name] for name in order}, described)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(len(raw).to_bytes(8, "little") + raw)
-            done = 0
-            for name in order:
-                data = tensors[name].detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-                for lo in range(0, data.size, WRITE_BYTES):
-                    piece = data[lo : lo + WRITE_BYTES]
-                    out.write(piece.data)
-                    done += piece.size
-                    if progress is not None:
-                        progress(done, offset)
-            out.flush()
-            os.fsync(out.fileno())
-        if (fault := _unreadable(Path(temporary), check)) is not None:
+    with new_file(path, 8 + len(raw) + offset, overwrite) as (out, temporary):
+        out.write(len(raw).to_bytes(8, "little") + raw)
+        done = 0
+        for name in order:
+            data = tensors[name].detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+            for lo in range(0, data.size, WRITE_BYTES):
+                piece = data[lo : lo + WRITE_BYTES]
+                out.write(piece.data)
+                done += piece.size
+                if progress is not None:
+                    progress(done, offset)
+        out.flush()
+        os.fsync(out.fileno())
+        out.close()
+        if (fault := _unreadable(temporary, check)) is not None:
             raise PackError(
                 path, f"was not written, for it could not be read again ({fault})", "Report it to bonsai-image."
             )
-        os.chmod(temporary, 0o644)
-        if path.exists() and not overwrite:
-            raise PackError(path, "exists", "It appeared while this file was written: choose another name.")
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

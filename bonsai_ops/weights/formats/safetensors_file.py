@@ -72,25 +72,28 @@ class SafetensorsFile(PackFile):
         self.require_few_words(len(self.metadata))
         try:
             described = {
-                name: (str(e["dtype"]), tuple(map(_whole, e["shape"])), _whole(e["data_offsets"][1]))
+                name: (str(e["dtype"]), tuple(map(_whole, e["shape"])), *map(_whole, e["data_offsets"][:2]))
                 for name, e in header.items()
             }
         except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
             raise self.error("has a header that is no table of tensors", DOWNLOAD_AGAIN) from error
-        end = 8 + length + max((stop for _, _, stop in described.values()), default=0)
+        end = 8 + length + max((stop for *_, stop in described.values()), default=0)
         if size != end:
             raise self.error(f"has {size} bytes, its header describes {end}", DOWNLOAD_AGAIN)
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name, (dtype, shape, _) in described.items():
+        for name, (dtype, shape, *_) in described.items():
             if dtype not in DTYPES:
                 raise self.error(f"has dtype {dtype}", f"Expected one of {', '.join(DTYPES)}.", name)
             self.tensors[name] = (shape, DTYPES[dtype])
         try:
-            self._handle = safe_open(str(path), framework="pt", device="cpu")
+            handle = safe_open(str(path), framework="pt", device="cpu")  # which compares shapes with places
+            self._handle = handle if mapped else None
+            self._stream = None if mapped else path.open("rb", buffering=0)
         except SafetensorError as error:
             raise self.error(f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
         except OSError as error:
             raise unreadable(path, error) from error
+        self._places = {name: (8 + length + start, stop - start) for name, (_, _, start, stop) in described.items()}
 
     def _read_header(self) -> bytes:
         """The header's JSON. Raises PackError, for a long one before it is read."""
@@ -122,8 +125,10 @@ class SafetensorsFile(PackFile):
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor called `name`; one that is mapped from the file is copied when something writes to it."""
-        tensor = self._handle.get_tensor(name)
-        return tensor if self.mapped else tensor.clone()
+        if self._handle is not None:
+            return self._handle.get_tensor(name)
+        shape, dtype = self.tensors[name]
+        return self.read_bytes(self._stream, *self._places[name], name).view(dtype).view(shape)
 
     def dense(self, name: str) -> DenseTensor:
         """The entry of a tensor that is handed over as it is."""
