@@ -113,6 +113,12 @@ def test_names_that_look_like_blocks(tmp_path: Path, prefix: str) -> None:
         {"dtype": "BF16", "shape": [-1], "data_offsets": [0, -2]},
         {"dtype": "BF16", "shape": "12", "data_offsets": [0, 4]},
         {"dtype": "BF16", "shape": [True], "data_offsets": [0, 2]},
+        {"dtype": "BF16", "shape": [2], "data_offsets": [4]},
+        {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4, 4]},
+        {"dtype": "BF16", "shape": [2], "data_offsets": [[0], 4]},
+        {"dtype": "BF16", "shape": [2], "data_offsets": "04"},
+        {"dtype": "BF16", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "BF16", "shape": [1], "data_offsets": [2, 4]},
     ],
     ids=str,
 )

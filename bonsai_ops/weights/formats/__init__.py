@@ -78,9 +78,9 @@ def open_pack(path: Path | str, part: str = "transformer", mapped: bool = True, 
     def opened(mapped: bool) -> PackFile:
         return JoinedFile(shards, mapped) if len(shards) > 1 else container(path, mapped)
 
-    file = opened(True)  # mapped: a torch file would be read whole before it can be refused
+    file = opened(mapped or container.READ_WHOLE)  # mapped, such a one is refused before it is read
     require_unrotated(file, _folders())
-    if not mapped:
+    if file.mapped and not mapped:
         file = opened(False)
     form = next((form for form in FORMATS if form.FILE is container and form.claims(file)), None)
     if form is None:

@@ -27,6 +27,8 @@ class PackFile:
     """
 
     SUFFIXES: ClassVar[tuple[str, ...]] = ()
+    READ_WHOLE: ClassVar[bool] = False
+    """Whether opening one that is not mapped reads all of it."""
 
     def __init__(self, path: Path, mapped: bool = True) -> None:
         self.path, self.mapped, self.size = path, mapped, file_size(path)

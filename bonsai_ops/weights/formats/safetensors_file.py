@@ -6,6 +6,7 @@ Bytes: u64 little-endian header length H, H bytes of JSON {name: {dtype, shape, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def _whole(number: int) -> int:
     return number
 
 
+def _place(offsets: Sequence[int]) -> tuple[int, int]:
+    start, stop = map(_whole, offsets)
+    return start, stop
+
+
 class SafetensorsFile(PackFile):
     """An open file. `tensors`: {name: (shape, torch dtype)}; `metadata`: {str: str}.
 
@@ -72,7 +78,7 @@ class SafetensorsFile(PackFile):
         self.require_few_words(len(self.metadata))
         try:
             described = {
-                name: (str(e["dtype"]), tuple(map(_whole, e["shape"])), *map(_whole, e["data_offsets"][:2]))
+                name: (str(e["dtype"]), tuple(map(_whole, e["shape"])), *_place(e["data_offsets"]))
                 for name, e in header.items()
             }
         except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
@@ -85,15 +91,29 @@ class SafetensorsFile(PackFile):
             if dtype not in DTYPES:
                 raise self.error(f"has dtype {dtype}", f"Expected one of {', '.join(DTYPES)}.", name)
             self.tensors[name] = (shape, DTYPES[dtype])
+        self._places = {name: (8 + length + start, stop - start) for name, (_, _, start, stop) in described.items()}
+        self._require_places(8 + length)
+        self._handle = self._stream = None
         try:
-            handle = safe_open(str(path), framework="pt", device="cpu")  # which compares shapes with places
-            self._handle = handle if mapped else None
-            self._stream = None if mapped else path.open("rb", buffering=0)
+            if mapped:
+                self._handle = safe_open(str(path), framework="pt", device="cpu")
+            else:
+                self._stream = path.open("rb", buffering=0)
         except SafetensorError as error:
             raise self.error(f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
         except OSError as error:
             raise unreadable(path, error) from error
-        self._places = {name: (8 + length + start, stop - start) for name, (_, _, start, stop) in described.items()}
+        except RuntimeError as error:  # torch: it has become shorter
+            raise self.error(f"cannot be mapped ({error})", DOWNLOAD_AGAIN) from error
+
+    def _require_places(self, at: int) -> None:
+        """Raises PackError unless tensors lie one after another from byte `at` on, as long as dtype and shape say."""
+        for name, (start, size) in sorted(self._places.items(), key=lambda entry: (*entry[1], entry[0])):
+            shape, dtype = self.tensors[name]
+            if start != at or size != math.prod(shape) * dtype.itemsize:
+                found = f"has a damaged header ({dtype} {list(shape)} in {size} bytes at {start}, where {at} is free)"
+                raise self.error(found, DOWNLOAD_AGAIN, name)
+            at += size
 
     def _read_header(self) -> bytes:
         """The header's JSON. Raises PackError, for a long one before it is read."""

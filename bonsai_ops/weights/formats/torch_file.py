@@ -31,6 +31,7 @@ class TorchFile(PackFile):
     """
 
     SUFFIXES = (".pt",)
+    READ_WHOLE = True
 
     def __init__(self, path: Path, mapped: bool = True) -> None:
         super().__init__(path, mapped)
