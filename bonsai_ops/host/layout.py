@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .lora import LayerPatches
 
 LAYOUT = "BonsaiPackedLayout"
+UNWRAPPED = "_bonsai_unwrapped"
+"""Attribute of a QuantizedTensor: (its parameters, the packed weight made of them and its codes)."""
 WRITES = "add_ sub_ mul_ div_ addmm_ addcmul_ addcdiv_ lerp_ clamp_ neg_ fill_ zero_ normal_ uniform_ masked_fill_"
 """Operators of aten on the values of a tensor. comfy-kitchen would write to an unpacked copy and lose it."""
 
@@ -162,8 +164,24 @@ def is_packed(tensor: Any) -> bool:
 
 
 def unwrap(tensor: QuantizedTensor) -> PackedWeight:
-    """The packed weight inside a tensor made by `wrap` (also if that is transposed now)."""
-    return _weight(tensor._qdata, tensor._params)
+    """The packed weight inside a tensor made by `wrap` (also if that is transposed now).
+
+    It is made once and stays with the tensor until that gets other codes or parameters.
+    """
+    codes, params = tensor._qdata, tensor._params
+    if torch.compiler.is_compiling():  # a graph writes nothing to the tensors that come in
+        return _weight(codes, params)
+    made_of, weight = tensor.__dict__.get(UNWRAPPED, (None, None))
+    # its class is another one where the plugin was imported twice
+    if made_of is not params or weight.codes is not codes or type(weight) is not PackedWeight:
+        weight = _weight(codes, params)
+        setattr(tensor, UNWRAPPED, (params, weight))
+    return weight
+
+
+def device_of(tensor: QuantizedTensor) -> torch.device:
+    """Where the codes lie; `tensor.device` asks every class of tensors first, and takes longer than the answer."""
+    return tensor._qdata.device
 
 
 def mode_of(tensor: QuantizedTensor) -> str:

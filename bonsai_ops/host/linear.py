@@ -15,7 +15,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import kernels
-from .layout import is_packed, mode_of, owned, unwrap
+from .layout import device_of, is_packed, mode_of, owned, unwrap
 from .lora import LOWVRAM_PATCH, LayerPatches, patches_of
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     def _layer_patches(self) -> list[LayerPatches]:
         """The patches on a packed weight; those of an offloaded layer's LowVramPatch stand for its resident_patch."""
+        if not self.weight_function and self._dynamic_patch is self.resident_patch is self.hook_patch is None:
+            return []
         found = [patches_of(f, self.weight.shape) for f in self._offloaded()] or [self.resident_patch]
         return [p for p in (*found, self.hook_patch) if p is not None]
 
@@ -131,13 +133,16 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     def _cast_packed(self, device: torch.device, bias_dtype: torch.dtype) -> tuple:
         """(packed weight, bias, stream) on `device`: ComfyUI moves the codes, its weight functions stay away."""
-        functions, self.weight_function = self.weight_function, []
+        functions = self.weight_function
+        if functions:
+            self.weight_function = []
         try:
             return comfy.ops.cast_bias_weight(
                 self, dtype=self.weight.dtype, device=device, bias_dtype=bias_dtype, offloadable=True
             )
         finally:
-            self.weight_function = functions
+            if functions:
+                self.weight_function = functions
 
     def _load_from_state_dict(
         self,
@@ -226,19 +231,24 @@ class PackedLinear(_PackedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [.., in_features] -> [.., out_features], computed in x's dtype on x's device."""
         comfy.ops.run_every_op()
-        if is_packed(self.weight):
-            return self._packed_forward(x)
+        if is_packed(packed := self.weight):
+            return self._packed_forward(x, packed)
         weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
         y = torch.nn.functional.linear(x, weight, bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
 
-    def _packed_forward(self, x: torch.Tensor) -> torch.Tensor:
+    def _packed_forward(self, x: torch.Tensor, packed: QuantizedTensor) -> torch.Tensor:
         patches, wrappers = self._layer_patches(), self._wrappers()
-        if torch.compiler.is_compiling() and not (patches or wrappers) and self.weight.device == x.device:
-            return torch.nn.functional.linear(x, self.weight, self.bias)
+        keep, bias = device_of(packed) == x.device, self.bias
+        if torch.compiler.is_compiling() and keep and not (patches or wrappers):
+            return torch.nn.functional.linear(x, packed, bias)
+        if keep and not self.bias_function and (bias is None or bias.device == x.device):
+            # a cast would do no more, and takes longer than the rest of a small call
+            bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+            return self.product(x, packed, bias, patches, wrappers, keep)
         weight, bias, stream = self._cast_packed(x.device, x.dtype)
-        y = self.product(x, weight, bias, patches, wrappers, keep=self.weight.device == x.device)
+        y = self.product(x, weight, bias, patches, wrappers, keep)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
 

@@ -73,7 +73,7 @@ class Backend(Protocol):
     """Modes that it computes in; it is asked for no other."""
 
     def declines(self, call: Call) -> str | None:
-        """Why not, in a few words for the user, or None. Must not raise."""
+        """Why not, in a few words for the user, or None. Must not raise. The answer is kept for equal calls."""
 
     def multiply(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
         """y = x W^T + bias for a call that it did not decline: x [.., K] -> [.., N] in x's dtype.

@@ -3,12 +3,17 @@
     bonsai::linear(x, codes, scale, zero, bias, ..)   y = x W^T + bias
     bonsai::linear_transposed(y, codes, scale, zero, ..)   x = y W, its gradient (exact in every mode)
 
+An operator costs more than the rest of a small call, so `linear` asks the dispatcher itself where nobody would see one.
+
 Registered once a process, also when this module is imported under two names (as ComfyUI's plugin and as `bonsai_ops`).
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from ..weights.packed_weight import PackedWeight
@@ -16,6 +21,20 @@ from . import dispatch, eager
 from .call import EXACT
 
 NAMESPACE = "bonsai"
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Classes of tensors that nobody watches."""
+try:
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    WATCHING = (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        torch._C._are_functorch_transforms_active,
+        torch._C._is_tracing,
+        lambda: forward_ad._current_level >= 0,
+    )
+    """Each says whether something watches the operators of torch just now."""
+except AttributeError:  # a torch that has other names for them
+    below_autograd, WATCHING = contextlib.nullcontext, (lambda: True,)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT) -> torch.Tensor:
@@ -27,6 +46,10 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     Raises ValueError if x has not K columns, the bias not N values, or one lies on another device than the weight.
     """
     _check_arguments(x, weight, bias)
+    if not is_watched(x, weight.codes, bias):
+        with below_autograd():  # as in the operator
+            y = dispatch.multiply(x, weight.without_residual(), bias, mode)
+        return _add_residual(y, x, weight)
     y = torch.ops.bonsai.linear(
         x,
         weight.codes,
@@ -40,6 +63,24 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
         mode,
     )
     return _add_residual(y, x, weight)
+
+
+def is_watched(*tensors: torch.Tensor | None) -> bool:
+    """True if somebody wants to see one operator in place of what a backend does to these tensors.
+
+    That is whoever compiles, traces or exports, records gradients, has a mode of torch on, transforms functions, or
+    passes a tensor of a class of its own.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    for sign in WATCHING:
+        if sign():
+            return True
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN or (recording and tensor.requires_grad)):
+            return True
+    return False
 
 
 def _check_arguments(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> None:

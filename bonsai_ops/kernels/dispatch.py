@@ -52,6 +52,7 @@ class _Failures:
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
         reason = f"failed on {device} in mode {choice.mode}: {first_line}"
         self.reasons[(name, str(device), choice.mode)] = reason
+        _kept.choices.clear()
         said = (name, error.cure if isinstance(error, BackendError) else first_line)
         if said not in self.said:
             self.said.add(said)
@@ -59,6 +60,19 @@ class _Failures:
 
 
 _failures = _Failures()
+
+
+@dataclass
+class _Kept:
+    """Choices that `multiply` made, {call, as tuple: choice}, for as long as `basis`, which they rest on, is there."""
+
+    basis: tuple = ()
+    choices: dict[tuple, Choice] = field(default_factory=dict)
+
+
+_kept = _Kept()
+MOST_KEPT = 1024
+"""More kinds of calls than any model has."""
 
 
 def backend_names() -> list[str]:
@@ -84,6 +98,7 @@ def forget_failures() -> None:
     """Takes every backend that failed in this process back into the choice."""
     _failures.reasons.clear()
     _failures.said.clear()
+    _kept.choices.clear()
 
 
 def resolve(call: Call) -> Choice:
@@ -128,15 +143,27 @@ def multiply(
     A backend that breaks is replaced, not raised. Raises what says that memory ran out or that the device is lost,
     what the reference raises, and whatever is raised while a CUDA graph is recorded.
     """
-    call = call_of(x.device, x.dtype, weight, mode)
     while True:
-        choice = resolve(call)
+        choice = _choice(x, weight, mode)
         try:
             return choice.backend.multiply(x, weight, bias, choice.mode)
         except Exception as error:  # a compiler that breaks at its first launch may raise anything
             if choice.backend is eager or is_the_devices(error) or machine.capturing():
                 raise
-            _failures.record(choice, call.device, error)
+            _failures.record(choice, x.device, error)
+
+
+def _choice(x: torch.Tensor, weight: PackedWeight, mode: str) -> Choice:
+    """What `resolve` says, which is asked once for all products of a kind: it takes longer than a small one."""
+    basis = (BACKENDS, machine.cpu_has_fast_bf16, machine.cpu_has_fast_int8)
+    if _kept.basis != basis or len(_kept.choices) >= MOST_KEPT:
+        _kept.basis, _kept.choices = basis, {}
+    rows, columns = weight.shape
+    kind = (x.device, x.dtype, rows, columns, weight.scheme, weight.codec, weight.group_size, mode, _forced.get())
+    choice = _kept.choices.get(kind)
+    if choice is None:
+        choice = _kept.choices[kind] = resolve(call_of(x.device, x.dtype, weight, mode))
+    return choice
 
 
 def keep_memory() -> None:

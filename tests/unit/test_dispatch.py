@@ -237,6 +237,68 @@ def test_one_cure_is_said_once(
     assert len(caplog.records) == 1 and "install a C compiler" in caplog.text
 
 
+def test_a_choice_is_made_once(no_failures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each kind of call: device, dtype, form and shape of the weight, mode; again where failures are forgotten."""
+    asked: list[kernels.Call] = []
+    fused = Breaking({})
+    monkeypatch.setattr(fused, "declines", asked.append)
+    fused.install(monkeypatch)
+    weight, x = random_weight("ternary", "trit5", 128, 256), torch.randn(4, 256)
+    kinds = [
+        (x, weight, "exact"),
+        (x.bfloat16(), weight, "exact"),
+        (x.to("meta"), weight.to("meta"), "exact"),
+        (x, random_weight("ternary", "trit5", 136, 256), "exact"),
+        (x, random_weight("ternary", "crumb", 128, 256), "exact"),
+        (x, random_weight("affine", "crumb", 128, 256), "exact"),
+        (x, random_weight("ternary", "trit5", 128, 256, 64), "exact"),
+        (x, weight, "a8"),
+    ]
+    for number, (given, packed, mode) in enumerate(kinds, start=1):
+        for tokens in (given, given[:2], given):
+            kernels.linear(tokens, packed, mode=mode)
+        assert len(asked) == len(set(asked)) == number
+        assert asked[-1] == kernels.call_of(given.device, given.dtype, packed, mode)
+    with kernels.use_backend("eager"):
+        kernels.linear(x, weight)
+    assert len(fused.launches) == 3 * len(kinds)
+    kernels.linear(x, weight)
+    assert len(fused.launches) == 3 * len(kinds) + 1 and len(asked) == len(kinds)
+    kernels.forget_failures()
+    kernels.linear(x, weight)
+    assert len(asked) == len(kinds) + 1
+
+
+def test_a_kept_choice_ends_with_its_backend(
+    no_failures: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that worked and then breaks is left out for every kind of call on that device and mode; said once."""
+    fused = Breaking({})
+    fused.install(monkeypatch)
+    weights = [random_weight("ternary", name, 128, 256) for name in ("trit5", "crumb")]
+    x = torch.randn(4, 256)
+    for weight in weights:
+        kernels.linear(x, weight)
+    fused.errors["exact"] = RuntimeError("broken now")
+    for weight in (*weights, *weights):
+        assert torch.equal(kernels.linear(x, weight), eager.multiply(x, weight))
+    assert len(fused.launches) == 3 and len(caplog.records) == 1
+
+
+def test_a_kept_choice_ends_with_what_it_rests_on(no_failures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode that the processor lost is exact; a backend that came is used."""
+    weight, x = random_weight("ternary", "trit5", 128, 256), torch.randn(4, 256)
+    monkeypatch.setattr(machine, "cpu_has_fast_int8", lambda: True)
+    exact = kernels.linear(x, weight)
+    assert not torch.equal(kernels.linear(x, weight, mode="a8"), exact)
+    monkeypatch.setattr(machine, "cpu_has_fast_int8", lambda: False)
+    assert torch.equal(kernels.linear(x, weight, mode="a8"), exact)
+    fused = Breaking({})
+    fused.install(monkeypatch)
+    kernels.linear(x, weight)
+    assert fused.launches == ["exact"]
+
+
 DEVICE_ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     MemoryError(),

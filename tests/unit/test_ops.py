@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from random_weights import random_weight
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import custom_op, eager, reuse
@@ -165,6 +172,120 @@ def test_the_operators_are_registered_soundly(scheme: str, name: str, bias: bool
     torch.library.opcheck(
         torch.ops.bonsai.linear_transposed.default, (grad, weight.codes, weight.scale, weight.zero, *arguments(weight))
     )
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that torch was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """The names of the functions of torch that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def by_mode(mode: type) -> Callable[[Product, torch.Tensor], list[str]]:
+    def watch(product: Product, x: torch.Tensor) -> list[str]:
+        with mode() as watched:
+            product(x)
+        return watched.names
+
+    return watch
+
+
+def by_profiler(product: Product, x: torch.Tensor) -> list[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        product(x)
+    return [event.name for event in profile.events()]
+
+
+WATCHERS: dict[str, Callable[[Product, torch.Tensor], list[str]]] = {
+    "dispatch mode": by_mode(Operators),
+    "function mode": by_mode(Functions),
+    "fx": lambda product, x: [str(node.target) for node in make_fx(product)(x).graph.nodes],
+    "jit": lambda product, x: [node.kind() for node in torch.jit.trace(product, x, check_trace=False).graph.nodes()],
+    "gradient": lambda product, x: by_profiler(product, x.requires_grad_()),
+}
+
+
+def count(names: list[str]) -> int:
+    """How often the operator is among them; what records its gradient is named after it."""
+    return sum("bonsai" in name and "linear" in name and "Backward" not in name for name in names)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", WATCHERS)
+def test_whoever_watches_sees_one_operator(kind: str) -> None:
+    """And nothing of what it does inside, as torch.compile does; nobody else pays for an operator."""
+    weight, x = random_weight("ternary", "trit5", *SIZE), torch.randn(3, 256)
+    assert count(WATCHERS[kind](lambda x: kernels.linear(x, weight, torch.ones(136)), x)) == 1
+    names = by_profiler(lambda x: kernels.linear(x, weight), torch.randn(3, 256))
+    assert names and count(names) == 0
+
+
+def test_a_gradient_of_the_bias_alone_is_recorded() -> None:
+    weight, x, bias = random_weight("ternary", "trit5", *SIZE), torch.randn(3, 256), torch.zeros(136)
+    assert kernels.linear(x, weight, bias.requires_grad_()).requires_grad
+    with torch.no_grad():
+        assert not kernels.linear(x.requires_grad_(), weight, bias).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_there_are_multiplied() -> None:
+    """A fake tensor outside of its mode, and a function that torch transforms."""
+    weight, x = random_weight("ternary", "trit5", *SIZE), torch.randn(4, 3, 256)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (weight.codes, weight.scale, x)]
+    fake = dataclasses.replace(weight, codes=fakes[0], scale=fakes[1])
+    y = kernels.linear(fakes[2], fake)
+    assert isinstance(y, FakeTensor) and y.shape == (4, 3, 136)
+    found = torch.func.vmap(lambda x: kernels.linear(x, weight))(x)
+    assert torch.allclose(found, kernels.linear(x, weight), atol=1e-3)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("mode", ["plain", "no_grad", "inference", "autocast"])
+def test_without_the_operator_nothing_else_changes(mode: str, residual: bool) -> None:
+    """Values, dtype, and what autograd knows of the result: also when it is written to with a gradient afterwards."""
+    weight = with_residual() if residual else random_weight("ternary", "trit5", *SIZE)
+    x, bias = torch.randn(2, 3, 256), torch.randn(136)
+    context = {
+        "plain": contextlib.nullcontext(),
+        "no_grad": torch.no_grad(),
+        "inference": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+    }[mode]
+    with context:
+        direct = kernels.linear(x, weight, bias)
+        with Functions() as functions:
+            watched = kernels.linear(x, weight, bias)
+    assert count(functions.names) == 1
+    assert torch.equal(direct, watched)
+    for fact in ("dtype", "shape", "requires_grad", "grad_fn", "is_leaf"):
+        assert getattr(direct, fact) == getattr(watched, fact)
+    assert direct.stride() == watched.stride()
+    assert (direct.is_inference(), direct._is_view()) == (watched.is_inference(), watched._is_view())
+    if mode == "plain":
+        factor = torch.ones(136, requires_grad=True)
+        direct.mul_(factor).sum().backward()
+        assert torch.allclose(factor.grad, watched.sum((0, 1)))
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -7,6 +7,7 @@ compiler, no ptxas, no Python.h, wrong values) is raised with its cure; dispatch
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -45,6 +46,9 @@ CURES = (
 )
 """Words in an error of Triton -> what a user can do. The first that fits is shown."""
 
+_constants = functools.cache(configs.constants)
+"""Shared by all launches of a kernel: nobody writes into them."""
+
 _verified: set[tuple] = set()
 """Kernels that gave the reference's answer in this process."""
 
@@ -79,13 +83,20 @@ def unavailable() -> str | None:
 
 
 def _unusable() -> BackendError | None:
+    fault = _fault()
+    return None if fault is None else BackendError(*fault)
+
+
+@functools.cache
+def _fault() -> tuple[str, str] | None:
+    """What keeps Triton from being used in this process, and the cure; None if nothing does."""
     if isinstance(_IMPORT_ERROR, ModuleNotFoundError) and _IMPORT_ERROR.name == "triton":
-        return BackendError("Triton is not installed", INSTALL)
+        return "Triton is not installed", INSTALL
     if _IMPORT_ERROR is not None:
-        return BackendError(f"Triton cannot be imported ({_IMPORT_ERROR})", f"reinstall it: {INSTALL}")
+        return f"Triton cannot be imported ({_IMPORT_ERROR})", f"reinstall it: {INSTALL}"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < (3, 3):
-        return BackendError(f"Triton {triton.__version__} is too old", "update PyTorch to 2.7 or newer (Triton 3.3)")
+        return f"Triton {triton.__version__} is too old", "update PyTorch to 2.7 or newer (Triton 3.3)"
     return None
 
 
@@ -100,6 +111,7 @@ def config(target: int | str, codec: str, mode: str = "exact") -> Config:
     return chosen
 
 
+@functools.cache
 def _target(device: torch.device) -> int | str:
     if device.type != "cuda":
         return 80
@@ -195,9 +207,9 @@ def launch(
     interpret = interpreting()
     codes = weight.codes if weight.codes.is_contiguous() and weight.codes.data_ptr() % 16 == 0 else weight.codes.clone()
     n = get_codec(weight.codec).byte_rows(rows)
-    constants = configs.constants(chosen, weight.codec, mode, bias is not None, interpret)
+    constants = _constants(chosen, weight.codec, mode, bias is not None, interpret)
     options = {} if interpret else {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    grid = (triton.cdiv(x.shape[0], chosen.block_m) * triton.cdiv(n, chosen.block_n) * chosen.parts,)
+    grid = (-(-x.shape[0] // chosen.block_m) * -(-n // chosen.block_n) * chosen.parts,)
     scale = weight.scale.contiguous()
     shift = out if bias is None else bias.contiguous()
     with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
@@ -229,7 +241,7 @@ def quantize(x: torch.Tensor, chosen: Config) -> tuple[torch.Tensor, torch.Tenso
     """x [M, K] -> (int8, fp32), as quantize_kernel lays them out for an a8 configuration."""
     columns = x.shape[1]
     x = _aligned(x)
-    tiles, groups = triton.cdiv(x.shape[0], chosen.block_m), columns // GROUP
+    tiles, groups = -(-x.shape[0] // chosen.block_m), columns // GROUP
     q = torch.empty(tiles * chosen.block_m * columns, dtype=torch.int8, device=x.device)
     tokens = torch.empty(tiles * chosen.block_m * groups, dtype=torch.float32, device=x.device)
     constants = {"BLOCK_M": chosen.block_m, "ROWS": configs.QUANTIZED_ROWS}
