@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bonsai_ops.tools import synthetic
-from bonsai_ops.tools.bench import picture, profile, quantize, session, step
+from bonsai_ops.tools.bench import overhead, picture, profile, quantize, session, step
 from bonsai_ops.tools.bench.inside.step import STEPS
 from bonsai_ops.tools.bench.ways import STEP_WAYS, named
 
@@ -68,6 +68,17 @@ def test_a_step_taken_apart(comfyui_path: Path, work: Path, capsys: pytest.Captu
     assert {by_kind[kind]["cause"] for kind in ("SwiGLU", "modulation")} == {"ComfyUI"}
     assert sum(row["share"] for row in figures["rows"]) <= 1
     assert "packed linear" in capsys.readouterr().out
+
+
+def test_what_a_layer_costs_beside_its_product(comfyui_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["way"]: row for row in overhead.measure(comfyui_path, calls=20, turns=3)}
+    assert list(rows) == [name for name, *_ in overhead.ROWS]
+    assert all(row["us"] > 0 for row in rows.values())
+    layer, result = rows["layer"], rows["result"]
+    assert (
+        layer["us_beside_product"] == pytest.approx(layer["us"] - result["us"]) and result["us_beside_product"] is None
+    )
+    assert "packed layer" in capsys.readouterr().out
 
 
 def test_quantizing(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from .need import PATCHER, Need
 
 NEEDS = (
     Need("tools/bench/inside", "comfy.options.enable_args_parsing", "to set the options of ComfyUI"),
+    Need("tools/bench/inside", "comfy.ops.manual_cast", "to time a layer", "Linear", takes="bias dtype device"),
     Need("tools/bench/inside", "comfy.sd.load_diffusion_model", "to time dense models", takes="model_options"),
     Need("tools/bench/inside", "comfy.sd.load_lora_for_models", "to time LoRAs"),
     Need("tools/bench/inside", "comfy.sample.prepare_noise", "to time steps and pictures"),

@@ -120,6 +120,10 @@ def _quantize(run: Run) -> list[dict]:
     return _call("quantize", "measure", run.comfyui, run.work, run.arguments.ways, run.arguments.device)
 
 
+def _overhead(run: Run) -> list[dict]:
+    return _call("overhead", "measure", run.comfyui, run.arguments.device)
+
+
 def _static(run: Run) -> int:
     return _call("static", "run_static", run.arguments.json)
 
@@ -187,6 +191,13 @@ BENCHMARKS = (
         _quantize,
         in_host=True,
         options=("ways",),
+    ),
+    Benchmark(
+        "overhead",
+        "what a packed layer costs the processor beside its product, part by part, without a GPU: microseconds, beside "
+        "torch's linear layer and ComfyUI's",
+        _overhead,
+        in_host=True,
     ),
     Benchmark(
         "static",
