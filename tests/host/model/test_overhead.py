@@ -18,8 +18,7 @@ from bonsai_ops.weights.packed_weight import PackedWeight
 pytestmark = pytest.mark.host
 
 MOST_CALLS = 40
-"""Functions written in Python that one call of a layer without patches calls, torch's and ComfyUI's included. Through
-ComfyUI's cast and an operator of torch they were more than a hundred."""
+"""Functions written in Python that one call of a layer without patches calls, torch's and ComfyUI's included."""
 SIZE = (136, 256)
 
 
