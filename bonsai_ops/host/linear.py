@@ -35,6 +35,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         self.resident_patch: LayerPatches | None = None
         self.hook_patch: LayerPatches | None = None
         self._dynamic_patch: LowVramPatch | None = None
+        self.bias_lowvram_function: LowVramPatch | None = None
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
 
@@ -243,7 +244,7 @@ class PackedLinear(_PackedModule):
         keep, bias = device_of(packed) == x.device, self.bias
         if torch.compiler.is_compiling() and keep and not (patches or wrappers):
             return torch.nn.functional.linear(x, packed, bias)
-        if keep and not self.bias_function and (bias is None or bias.device == x.device):
+        if keep and (bias is None or self._bias_is_plain(x.device)):
             # a cast would do no more, and takes longer than the rest of a small call
             bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
             return self.product(x, packed, bias, patches, wrappers, keep)
@@ -251,6 +252,11 @@ class PackedLinear(_PackedModule):
         y = self.product(x, weight, bias, patches, wrappers, keep)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
+
+    def _bias_is_plain(self, device: torch.device) -> bool:
+        """True if ComfyUI's cast would neither move the bias nor patch it."""
+        patched = self.bias_function or self.bias_lowvram_function is not None
+        return self.bias.device == device and not patched
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.has_bias}, packed={is_packed(self.weight)}"
