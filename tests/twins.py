@@ -251,6 +251,19 @@ def loaded(model: Any, memory: float = 0) -> Any:
     return model
 
 
+def imitate_dynamic(model: Any) -> None:
+    """What ModelPatcherDynamic.load sets on each module: the patch in weight_lowvram_function, no weight functions."""
+    from comfy.model_patcher import LowVramPatch
+
+    for name, module in model.model.named_modules():
+        if hasattr(module, "comfy_cast_weights") and getattr(module, "weight", None) is not None:
+            key = f"{name}.weight"
+            patch = LowVramPatch(key, model.patches) if key in model.patches else None
+            module.weight_lowvram_function = patch
+            module.weight_function = []
+            module.seed_key = name
+
+
 def unloaded(model: Any) -> Any:
     """The model after ComfyUI took it off the device."""
     model.detach()

@@ -15,8 +15,10 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import kernels
+from ..weights.packed_weight import SCRATCH_BYTES
+from .kept import Kept
 from .layout import device_of, is_packed, mode_of, owned, unwrap
-from .lora import LOWVRAM_PATCH, LayerPatches, patches_of
+from .lora import LOWVRAM_PATCH, LayerPatches, hand_over, made_of, patches_of, plain_terms
 
 if TYPE_CHECKING:
     from comfy.model_patcher import LowVramPatch
@@ -26,6 +28,8 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     """What Linear and Embedding share: loading, moving and saving a weight that may be a QuantizedTensor."""
 
     comfy_cast_weights = True
+    kept_loras: Kept
+    """What the LoRAs of the model keep on the device."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -66,6 +70,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     @weight_lowvram_function.setter
     def weight_lowvram_function(self, patch: LowVramPatch | None) -> None:
+        hand_over(self._dynamic_patch, patch)
         self._dynamic_patch = patch
 
     def _offloaded(self) -> list[LowVramPatch]:
@@ -121,7 +126,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         bias: torch.Tensor | None,
         patches: Sequence[LayerPatches],
         wrappers: Sequence[Callable] = (),
-        keep: bool = False,
+        keep: Kept | None = None,
     ) -> torch.Tensor:
         """x W^T + bias with patches and wrappers; the packed weight lies on x's device. keep: as for add_to."""
         if wrappers or any(patch.terms is None for patch in patches):
@@ -131,6 +136,16 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         for patch in patches:
             y = patch.add_to(y, x, keep)
         return y
+
+    def scratch_bytes(self, patches: Sequence[tuple]) -> int | None:
+        """Bytes that a call may take beside the packed weight and its inputs, with these patches of ComfyUI.
+
+        None where it unpacks the whole weight.
+        """
+        terms = plain_terms(patches)
+        if terms is None:
+            return None
+        return SCRATCH_BYTES + self.weight.dtype.itemsize * sum(t.up.numel() + t.down.numel() for t in terms)
 
     def _cast_packed(self, device: torch.device, bias_dtype: torch.dtype) -> tuple:
         """(packed weight, bias, stream) on `device`: ComfyUI moves the codes, its weight functions stay away."""
@@ -182,7 +197,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         What the patches hold for the old place goes with it. A tensor from outside of inference mode is moved outside
         of it: inside, torch makes no Parameter of what it becomes.
         """
-        for patches in (self.resident_patch, self.hook_patch):
+        for patches in (self.resident_patch, self.hook_patch, made_of(self._dynamic_patch)):
             if patches is not None:
                 patches.forget()
         for name, param in self._parameters.items():
@@ -241,10 +256,12 @@ class PackedLinear(_PackedModule):
 
     def _packed_forward(self, x: torch.Tensor, packed: QuantizedTensor) -> torch.Tensor:
         patches, wrappers = self._layer_patches(), self._wrappers()
-        keep, bias = device_of(packed) == x.device, self.bias
-        if torch.compiler.is_compiling() and keep and not (patches or wrappers):
+        in_place, bias = device_of(packed) == x.device, self.bias
+        if torch.compiler.is_compiling() and in_place and not (patches or wrappers):
             return torch.nn.functional.linear(x, packed, bias)
-        if keep and (bias is None or self._bias_is_plain(x.device)):
+        # an offloaded layer keeps none: ComfyUI left no room for more than its weight
+        keep = self.kept_loras if in_place or self._dynamic_patch is not None else None
+        if in_place and (bias is None or self._bias_is_plain(x.device)):
             # a cast would do no more, and takes longer than the rest of a small call
             bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
             return self.product(x, packed, bias, patches, wrappers, keep)
@@ -279,6 +296,10 @@ class PackedEmbedding(_PackedModule):
         super().__init__(dtype)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
 
+    def scratch_bytes(self, patches: Sequence[tuple]) -> int | None:
+        """None with patches, else 0: only the rows that are read are unpacked, and they are the result."""
+        return None if patches else 0
+
     def forward(self, index: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """index int64 [..] -> rows [.., channels] in `out_dtype` (default: the weight's dtype)."""
         comfy.ops.run_every_op()
@@ -307,12 +328,13 @@ def _leave_inference(tensor: torch.Tensor) -> torch.Tensor:
 
 def make_bonsai_ops() -> type:
     """A fresh operations class for one load: nothing set on it reaches another model."""
+    kept = Kept()
 
     class BonsaiOps(comfy.ops.manual_cast):
         class Linear(PackedLinear):
-            pass
+            kept_loras = kept
 
         class Embedding(PackedEmbedding):
-            pass
+            kept_loras = kept
 
     return BonsaiOps

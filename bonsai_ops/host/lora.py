@@ -19,6 +19,7 @@ import torch
 
 from .. import kernels
 from . import comfyui
+from .kept import Kept
 
 if TYPE_CHECKING:
     from comfy.model_patcher import LowVramPatch
@@ -70,11 +71,11 @@ class LayerPatches:
             self.terms = fitting
         self._prepared: dict[tuple, list] = {}
 
-    def add_to(self, y: torch.Tensor, x: torch.Tensor, keep: bool) -> torch.Tensor:
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, keep: Kept | None) -> torch.Tensor:
         """y [.., N] plus what the patches make of x [.., K]; both in one dtype on one device.
 
-        keep: hold the matrices on that device in that dtype for the next call (resident layers). Raises RuntimeError
-        while a CUDA graph is recorded if they lie elsewhere.
+        keep: where it admits them, the matrices stay on that device in that dtype for the next call. Raises
+        RuntimeError while a CUDA graph is recorded if they lie elsewhere.
         """
         for rows, columns, down, up in self._matrices(x.device, x.dtype, keep):
             inner = torch.nn.functional.linear(x if columns is None else x.narrow(-1, *columns), down)
@@ -110,7 +111,7 @@ class LayerPatches:
             self.patches, weight, self.key, intermediate_dtype=weight.dtype, original_weights=originals
         )
 
-    def _matrices(self, device: torch.device, dtype: torch.dtype, keep: bool) -> list:
+    def _matrices(self, device: torch.device, dtype: torch.dtype, keep: Kept | None) -> list:
         """[(rows, columns, down [R, in], up [out, R])]: terms on the same slices joined, factors folded into up."""
         place = (device, dtype)
         if place in self._prepared:
@@ -125,7 +126,8 @@ class LayerPatches:
             down = torch.cat([t.down.flatten(1).to(device, dtype) for t in terms])
             up = torch.cat([(t.up.flatten(1).to(device, torch.float32) * t.factor).to(dtype) for t in terms], dim=1)
             matrices.append((rows, columns, down, up))
-        if keep and not recorded:  # a graph's memory holds them while it runs and no longer
+        # a graph's memory holds them while it runs and no longer
+        if keep is not None and not recorded and keep.admits(self, _nbytes(matrices)):
             self._prepared = {place: matrices}
         return matrices
 
@@ -135,6 +137,10 @@ class LayerPatches:
                 f"a LoRA on {self.key} is not on {device}, and nothing can be moved there while a CUDA graph is "
                 "recorded: start ComfyUI with --disable-cuda-graphs to use LoRAs here"
             )
+
+
+def _nbytes(matrices: list) -> int:
+    return sum(down.nbytes + up.nbytes for *_, down, up in matrices)
 
 
 def plain_terms(patches: Sequence[tuple]) -> list[LowRank] | None:
@@ -165,7 +171,24 @@ def model_as_lora(value: Any) -> torch.Tensor | None:
 
 def patches_of(patch: LowVramPatch, shape: Sequence[int]) -> LayerPatches:
     """What a ComfyUI LowVramPatch does to a layer of `shape` (N, K), made once a patch."""
-    made = getattr(patch, "bonsai_patches", None)
+    made = made_of(patch)
     if made is None:
         made = patch.bonsai_patches = LayerPatches(patch.key, patch.patches[patch.key], shape)
     return made
+
+
+def made_of(patch: LowVramPatch | None) -> LayerPatches | None:
+    """What `patches_of` made of it, None if it made nothing yet."""
+    return getattr(patch, "bonsai_patches", None)
+
+
+def hand_over(old: LowVramPatch | None, new: LowVramPatch | None) -> None:
+    """Lets a patch have what was made of the one before it, if they are the same: its matrices may be kept.
+
+    Dynamic VRAM makes its patches anew each time a model is sampled.
+    """
+    made = made_of(old)
+    if made is not None and new is not None and made_of(new) is None:
+        patches = new.patches[new.key]
+        if len(patches) == len(made.patches) and all(a is b for a, b in zip(patches, made.patches, strict=True)):
+            new.bonsai_patches = made

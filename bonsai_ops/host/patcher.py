@@ -25,6 +25,7 @@ import torch
 from .. import kernels
 from ..weights.packed_weight import TABLES
 from .dense_on_read import DenseOnRead
+from .kept import Kept
 from .layout import is_packed, unwrap
 from .lora import LayerPatches, merges_models, model_as_lora, plain_terms
 from .record import saved_record, saved_text_record
@@ -102,7 +103,32 @@ class PackedPatcher(Mixed):
         tensors.update((key, module.weight) for key, module in packed.items())
         return DenseOnRead(tensors, {key: module.resident_weight for key, module in packed.items()})
 
+    def _kept(self) -> set[Kept]:
+        """What the LoRAs of the model's layers keep on the device."""
+        return {module.kept_loras for module in self.model.modules() if hasattr(module, "resident_patch")}
+
+    def loaded_size(self) -> int:
+        """Bytes on the device as ComfyUI counts them, and what LoRAs keep there.
+
+        Not under dynamic VRAM, which could take all that it counts without asking.
+        """
+        return super().loaded_size() + (0 if self.is_dynamic() else sum(kept.nbytes for kept in self._kept()))
+
+    def partially_load(self, *args: Any, **kwargs: Any) -> Any:
+        self._reopen()
+        return super().partially_load(*args, **kwargs)
+
+    def partially_unload(self, device_to: torch.device | None, memory_to_free: float = 0, **kwargs: Any) -> float:
+        """Bytes that were freed: what LoRAs keep goes first, for they can be sent again."""
+        freed = sum(kept.give_back() for kept in self._kept()) if memory_to_free > 0 else 0
+        return freed + super().partially_unload(device_to, max(0, memory_to_free - freed), **kwargs)
+
+    def _reopen(self) -> None:
+        for kept in self._kept():
+            kept.reopen()
+
     def load(self, *args: Any, **kwargs: Any) -> Any:
+        self._reopen()
         result = super().load(*args, **kwargs)
         self._report_slow_patches()
         return result
@@ -115,6 +141,8 @@ class PackedPatcher(Mixed):
             for module in self.model.modules():
                 if hasattr(module, "resident_patch"):
                     module.resident_patch = None
+            for kept in self._kept():
+                kept.forget()
 
     def _give_back_packed(self) -> None:
         """Puts the packed weights that merges replaced back as the parameters they were.
@@ -126,6 +154,23 @@ class PackedPatcher(Mixed):
             if is_packed(kept.weight) and isinstance(kept.weight, torch.nn.Parameter):
                 del self.backup[key]
                 comfy.utils.get_attr(self.model, key.rpartition(".")[0]).register_parameter("weight", kept.weight)
+
+    def _load_list(self, *args: Any, **kwargs: Any) -> list[tuple]:
+        """What ComfyUI knows of each layer when it loads, with what a packed one truly takes while it is offloaded."""
+        return [self._true_needs(entry) for entry in super()._load_list(*args, **kwargs)]
+
+    def _true_needs(self, entry: tuple) -> tuple:
+        """ComfyUI's entry; for a packed layer it takes room for the whole unpacked weight, which is never there.
+
+        Dynamic VRAM only sorts by it, and has entries of another form.
+        """
+        module = entry[3] if len(entry) == 5 else None
+        if not is_packed(getattr(module, "weight", None)):
+            return entry
+        needs, own, name, *others = entry
+        key = f"{name}.weight"
+        scratch = None if key in self.weight_wrapper_patches else module.scratch_bytes(self.patches.get(key, ()))
+        return entry if scratch is None else (min(needs, own + scratch), own, name, *others)
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """What ComfyUI's save nodes write, and our record of it.

@@ -67,9 +67,10 @@ NEEDS = (
         "host/patcher.py",
         PATCHER,
         "to keep packed layers packed when LoRAs and hooks come and go",
-        "patch_weight_to_device load unpatch_model model_state_dict state_dict_for_saving pre_run cleanup "
+        "patch_weight_to_device load partially_load partially_unload loaded_size is_dynamic "
+        "unpatch_model model_state_dict state_dict_for_saving pre_run cleanup "
         "add_hook_patches patch_hooks patch_hook_weight_to_device unpatch_hooks get_callbacks add_callback_with_key",
-        "model patches backup patches_uuid cached_hook_patches hook_backup",
+        "model patches backup patches_uuid cached_hook_patches hook_backup weight_wrapper_patches",
     ),
     Need(
         "host/patcher.py",
@@ -77,6 +78,7 @@ NEEDS = (
         "to be called by it",
         takes="device_to inplace_update return_weight",
     ),
+    Need("host/patcher.py", PATCHER, "to say what packed layers need while offloaded", "_load_list", costs=""),
     Need("host/patcher.py", "comfy.model_patcher", "to save layers as they are", words="comfy_patched_weights weight"),
     Need(
         "host/patcher.py", PATCHER, "to save one part of a model", "model_state_dict_for_saving", costs="", since="0.18"

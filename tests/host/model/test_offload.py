@@ -22,6 +22,7 @@ from twins import (
     absent,
     bfl_lora,
     draw,
+    imitate_dynamic,
     load_stock,
     loaded,
     low_rank,
@@ -216,19 +217,6 @@ def test_memory_modes(comfy: Any, packs: Mapping[str, Path], monkeypatch: pytest
     assert asked == [memory == "classic"]
     monkeypatch.undo()
     assert relative(draw(model), draw(load_stock(read_dense(packs["ternary"])))) < 1e-5
-
-
-def imitate_dynamic(model: Any) -> None:
-    """What ModelPatcherDynamic.load sets on each module: the patch in weight_lowvram_function, no weight functions."""
-    from comfy.model_patcher import LowVramPatch
-
-    for name, module in model.model.named_modules():
-        if hasattr(module, "comfy_cast_weights") and getattr(module, "weight", None) is not None:
-            key = f"{name}.weight"
-            patch = LowVramPatch(key, model.patches) if key in model.patches else None
-            module.weight_lowvram_function = patch
-            module.weight_function = []
-            module.seed_key = name
 
 
 def test_dynamic_vram_keeps_the_patch_as_a_branch(pair: Pair, lora_file: Callable[..., str]) -> None:
