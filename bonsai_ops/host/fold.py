@@ -17,7 +17,8 @@ import torch
 
 from ..weights.finite import NOT_FINITE, is_finite
 from ..weights.packed_weight import PackedWeight, narrow_exact
-from .lora import PLAIN_LORA, LayerPatches, LowRank, plain_terms
+from .lora import LayerPatches, LowRank, plain_terms
+from .rows import PLAIN_LORA
 from .tensors import PREFIX
 
 if TYPE_CHECKING:

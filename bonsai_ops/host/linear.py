@@ -15,10 +15,11 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import kernels
-from ..weights.packed_weight import SCRATCH_BYTES
+from ..weights.packed_weight import SCRATCH_BYTES, PackedWeight
 from .kept import Kept
 from .layout import device_of, is_packed, mode_of, owned, unwrap
 from .lora import LOWVRAM_PATCH, LayerPatches, hand_over, made_of, patches_of, plain_terms
+from .rows import on_rows
 
 if TYPE_CHECKING:
     from comfy.model_patcher import LowVramPatch
@@ -130,11 +131,33 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     ) -> torch.Tensor:
         """x W^T + bias with patches and wrappers; the packed weight lies on x's device. keep: as for add_to."""
         if wrappers or any(patch.terms is None for patch in patches):
+            # a gradient needs all of the weight later on; a compiled graph would have a copy of the code for each piece
+            whole = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+            if not (wrappers or whole) and all(patch.by_rows for patch in patches):
+                return self._product_by_rows(x, unwrap(weight), bias, patches, keep)
             dense = self.patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
             return torch.nn.functional.linear(x, dense.to(x.dtype), bias)
         y = kernels.linear(x, unwrap(weight), bias, mode_of(weight))
         for patch in patches:
             y = patch.add_to(y, x, keep)
+        return y
+
+    def _product_by_rows(
+        self,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None,
+        patches: Sequence[LayerPatches],
+        keep: Kept | None,
+    ) -> torch.Tensor:
+        """x W^T + bias with patches that can be cut, as many rows at a time as `pieces` unpacks."""
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        merges = [patch.rows_merged(x.device, keep) for patch in patches]
+        for first, last, dense in weight.pieces(torch.float32):
+            for merge in merges:
+                dense = merge(dense, first, last)
+            part = None if bias is None else bias[first:last]
+            y[..., first:last] = torch.nn.functional.linear(x, dense.to(x.dtype), part)
         return y
 
     def scratch_bytes(self, patches: Sequence[tuple]) -> int | None:
@@ -144,7 +167,8 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         """
         terms = plain_terms(patches)
         if terms is None:
-            return None
+            shape = self.weight.shape
+            return None if on_rows(patches, shape, 0, shape[0]) is None else 3 * SCRATCH_BYTES
         return SCRATCH_BYTES + self.weight.dtype.itemsize * sum(t.up.numel() + t.down.numel() for t in terms)
 
     def _cast_packed(self, device: torch.device, bias_dtype: torch.dtype) -> tuple:

@@ -3,14 +3,15 @@
     y = x W^T + sum over patches of strength * alpha / rank * ((x[in-slice] down^T) up^T) on y[out-slice]
 
 What is not plain low rank (DoRA, LoHa, LoKr, full differences, functions) is applied exactly too: the layer is unpacked
-at each call, ComfyUI's own calculate_weight changes it, and the dense product is taken. Which patches a layer has is
-for patcher.py and linear.py to say.
+at each call, ComfyUI's own calculate_weight changes it, and the dense product is taken, some rows at a time where
+rows.py can cut the patches. Which patches a layer has is for patcher.py and linear.py to say.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import torch
 from .. import kernels
 from . import comfyui
 from .kept import Kept
+from .rows import PLAIN_LORA, moved_to, on_rows
 
 if TYPE_CHECKING:
     from comfy.model_patcher import LowVramPatch
@@ -27,8 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOWVRAM_PATCH = comfyui.optional("comfy.model_patcher.LowVramPatch") or ()
-PLAIN_LORA = comfyui.optional("comfy.weight_adapter.LoRAAdapter") or ()
-"""Classes for isinstance, () where this ComfyUI has none."""
+"""A class for isinstance, () where this ComfyUI has none."""
 Span = tuple[int, int] | None
 """(start, length) of a slice of rows or columns, None for all of them."""
 
@@ -61,7 +62,7 @@ class LayerPatches:
     """
 
     def __init__(self, key: str, patches: Sequence[tuple], shape: Sequence[int]) -> None:
-        self.key = key
+        self.key, self.shape = key, tuple(shape)
         self.patches = list(patches)
         self.terms = plain_terms(self.patches)
         if self.terms is not None:
@@ -70,6 +71,7 @@ class LayerPatches:
                 logger.error("Bonsai: a LoRA does not fit %s %s and is left out there", key, list(shape))
             self.terms = fitting
         self._prepared: dict[tuple, list] = {}
+        self._held: list[torch.Tensor] = []
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor, keep: Kept | None) -> torch.Tensor:
         """y [.., N] plus what the patches make of x [.., K]; both in one dtype on one device.
@@ -88,13 +90,13 @@ class LayerPatches:
         return y
 
     def forget(self) -> None:
-        """Drops the matrices that `add_to` kept."""
-        self._prepared = {}
+        """Drops the matrices that are kept."""
+        self._prepared, self._held = {}, []
 
     @property
     def kept(self) -> list[torch.Tensor]:
-        """The matrices that `add_to` holds for its next call."""
-        return [matrix for place in self._prepared.values() for *_, down, up in place for matrix in (down, up)]
+        """The matrices that `add_to` and `rows_merged` hold for their next call."""
+        return self._held
 
     @property
     def reads_original(self) -> bool:
@@ -111,12 +113,51 @@ class LayerPatches:
             self.patches, weight, self.key, intermediate_dtype=weight.dtype, original_weights=originals
         )
 
+    @functools.cached_property
+    def by_rows(self) -> bool:
+        """True if `rows_merged` can be asked."""
+        return on_rows(self.patches, self.shape, 0, self.shape[0]) is not None
+
+    def rows_merged(self, device: torch.device, keep: Kept | None) -> Callable[[torch.Tensor, int, int], torch.Tensor]:
+        """`merged` of some rows alone: a function of (rows first .. last - 1, which it may change, first, last).
+
+        Its matrices are sent to `device` once. keep: as for add_to.
+        """
+        moved = self._on_device(device, keep)
+
+        def merged(weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            patches = on_rows(moved, self.shape, first, last)
+            return comfy.lora.calculate_weight(patches, weight, self.key, intermediate_dtype=weight.dtype)
+
+        return merged
+
+    def _on_device(self, device: torch.device, keep: Kept | None) -> list[tuple]:
+        """The patches with the matrices of adapters on `device`; whole tensors stay, they are sent row by row."""
+        place = (device,)
+        if place not in self._prepared:
+            moved = [(patch[0], moved_to(patch[1], device), *patch[2:]) for patch in self.patches]
+            pairs = [(a[1].weights, b[1].weights) for a, b in zip(moved, self.patches, strict=True) if a[1] is not b[1]]
+            sent = [a for pair in pairs for a, b in zip(*pair, strict=True) if a is not b]
+            if not sent or not self._keep(place, moved, sent, keep):
+                return moved
+        return self._prepared[place]
+
+    def _keep(self, place: tuple, prepared: list, matrices: list[torch.Tensor], keep: Kept | None) -> bool:
+        # a graph's memory holds them while it runs and no longer
+        if keep is None or kernels.capturing():
+            return False
+        # torch.compile would follow what is asked here through all layers: it keeps them unasked, as long as the patch
+        if not torch.compiler.is_compiling() and not keep.admits(self, sum(m.nbytes for m in matrices)):
+            return False
+        self._prepared, self._held = {place: prepared}, matrices
+        return True
+
     def _matrices(self, device: torch.device, dtype: torch.dtype, keep: Kept | None) -> list:
         """[(rows, columns, down [R, in], up [out, R])]: terms on the same slices joined, factors folded into up."""
         place = (device, dtype)
         if place in self._prepared:
             return self._prepared[place]
-        if recorded := kernels.capturing():
+        if kernels.capturing():
             self._refuse_elsewhere(device)
         slices: dict[tuple[Span, Span], list[LowRank]] = {}
         for term in self.terms:
@@ -126,9 +167,7 @@ class LayerPatches:
             down = torch.cat([t.down.flatten(1).to(device, dtype) for t in terms])
             up = torch.cat([(t.up.flatten(1).to(device, torch.float32) * t.factor).to(dtype) for t in terms], dim=1)
             matrices.append((rows, columns, down, up))
-        # a graph's memory holds them while it runs and no longer
-        if keep is not None and not recorded and keep.admits(self, _nbytes(matrices)):
-            self._prepared = {place: matrices}
+        self._keep(place, matrices, [matrix for *_, down, up in matrices for matrix in (down, up)], keep)
         return matrices
 
     def _refuse_elsewhere(self, device: torch.device) -> None:
@@ -137,10 +176,6 @@ class LayerPatches:
                 f"a LoRA on {self.key} is not on {device}, and nothing can be moved there while a CUDA graph is "
                 "recorded: start ComfyUI with --disable-cuda-graphs to use LoRAs here"
             )
-
-
-def _nbytes(matrices: list) -> int:
-    return sum(down.nbytes + up.nbytes for *_, down, up in matrices)
 
 
 def plain_terms(patches: Sequence[tuple]) -> list[LowRank] | None:

@@ -118,10 +118,12 @@ class PackedPatcher(Mixed):
         self._reopen()
         return super().partially_load(*args, **kwargs)
 
-    def partially_unload(self, device_to: torch.device | None, memory_to_free: float = 0, **kwargs: Any) -> float:
+    def partially_unload(
+        self, device_to: torch.device | None, memory_to_free: float = 0, *args: Any, **kwargs: Any
+    ) -> float:
         """Bytes that were freed: what LoRAs keep goes first, for they can be sent again."""
         freed = sum(kept.give_back() for kept in self._kept()) if memory_to_free > 0 else 0
-        return freed + super().partially_unload(device_to, max(0, memory_to_free - freed), **kwargs)
+        return freed + super().partially_unload(device_to, max(0, memory_to_free - freed), *args, **kwargs)
 
     def _reopen(self) -> None:
         for kept in self._kept():

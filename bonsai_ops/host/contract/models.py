@@ -52,7 +52,14 @@ NEEDS = (
         words="key patches",
         costs=SLOW_LORAS,
     ),
-    Need("host/lora.py", "comfy.weight_adapter.LoRAAdapter", "to know a plain LoRA", words="weights", costs=SLOW_LORAS),
+    Need("host/rows.py", "comfy.weight_adapter.LoRAAdapter", "to know a plain LoRA", words="weights", costs=SLOW_LORAS),
+    Need(
+        "host/rows.py",
+        "comfy.weight_adapter.LoHaAdapter",
+        "to unpack some rows at a time",
+        words="weights loaded_keys",
+        costs="",
+    ),
     Need(
         "host/attention.py",
         "comfy.ldm.modules.attention.attention_sub_quad",
