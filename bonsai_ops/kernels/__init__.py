@@ -3,7 +3,7 @@
 call.py        Call, Choice and the Backend protocol
 dispatch.py    which backend multiplies a call, and why the others do not
 custom_op.py   the product as an operator of torch: `linear`, for everyone outside
-eager.py       the reference; cpu.py, triton/: the fast ones
+eager.py       the reference; cpu.py, triton/, unpack/: the fast ones
 """
 
 from ..weights.device_errors import is_the_devices

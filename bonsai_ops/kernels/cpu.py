@@ -23,6 +23,7 @@ from ..weights.packed_weight import PackedWeight
 from . import machine
 from .call import EXACT, Call, Limits, refuse_residual
 from .reuse import Reuse
+from .rows import chunks
 
 NAME = "cpu"
 MODES = (EXACT, "a8")
@@ -36,8 +37,6 @@ VALUE_BYTES = 28_400_000
 """Of that, the buffer of values: few large products are faster than many small ones."""
 PIECE_BYTES = 2 << 20
 """Bound on what unpacking takes beside it. Smaller pieces would stay in the fastest cache, but have more operations."""
-ROW_STEP = 64
-"""Granularity of the rows in one product: the columns of its result start on a cache line."""
 
 LEVELS = 127
 INPUT_BYTES = 18 << 20
@@ -89,10 +88,10 @@ def multiply(
 def _exact(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
     """out [M, N] = x [M, K] W^T."""
     rows, columns = weight.shape
-    chunks = _chunks(rows, VALUE_BYTES // (x.dtype.itemsize * columns))
-    values = reuse.empty(chunks[0][1], columns, x.dtype)
+    parts = chunks(rows, VALUE_BYTES // (x.dtype.itemsize * columns))
+    values = reuse.empty(parts[0][1], columns, x.dtype)
     write, piece = (_write_bf16, PIECE_BYTES) if x.dtype == torch.bfloat16 else (_write_fp32, PIECE_BYTES // 4)
-    for first, last in chunks:
+    for first, last in parts:
         write(weight, first, last, values, piece)
         torch.mm(x, values[: last - first].t(), out=out[:, first:last])
 
@@ -129,15 +128,15 @@ def _a8(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
     row_scale = scale.abs().amax(1).div_(LEVELS).clamp_(min=torch.finfo(torch.float32).tiny)
     levels = scale.div_(row_scale.unsqueeze(1)).round_().to(torch.int16).unsqueeze(-1)
     del scale
-    chunks = _chunks(rows, min(A8_ROWS, A8_VALUE_BYTES // columns))
+    parts = chunks(rows, min(A8_ROWS, A8_VALUE_BYTES // columns))
     turns = -(-tokens // max(1, min(A8_TOKENS, INPUT_BYTES // columns)))
     step = -(-tokens // max(turns, 1))
-    codes = reuse.empty(chunks[0][1], columns, torch.int8)
-    sums = reuse.empty(step, chunks[0][1], torch.int32).view(-1)
+    codes = reuse.empty(parts[0][1], columns, torch.int8)
+    sums = reuse.empty(step, parts[0][1], torch.int32).view(-1)
     for start in range(0, tokens, max(step, 1)):
         part = out[start : start + step]
         rounded, token_scale = _rounded(x[start : start + step])
-        for first, last in chunks:
+        for first, last in parts:
             for rows, plane, packed in _runs(weight, first, last, A8_PIECE):
                 signs = _signs(weight.codec, packed, plane, torch.empty(packed.shape, dtype=torch.int16))
                 signs.view(len(packed), -1, weight.group_size).mul_(levels[first:last][rows])
@@ -161,14 +160,6 @@ def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale[lo : lo + block] = largest / LEVELS
         rounded[lo : lo + block].copy_(part.mul_(LEVELS / largest).round_())
     return rounded, scale
-
-
-def _chunks(rows: int, most: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of runs of about `most` rows, of one length if some number of runs allows it."""
-    count = -(-rows // max(ROW_STEP, most // ROW_STEP * ROW_STEP))
-    even = [n for n in range(count, count + 4) if rows % (n * ROW_STEP) == 0]
-    step = rows // even[0] if even else ROW_STEP * -(-rows // (count * ROW_STEP))
-    return [(lo, min(lo + step, rows)) for lo in range(0, rows, step)]
 
 
 def _runs(weight: PackedWeight, first: int, last: int, count: int) -> Iterator[tuple[slice, int, torch.Tensor]]:

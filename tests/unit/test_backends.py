@@ -25,7 +25,7 @@ from bonsai_ops.weights import codec as codecs
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = [b for b in dispatch.BACKENDS if not INTERPRETED or b.NAME == "triton"]
+BACKENDS = [b for b in dispatch.BACKENDS if not INTERPRETED or b.NAME in ("triton", "unpack")]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIRS = [(scheme.name, codec) for scheme in SCHEMES.values() for codec in scheme.codecs]
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}
@@ -72,9 +72,16 @@ def taken() -> Iterator[object]:
                     yield pytest.param(backend, mode, device, pair, dtype, id=name)
 
 
+def is_turn(case: object) -> bool:
+    """In the interpreter a kernel that takes all schemes has one of its dtypes for each of them."""
+    backend, _, _, pair, dtype = case.values
+    turn = list(TOLERANCE)[PAIRS.index(pair) % len(TOLERANCE)]
+    return not INTERPRETED or backend.NAME == "triton" or dtype == turn
+
+
 TAKEN = list(taken())
 ARGUMENTS = ("backend", "mode", "device", "pair", "dtype")
-everything_taken = pytest.mark.parametrize(ARGUMENTS, TAKEN)
+everything_taken = pytest.mark.parametrize(ARGUMENTS, list(filter(is_turn, TAKEN)))
 everything_exact = pytest.mark.parametrize(ARGUMENTS, [case for case in TAKEN if case.values[1] == kernels.EXACT])
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.NAME)
 

@@ -81,24 +81,27 @@ def test_choice_and_reasons() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("changes", "reason", "instead"),
     [
-        ({"capability": (7, 5)}, "compute capability 7.5"),
-        ({"device": torch.device("mps")}, "the weight is on mps"),
-        ({"device": torch.device("xpu")}, "the weight is on xpu"),
-        ({"columns": 96, "group_size": 96}, "groups of 128"),
-        ({"dtype": torch.float32}, "float16 and bfloat16"),
+        ({"capability": (7, 5)}, "compute capability 7.5", "unpack"),
+        ({"device": torch.device("mps")}, "the weight is on mps", "eager"),
+        ({"device": torch.device("xpu")}, "the weight is on xpu", "eager"),
+        ({"columns": 96, "group_size": 96}, "groups of 128", "unpack"),
+        ({"dtype": torch.float32}, "float16 and bfloat16", "unpack"),
+        ({"scheme": "affine", "codec": "nibble"}, "no kernel for affine weights stored as nibble", "unpack"),
     ],
-    ids=["sm_75", "mps", "xpu", "columns", "fp32"],
+    ids=["sm_75", "mps", "xpu", "columns", "fp32", "affine"],
 )
-def test_why_not_triton(changes: dict, reason: str) -> None:
-    """The reference takes what the fused kernels decline, and the reason is said."""
+def test_why_not_triton(changes: dict, reason: str, instead: str) -> None:
+    """Unpacking takes what the fused kernels decline, the reference what both do, and the reason is said."""
     pytest.importorskip("triton", reason="Triton is not installed")
     call = kernels.Call(torch.device("cuda", 0), torch.bfloat16, 128, 256, "ternary", "trit5", 128, (8, 6))
     assert kernels.resolve(call).backend.NAME == "triton"
     choice = kernels.resolve(dataclasses.replace(call, **changes))
-    assert choice.backend.NAME == "eager"
+    assert instead == choice.backend.NAME
     assert reason in choice.declined["triton"]
+    if instead == "eager":
+        assert choice.declined["unpack"] == reason
 
 
 def test_why_not_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

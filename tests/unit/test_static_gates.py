@@ -5,6 +5,7 @@ The gates are in bonsai_ops/tools/bench/static.py (Row.failures); what is counte
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bonsai_ops.tools.bench import static
+from bonsai_ops.tools.bench import static, static_unpack
+from bonsai_ops.weights.packed_weight import SCHEMES
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +40,36 @@ def test_fewer_instructions_than_gemlite(target: int) -> None:
     assert static.measure(target, "trit5", "exact", "fp16").ovh_per_hmma < peer
 
 
+@pytest.mark.parametrize("target", [75, 86, 90, 120, "gfx942"], ids=static.label)
+def test_unpacking_passes_its_gates(target: int | str) -> None:
+    """No spills and no shared memory, stores of 16 bytes, few instructions, hardly more bytes than the values have."""
+    assert {row.name: row.failures() for row in static_unpack.show((target,)) if row.failures()} == {}
+
+
+def test_a_kernel_that_unpacks_badly_fails() -> None:
+    good = static_unpack.Row("unpack_trit5_bf16", "sm_86", 0, 0, 56, 6.0, ["STG.E.128"], 2.216)
+    assert not good.failures()
+    bad = {"spills": 2, "smem": 4096, "steps": 7.4, "stores": ["STG.E.64"], "bytes": 3.0}
+    assert len(dataclasses.replace(good, **bad).failures()) == 5
+
+
+def test_bytes_a_weight() -> None:
+    """Codes, tables of two bytes and values of two: at most 3 for every scheme but that of whole bytes."""
+    moved = {
+        (scheme.name, codec): static_unpack.moved(scheme.name, codec, 128)
+        for scheme in SCHEMES.values()
+        for codec in scheme.codecs
+    }
+    assert moved["ternary", "trit5"] == 2.216 and moved["binary", "bit"] == 2.141 and moved["affine", "nibble"] == 2.531
+    assert all(found <= (3.04 if codec == "byte" else 2.6) for (_, codec), found in moved.items())
+
+
 def test_report_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "static.json"
     assert static.run_static(file, (86,)) == 0
-    rows = json.loads(file.read_text(encoding="utf-8"))["kernels"]
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    assert {row["target"] for row in figures["unpack"]} == {"sm_75", "sm_86"}
+    rows = figures["kernels"]
     keys = {"name", "mode", "target", "spills", "smem", "registers", "mma", "ovh_per_hmma", "gemlite_ovh_per_hmma"}
     assert rows and all(set(row) == keys for row in rows)
     assert {row["name"] for row in rows} >= {

@@ -1,9 +1,9 @@
 """The Triton backend without a GPU: kernels in Triton's interpreter, their PTX in a small emulation, and its refusals.
 
 The interpreter must be chosen before Triton is imported and would confuse other tests of this process, so
-`test_in_the_interpreter` runs this file and test_backends.py in a child with TRITON_INTERPRET=1; only there do the
-tests marked with `interpreter` run. The interpreter cannot run inline PTX: there the kernels take their plain branch,
-and the emulation checks every PTX string over all bytes.
+`test_in_the_interpreter` runs INTERPRETED_FILES in a child with TRITON_INTERPRET=1; only there do the tests marked with
+`interpreter` run. The interpreter cannot run inline PTX: there the kernels take their plain branch, and the
+emulation checks every PTX string over all bytes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from bonsai_ops.weights.packed_weight import PackedWeight
 REPOSITORY = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SCHEME = {"trit5": "ternary", "crumb": "ternary", "bit": "binary"}
+INTERPRETED_FILES = ("test_triton.py", "test_unpack_kernel.py", "test_backends.py")
 CODES = tuple(SCHEME)
 PLANES = ("crumb", "bit")  # the codecs of a8
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 2**-7}  # the interpreter truncates to bf16 instead of rounding
@@ -130,7 +131,7 @@ def launch_poisoned(
 @pytest.mark.skipif(INTERPRETED, reason="the parent's")
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    files = [str(Path(__file__).with_name(name)) for name in ("test_triton.py", "test_backends.py")]
+    files = [str(Path(__file__).with_name(name)) for name in INTERPRETED_FILES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)

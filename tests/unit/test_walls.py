@@ -43,6 +43,7 @@ MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 LONG_FUNCTIONS = {
     "bonsai_ops/kernels/triton/half.py:weight_first_kernel": "a kernel is one function: pointers, strides, one loop",
     "bonsai_ops/kernels/triton/int8.py:a8_kernel": "a kernel is one function: pointers, strides, one loop",
+    "bonsai_ops/kernels/unpack/kernel.py:unpack_kernel": "a kernel is one function: pointers, tables, planes",
     "bonsai_ops/tools/bench/gpu_check/candidates.py:plane_kernel": "a kernel is one function",
     "nodes/patch_linear.py:define_schema": "a schema: every input of the node and its tooltip",
 }

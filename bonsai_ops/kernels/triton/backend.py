@@ -58,7 +58,7 @@ def forget_verified() -> None:
     _verified.clear()
 
 
-def _explained(error: Exception) -> BackendError:
+def explained(error: Exception) -> BackendError:
     """What Triton raised, in one line with the cure."""
     chain = []
     link: BaseException | None = error
@@ -151,7 +151,7 @@ def multiply(
         except Exception as error:  # what a broken Triton raises at first launch has no common class
             if isinstance(error, BackendError) or is_the_devices(error):
                 raise
-            raise _explained(error) from error
+            raise explained(error) from error
     return out.view(*x.shape[:-1], rows)
 
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -25,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.triton import configs
+from . import static_unpack
+from .disassembly import compile_kernel, disassembled, label, opcode
 from .gemlite_import import import_gemlite
 
 TARGETS: tuple[int | str, ...] = (80, 86, 87, 89, 90, 100, 120, "gfx1100", "gfx1201", "gfx942")
@@ -88,11 +88,6 @@ class Row:
         return found
 
 
-def label(target: int | str) -> str:
-    """sm_86 for 86; AMD names stay."""
-    return target if isinstance(target, str) else f"sm_{target}"
-
-
 def shipped(target: int | str) -> Iterator[tuple[str, str, str]]:
     """(codec, mode, dtype) of each kernel that a user of this target can run.
 
@@ -128,97 +123,23 @@ def measure(target: int | str, codec: str, mode: str, dtype: str) -> Row:
         types["x_ptr"] = f"*{dtype}"
     aligned = {*types, "N", "K", "stride_xm", "stride_ym"}
     types |= {name: "i32" for name in ("M", "N", "K", "n8", "stride_xm", "stride_ym") if name in kernel.arg_names}
-    compiled = _compile(kernel, types, constants, aligned, target, config.warps, config.stages)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = compile_kernel(kernel, types, constants, aligned, target, **options)
     counted = _count(compiled, target, macs / config.warps / 2048)
     return Row(name=f"{NAMES[codec]}_{mode}_{dtype}", mode=mode, target=label(target), **counted)
 
 
-def _compile(
-    kernel: Any, types: dict, constants: dict, aligned: set, target: int | str, warps: int, stages: int
-) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
-    if isinstance(target, str):
-        device = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
-    else:
-        device = GPUTarget("cuda", target, 32)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=device, options={"num_warps": warps, "num_stages": stages})
-
-
 def _count(compiled: Any, target: int | str, hmma: float) -> dict:
     """Registers, spills, shared memory, MMA kinds and overhead. `hmma`: HMMA.16816 a warp does in one iteration."""
-    if isinstance(target, str):
-        text = compiled.asm["amdgcn"]
-        facts = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
-        listing = [line.split(";")[0].strip() for line in text.splitlines()]
-        instructions, loops = _loops(listing, r"^(\.LBB\w+):", r"^s_cbranch\w*\s+(\.LBB\w+)|^s_branch\s+(\.LBB\w+)")
-        pattern, registers = _AMD_MMA, facts["vgpr_count"]
-        spills = facts["vgpr_spill_count"] + facts["sgpr_spill_count"]
-    else:
-        usage = _nvidia_tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
-        listing = [
-            re.sub(r"^/\*[0-9a-f]+\*/\s*", "", line.strip()).rstrip("; ")
-            for line in _nvidia_tool("nvdisasm", "-c", compiled.asm["cubin"]).splitlines()
-            if re.match(r"^\s*(/\*[0-9a-f]{4,}\*/|\.L_\w+:)", line)
-        ]
-        instructions, loops = _loops(listing, r"^(\.L_\w+):", r"\bBRA\b.*`\((\.L_\w+)\)")
-        pattern, registers = _NVIDIA_MMA, max(int(r) for r in re.findall(r"REG:(\d+)", usage))
-        spills = sum(_opcode(text).startswith(("LDL", "STL")) for text in instructions)
-    kinds = sorted({_opcode(text) for text in instructions if pattern.match(_opcode(text))})
+    usage, instructions, loops = disassembled(compiled, target)
+    pattern = _AMD_MMA if isinstance(target, str) else _NVIDIA_MMA
+    kinds = sorted({opcode(text) for text in instructions if pattern.match(opcode(text))})
     overhead = None
     if loops and kinds:
-        counted = [([pattern.match(_opcode(text)) is not None for text in loop]) for loop in loops]
+        counted = [([pattern.match(opcode(text)) is not None for text in loop]) for loop in loops]
         main = max(counted, key=lambda flags: (sum(flags), -len(flags)))
         overhead = round((len(main) - sum(main)) / hmma, 2) if any(main) else None
-    return {
-        "spills": spills,
-        "smem": compiled.metadata.shared,
-        "registers": registers,
-        "mma": kinds,
-        "ovh_per_hmma": overhead,
-    }
-
-
-def _opcode(instruction: str) -> str:
-    """The opcode without braces and the predicate before it."""
-    words = instruction.lstrip("{ ").split()
-    if words and words[0].startswith("@"):
-        words = words[1:]
-    return words[0] if words else ""
-
-
-def _loops(listing: list[str], label_pattern: str, branch_pattern: str) -> tuple[list[str], list[list[str]]]:
-    """Instructions, and for every backward branch those from its target to it."""
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    loops: list[list[str]] = []
-    for line in listing:
-        found = re.match(label_pattern, line)
-        if found:
-            labels[found[1]] = len(instructions)
-        elif line and not line.startswith((".", "//")) and not line.endswith(":"):
-            instructions.append(line)
-            branch = re.search(branch_pattern, line)
-            start = labels.get(next(filter(None, branch.groups()))) if branch else None
-            if start is not None:
-                loops.append(instructions[start:])
-    return instructions, loops
-
-
-def _nvidia_tool(tool: str, option: str, cubin: bytes) -> str:
-    """Output of a CUDA tool that Triton's wheel contains."""
-    import triton
-
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        return subprocess.run([program, option, file], capture_output=True, text=True, check=True).stdout
+    return {**usage, "mma": kinds, "ovh_per_hmma": overhead}
 
 
 @cache
@@ -283,7 +204,7 @@ def gemlite_overhead(target: int | str, bits: int, dtype: str) -> float | None:
             **dict.fromkeys(("zero_is_scalar", "use_tma", "use_5d_scales", "warp_specialize"), False),
         }
         constants = {name: given.get(name) for name in kernel.arg_names if name not in types}
-        compiled = _compile(kernel, types, constants, aligned, target, warps, stages)
+        compiled = compile_kernel(kernel, types, constants, aligned, target, num_warps=warps, num_stages=stages)
         counted = _count(compiled, target, block_m * block_n * block_k / 2048 / warps)
         if counted["ovh_per_hmma"] is not None and not counted["spills"]:
             found.append(counted["ovh_per_hmma"])
@@ -321,6 +242,9 @@ def run_static(json_path: Path | None = None, targets: tuple[int | str, ...] = T
         for failure in row.failures():
             failed += 1
             print(f"    misses a gate: {failure}", flush=True)
+    unpacking = static_unpack.show((75, *targets))
+    failed += sum(len(row.failures()) for row in unpacking)
     if json_path is not None:
-        json_path.write_text(json.dumps({"kernels": [asdict(row) for row in rows]}, indent=1), encoding="utf-8")
+        figures = {"kernels": [asdict(row) for row in rows], "unpack": [asdict(row) for row in unpacking]}
+        json_path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return 1 if failed else 0

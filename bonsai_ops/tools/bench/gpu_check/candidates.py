@@ -1,6 +1,6 @@
 """Kernels that are not in the project yet, to be measured beside it.
 
-unpack      W [N, K] in 16 bits (or int8 signs) from the packed bytes in one launch; then cuBLAS multiplies
+unpack      the signs of W [N, K] in int8 (or its values) from the packed bytes in one launch
 planes      y = x W^T on Hopper: W is decoded into registers, the first operand of wgmma; one plane a program, so
             that a tile is 128 rows of W times 256 tokens and wgmma runs while the next tile is decoded
 """
@@ -80,13 +80,6 @@ def unpack(
         num_warps=warps,
     )
     return out
-
-
-def unpack_linear(x: torch.Tensor, weight: PackedWeight, scratch: torch.Tensor) -> torch.Tensor:
-    """y = x W^T through a scratch of W's full size (flat, at least N K elements, x's dtype)."""
-    rows, columns = weight.shape
-    w = unpack(weight, scratch[: rows * columns].view(rows, columns))
-    return torch.nn.functional.linear(x, w)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ....kernels.triton import backend, configs
-from .. import static
+from .. import disassembly, static
 from .check import Check, packed, relative
 
 TARGET = 86
@@ -74,7 +74,8 @@ class _Kernel:
         aligned = {*types, "N", "K", "stride_xm", "stride_ym"}
         types |= {name: "i32" for name in COUNTS if name in kernel.arg_names}
         constants = configs.constants(config, codec, mode, bias=False)
-        made = static._compile(kernel, types, constants, aligned, TARGET, config.warps, config.stages)
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+        made = disassembly.compile_kernel(kernel, types, constants, aligned, TARGET, **options)
         file = check.settings.work / f"{codec}_{mode}_{dtype}.ptx"
         file.write_text(made.asm["ptx"], encoding="ascii")
         function = cupy.RawModule(path=str(file)).get_function(made.metadata.name)

@@ -85,29 +85,29 @@ def _ways(
         if layers.offers(x, weights[codec], "a8") is None:
             ways[f"{codec} a8"] = [lambda w=w: kernels.linear(x, w, mode="a8") for w in copies[codec]]
     if tokens >= FEW:
-        ways["eager"] = [lambda w=w: _eager(x, w) for w in copies["trit5"]]
+        ways["eager"] = [lambda w=w: _forced("eager", x, w) for w in copies["trit5"]]
     if check.on_gpu:
         ways |= _trials(x, copies["trit5"], scratch, planes)
         ways |= dict(_other_formats(check, shape, tokens, clock))
     return ways
 
 
-def _eager(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    with kernels.use_backend("eager"):
+def _forced(backend: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    with kernels.use_backend(backend):
         return kernels.linear(x, weight)
 
 
 def _trials(x: torch.Tensor, copies: list[PackedWeight], scratch: torch.Tensor, planes: list[str]) -> Ways:
     """Unpacking in one launch with and without the product after it, and the plane kernels."""
+    from ....kernels.unpack import by_triton
     from . import candidates
 
     rows, columns = copies[0].shape
     whole = scratch[: rows * columns].view(rows, columns)
     turned = [candidates.turned(w) for w in copies]
     ways: Ways = {
-        "unpack": [lambda w=w: candidates.unpack_linear(x, w, scratch) for w in copies],
-        "unpack only": [lambda w=w: candidates.unpack(w, whole) for w in copies],
-        "unpack only n8": [lambda w=w: candidates.unpack(w, whole, block_n=8) for w in copies],
+        "unpack": [lambda w=w: _forced("unpack", x, w) for w in copies],
+        "unpack only": [lambda w=w: by_triton.write(w, 0, rows, whole) for w in copies],
     }
     for name in planes:
         ways[name] = [

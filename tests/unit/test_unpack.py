@@ -1,0 +1,267 @@
+"""Unpacking in one launch: how values are multiplied, and that what breaks costs nothing else.
+
+Here torch writes the values; what the kernel writes, test_unpack_kernel.py looks at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from random_weights import random_weight
+from waits import Waits, recording
+
+from bonsai_ops import kernels
+from bonsai_ops.kernels import BackendError, dispatch, eager
+from bonsai_ops.kernels.triton import backend as fused
+from bonsai_ops.kernels.unpack import by_triton, product
+from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
+
+PAIRS = [(scheme.name, codec) for scheme in SCHEMES.values() for codec in scheme.codecs]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+needs_triton = pytest.mark.skipif(fused.unavailable() is not None, reason=str(fused.unavailable()))
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> Iterator[None]:
+    by_triton.forget_verified()
+    kernels.forget_failures()
+    yield
+    by_triton.forget_verified()
+    kernels.forget_failures()
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """(rows of the weight, first, last) of what the kernel was asked for; torch writes the right values."""
+    asked: list[tuple] = []
+
+    def write(weight: PackedWeight, first: int, last: int, out: torch.Tensor) -> None:
+        asked.append((weight.shape[0], first, last))
+        out.copy_(weight.dequantize(out.dtype)[first:last])
+
+    monkeypatch.setattr(by_triton, "write", write)
+    return asked
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_product_in_parts(dtype: torch.dtype, bias: bool, writes: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight larger than the scratch takes turns in it: the same product, and no more memory at a time."""
+    weight = random_weight("affine", "byte", 1000, 256)
+    x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    shift = torch.linspace(-1, 1, 1000) if bias else None
+    whole = by_triton.multiply(x, weight, shift)
+    monkeypatch.setattr(product, "SCRATCH_BYTES", 200 * 256 * dtype.itemsize)
+    writes.clear()
+    parts = by_triton.multiply(x, weight, shift)
+    assert [(first, last) for _, first, last in writes] == [(lo, min(lo + 192, 1000)) for lo in range(0, 1000, 192)]
+    exact = x.double() @ weight.dequantize(dtype).double().t() + (0 if shift is None else shift.double())
+    for found in (whole, parts):
+        assert found.shape == (2, 5, 1000) and found.dtype == dtype
+        assert (found.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+
+
+def test_each_kind_is_compared_once(writes: list) -> None:
+    """A kind: scheme, codec, group, dtypes. The comparison writes in two parts; the layers after it only themselves."""
+    x = torch.ones(2, 256, dtype=torch.float16)
+    probe = [(83, 0, 27), (83, 27, 83)]
+    for weight in (random_weight("ternary", "trit5", 40, 256), random_weight("zero_point", "nibble", 40, 256, 64)):
+        for y in (x, x.bfloat16()):
+            by_triton.multiply(y, weight)
+            by_triton.multiply(y, weight)
+            assert writes == [*probe, (40, 0, 40), (40, 0, 40)]
+            writes.clear()
+
+
+def test_no_product_waits_after_the_first(writes: list) -> None:
+    weight, x = random_weight("affine", "nibble", 136, 256), torch.ones(3, 256, dtype=torch.bfloat16)
+    for first in (True, False):
+        with Waits() as waits:
+            by_triton.multiply(x, weight, torch.ones(136))
+        assert bool(waits.found) == first
+
+
+def test_a_recorded_kernel_is_compared_later(writes: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph records comes from the reference until a call outside has compared the kernel."""
+    graph = recording(monkeypatch)
+    weight, x = random_weight("affine", "nibble", 136, 256), torch.ones(3, 256)
+    for on, expected in ((True, 0), (False, 3), (True, 1)):
+        graph.on = on
+        assert torch.equal(by_triton.multiply(x, weight), eager.multiply(x, weight))
+        assert len(writes) == expected
+        writes.clear()
+
+
+def test_nothing_is_kept(writes: list) -> None:
+    """The scratch is torch's again when a product is done."""
+    import gc
+    import weakref
+
+    seen: list[weakref.ref] = []
+    weight, x = random_weight("ternary", "crumb", 136, 256), torch.ones(3, 256)
+    torchs = by_triton.write
+
+    def write(weight: PackedWeight, first: int, last: int, out: torch.Tensor) -> None:
+        seen.append(weakref.ref(out))
+        torchs(weight, first, last, out)
+
+    product.multiply(x, weight, None, write, set(), fused.explained)
+    gc.collect()
+    assert len(seen) == 3 and all(ref() is None for ref in seen)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, *before: Any) -> list[tuple[str, str]]:
+    """The kernel takes what is on the CPU, after the backends `before`; returns what multiplied, (name, scheme)."""
+    used: list[tuple[str, str]] = []
+
+    def watched(backend: Any) -> SimpleNamespace:
+        def multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
+            y = backend.multiply(x, weight, bias, mode)
+            used.append((backend.NAME, weight.scheme))
+            return y
+
+        return SimpleNamespace(NAME=backend.NAME, MODES=backend.MODES, declines=backend.declines, multiply=multiply)
+
+    taking = SimpleNamespace(
+        NAME=by_triton.NAME, MODES=by_triton.MODES, declines=eager.declines, multiply=by_triton.multiply
+    )
+    monkeypatch.setattr(dispatch, "BACKENDS", (*map(watched, (*before, taking)), eager))
+    return used
+
+
+TERNARY_ONLY = SimpleNamespace(
+    NAME="fused",
+    MODES=("exact",),
+    declines=lambda call: None if call.scheme == "ternary" else "ternary weights only",
+    multiply=eager.multiply,
+)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (ImportError("cannot import name 'language'"), "reinstall Triton"),
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), "install a C compiler"),
+        (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "reinstall Triton"),
+        (RuntimeError("out of resource: shared memory"), "report the GPU's name"),
+        (None, "wrote wrong values on cpu; to use it, update this plugin and report affine, nibble on cpu"),
+    ],
+    ids=["import", "compile", "launch", "resources", "values"],
+)
+def test_what_breaks_leaves_the_others(
+    fault: Exception | None, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reference multiplies in its place, the fused kernel goes on, and the log says the cure once."""
+
+    def write(weight: PackedWeight, first: int, last: int, out: torch.Tensor) -> None:
+        if fault is not None:
+            raise fault
+        out.copy_(weight.dequantize(out.dtype)[first:last])
+        out[-1, -1] += 1
+
+    monkeypatch.setattr(by_triton, "write", write)
+    used = force(monkeypatch, TERNARY_ONLY)
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    ternary, affine = random_weight("ternary", "trit5", 40, 256), random_weight("affine", "nibble", 40, 256)
+    with caplog.at_level(logging.WARNING):
+        for weight in (ternary, affine, affine, ternary):
+            assert torch.equal(kernels.linear(x, weight), eager.multiply(x, weight))
+    assert used == [("fused", "ternary")] * 2
+    assert len(caplog.records) == 1 and said in caplog.text
+    assert said in kernels.resolve(kernels.call_of(x.device, x.dtype, affine)).declined["unpack"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 108.00 MiB"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+    ids=["memory", "context"],
+)
+@pytest.mark.parametrize("late", [False, True], ids=["compared", "used"])
+def test_errors_of_the_device_are_the_callers(
+    late: bool, fault: Exception, writes: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised as they are, in the comparison and after it; the kernel is asked again at the next call."""
+    x, weight = torch.ones(4, 256), random_weight("affine", "nibble", 40, 256)
+    used, torchs = force(monkeypatch), by_triton.write
+    if late:
+        kernels.linear(x, weight)
+
+    def write(*_arguments: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(by_triton, "write", write)
+    with pytest.raises(type(fault)) as found:
+        kernels.linear(x, weight)
+    assert found.value is fault
+    monkeypatch.setattr(by_triton, "write", torchs)
+    used.clear()
+    kernels.linear(x, weight)
+    assert used == [("unpack", "affine")]
+
+
+@pytest.mark.parametrize(
+    ("what", "spoil"),
+    [
+        ("left out", lambda out, first: out[-1].fill_(float("nan"))),
+        ("one bit of one value", lambda out, first: out.view(torch.int16)[3, 5].bitwise_xor_(1)),
+        ("a shifted run", lambda out, first: out.copy_(out.roll(1, 0)) if first else None),
+        ("written before", lambda out, first: out.as_strided((1,), (1,), out.storage_offset() - 1).zero_()),
+        ("written behind", lambda out, first: out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()),
+    ],
+)
+def test_wrong_values_are_seen(what: str, spoil: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(weight: PackedWeight, first: int, last: int, out: torch.Tensor) -> None:
+        out.copy_(weight.dequantize(out.dtype)[first:last])
+        spoil(out, first)
+
+    monkeypatch.setattr(by_triton, "write", write)
+    for pair in PAIRS:
+        with pytest.raises(BackendError, match=rf"unpacks {pair[0]} weights stored as {pair[1]} wrote wrong values"):
+            by_triton.multiply(torch.ones(2, 256, dtype=torch.float16), random_weight(*pair, 40, 256))
+
+
+TAKEN = kernels.Call(torch.device("cuda"), torch.bfloat16, 9216, 3072, "affine", "nibble", 64, (7, 5))
+
+
+@needs_triton
+def test_takes_every_weight_on_a_gpu() -> None:
+    for pair in PAIRS:
+        for dtype in DTYPES:
+            for group in (32, 96, 128, 3072):
+                call = dataclasses.replace(TAKEN, scheme=pair[0], codec=pair[1], dtype=dtype, group_size=group)
+                assert by_triton.declines(call) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": torch.device("mps")}, "the weight is on mps"),
+        ({"capability": (6, 1)}, "capability 6.1"),
+        ({"capability": None}, "unknown"),
+        ({"dtype": torch.float64}, "not float64"),
+        ({"rows": 2**26}, "too large"),
+    ],
+)
+def test_declines_with_a_reason(change: dict, reason: str) -> None:
+    assert reason in by_triton.declines(dataclasses.replace(TAKEN, **change))
+
+
+@needs_triton
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 160, 192, 256, 320, 3072, 12288])
+def test_tiles_fit_every_group(group: int) -> None:
+    """What a program owns lies in one group, in powers of two, and is about the same for all."""
+    given = by_triton.constants("affine", "nibble", group, torch.float16)
+    owned = given["BLOCK_K"] * given["STEPS"]
+    assert group % owned == 0 and 32 <= owned <= 128
+    assert all(given[name] & given[name] - 1 == 0 for name in ("BLOCK_N", "BLOCK_K"))
+    assert 2048 < owned * given["BLOCK_N"] <= 4096
