@@ -451,19 +451,19 @@ def test_a_new_format_is_a_module_and_a_word_in_the_table(tmp_path: Path, monkey
         NAME="toy",
         FILE=ToyFile,
         PLACES={"transformer": ("transformer-toy/weights.toy",), "text_encoder": ()},
-        claims=lambda file: file.path.read_bytes() == b"toy",
+        claims=lambda file: file.path.read_bytes() == b"toy\0",
         read=read,
     )
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, toy))
     path = tmp_path / "transformer-toy" / "weights.toy"
     path.parent.mkdir()
-    path.write_bytes(b"toy")
+    path.write_bytes(b"toy\0")
     assert formats.suffixes_of("transformer")[-1] == formats.suffixes_of("text_encoder")[-1] == ".toy"
     assert release.find_transformer(tmp_path) == path
     assert release.packs_among(["folder/transformer-toy/weights.toy"]) == ["folder"]
     for part in formats.PARTS:
         pack = open_pack(path, part)
         assert pack.format == "toy" and torch.equal(pack.entries["a"].weight(), torch.ones(1))
-    path.write_bytes(b"boy")
+    path.write_bytes(b"boy\0")
     with pytest.raises(PackError, match=r"is of no known format. Expected native, mlx"):
         open_pack(path)

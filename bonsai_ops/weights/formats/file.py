@@ -11,6 +11,7 @@ import torch
 from ..errors import PackError
 from ..files import file_size, unreadable
 from ..releases import Census
+from ..stand_in import refuse_stand_ins
 
 MAX_SAID = 4096
 """What it may say of itself beside them, one by one."""
@@ -32,6 +33,7 @@ class PackFile:
 
     def __init__(self, path: Path, mapped: bool = True) -> None:
         self.path, self.mapped, self.size = path, mapped, file_size(path)
+        refuse_stand_ins(path)
 
     def names(self) -> Collection[str]:
         """The names of its tensors, those of nested tables with dots between."""
