@@ -6,10 +6,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..bonsai_ops.host import folders
-from ..bonsai_ops.host.loader import load_bonsai_model, require_readable
+from ..bonsai_ops.host.pack import load_pack
 from ..bonsai_ops.host.progress import comfyui_bar
-from ..bonsai_ops.host.text_encoder import load_bonsai_text_encoder
-from ..bonsai_ops.host.vae import load_vae
 from . import inputs
 
 
@@ -49,9 +47,5 @@ class LoadBonsaiPack(io.ComfyNode):
 
     @classmethod
     def execute(cls, pack_name: str, **options: str) -> io.NodeOutput:
-        folder = folders.pack_path(pack_name)
-        require_readable(folder)
-        vae = load_vae(folder)
-        model = load_bonsai_model(folder, options, progress=comfyui_bar())
-        clip = load_bonsai_text_encoder(folder, folder_paths.get_folder_paths("embeddings"), progress=comfyui_bar())
-        return io.NodeOutput(model, clip, vae)
+        embeddings = folder_paths.get_folder_paths("embeddings")
+        return io.NodeOutput(*load_pack(folders.pack_path(pack_name), options, embeddings, comfyui_bar()))

@@ -15,7 +15,7 @@ inventory.py      what it holds and which backend multiplies it
 precision.py      the dtype it computes in
 
 files in and out
-loader.py         a pack -> MODEL; text_encoder.py -> CLIP; vae.py -> VAE
+loader.py         a pack -> MODEL; text_encoder.py -> CLIP; vae.py -> VAE; pack.py: all three of a release
 save.py           a MODEL -> a native file
 info.py           the inventory as text and picture
 folders.py        where packs lie

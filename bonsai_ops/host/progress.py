@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import comfy.model_management
 import comfy.utils
@@ -31,6 +31,25 @@ class Counter:
     def _tell(self) -> None:
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+
+def shares(progress: Progress | None, sizes: Sequence[int]) -> list[Progress]:
+    """A callback for each of several pieces of work of these sizes, done in this order: one count of them all.
+
+    It never goes back, whatever a piece counts.
+    """
+    whole, reached = sum(sizes), 0
+
+    def share(before: int, size: int) -> Progress:
+        def move(done: int, total: int) -> None:
+            nonlocal reached
+            reached = max(reached, before + size * min(done, total) // max(total, 1))
+            if progress is not None:
+                progress(reached, whole)
+
+        return move
+
+    return [share(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
 def comfyui_bar() -> Progress:
