@@ -20,10 +20,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the chosen benchmarks (layers and step if none is chosen); returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(given)
-    relaunch_if_needed("bonsai_ops.bench", given, arguments.yes)
     chosen = table.chosen(arguments)
-    if alone := next((benchmark for benchmark in chosen if benchmark.alone), None):
-        return alone.measure(table.Run(arguments, arguments.work or Path()))
+    alone = next((benchmark for benchmark in chosen if benchmark.alone), None)
+    arguments.device = arguments.device or ("cuda" if alone and alone.finds_python else "cpu")
+    if not (alone and alone.finds_python):
+        relaunch_if_needed("bonsai_ops.bench", given, arguments.yes)
+    if alone:
+        return alone.measure(table.Run(arguments, arguments.work or Path(), given=given))
     from .tools.bench import machine, plot, report, timer  # torch is there only after the relaunch
 
     if arguments.device != "cpu":
@@ -59,9 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--csv", type=Path, help="write the tables to this file, or beside it if there are several")
     out.add_argument("--plot", type=Path, help="draw the figures into this PNG file")
     how = parser.add_argument_group("how to measure")
-    how.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu, for gpu-check cuda")
     how.add_argument("--threads", type=int, help="threads torch computes with")
-    how.add_argument("--work", type=Path, help="folder for the synthetic packs (13 GB); default: a temporary one")
+    how.add_argument(
+        "--work",
+        type=Path,
+        help="folder for the synthetic packs (13 GB, of gpu-check 1.2 GB); default: a temporary one",
+    )
     how.add_argument("--yes", action="store_true", help="download what this Python lacks without asking")
     how.add_argument("--comfyui", type=Path, help="use this ComfyUI folder and its Python")
     table.add_arguments(parser)

@@ -3,6 +3,11 @@
 write_mlx, write_gemlite, write_dense   one transformer file of any size in that format
 write_text_encoder, write_vae           the folder of one of them, of any size (MLX 4-bit; diffusers names)
 write_pipeline                          a whole pack folder: transformer, text encoder, VAE (MLX layout); tiny or not
+write_native                            one transformer file in our single-file form
+random_weight, dense_weights            a packed weight; all weights of a dense transformer
+
+Those that take a device make the numbers there: on one thread of a CPU the 4B model takes minutes. The same seed gives
+other numbers on another kind of device.
 """
 
 from __future__ import annotations
@@ -17,7 +22,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..weights import codec as codecs
 from ..weights import flux2
+from ..weights.formats import native
+from ..weights.packed_weight import PackedWeight
 
 GROUP_SIZE = 128
 KLEIN_4B = flux2.Geometry(hidden=3072, context=7680, in_channels=128, double_blocks=5, single_blocks=20)
@@ -26,21 +34,43 @@ BITS = {"binary": 1, "ternary": 2}
 
 
 def dense_tensor(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """bf16 values that keep activations near 1: norms around 1, matrices N(0, 1 / columns)."""
-    values = torch.randn(shape, generator=generator)
-    return (1 + 0.1 * values if len(shape) == 1 else values / math.sqrt(shape[1])).bfloat16()
+    """bf16 values on the CPU that keep activations near 1: norms around 1, matrices N(0, 1 / columns)."""
+    values = torch.randn(shape, generator=generator, device=generator.device)
+    return (1 + 0.1 * values if len(shape) == 1 else values / math.sqrt(shape[1])).bfloat16().cpu()
 
 
 def magnitudes(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Group scales [rows, columns / 128], exact in bf16, around 1 / sqrt(columns)."""
-    spread = 0.75 + 0.5 * torch.rand(rows, columns // GROUP_SIZE, generator=generator)
-    return (spread * 1.2 / math.sqrt(columns)).bfloat16().float()
+    """Group scales [rows, columns / 128] on the CPU, exact in bf16, around 1 / sqrt(columns)."""
+    spread = 0.75 + 0.5 * torch.rand(rows, columns // GROUP_SIZE, generator=generator, device=generator.device)
+    return (spread * 1.2 / math.sqrt(columns)).bfloat16().float().cpu()
 
 
 def _code_bytes(shape: tuple[int, int], bits: int, generator: torch.Generator) -> torch.Tensor:
-    """uint8 [rows, columns * bits / 8] of random codes; 2-bit codes are 0, 1 or 2."""
-    raw = torch.randint(0, 256, (shape[0], shape[1] * bits // 8), dtype=torch.uint8, generator=generator)
-    return raw if bits == 1 else raw & ~((raw & 0x55) << 1) & 0xFF
+    """uint8 [rows, columns * bits / 8] of random codes on the CPU; 2-bit codes are 0, 1 or 2."""
+    size = (shape[0], shape[1] * bits // 8)
+    raw = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator, device=generator.device)
+    return (raw if bits == 1 else raw & ~((raw & 0x55) << 1) & 0xFF).cpu()
+
+
+def random_weight(
+    codec: str, rows: int, columns: int, device: str = "cpu", scale_dtype: torch.dtype = torch.bfloat16
+) -> PackedWeight:
+    """A binary (codec bit) or ternary weight [rows, columns] on the device, of random bytes that the codec writes.
+
+    Scales are around 1 / sqrt(columns), a group has 128 columns.
+    """
+    generator = torch.Generator(device).manual_seed(rows + columns)
+    values = torch.arange(256, device=device)
+    if codec == "trit5":
+        values = torch.tensor([-(-v * 256 // 243) for v in range(243)], device=device)
+    if codec == "crumb":
+        values = values[(values & values >> 1 & 0x55) == 0]
+    size = (codecs.get_codec(codec).byte_rows(rows), columns)
+    codes = values.to(torch.uint8)[torch.randint(len(values), size, device=device, generator=generator)]
+    spread = torch.rand(rows, columns // GROUP_SIZE, device=device, generator=generator) + 0.5
+    scheme = "binary" if codec == "bit" else "ternary"
+    scale = (spread / math.sqrt(columns)).to(scale_dtype)
+    return PackedWeight(codes, scale, (rows, columns), scheme, codec, GROUP_SIZE)
 
 
 def _diffusers(geometry: flux2.Geometry) -> Iterator[tuple[str, tuple[int, ...], bool]]:
@@ -52,9 +82,11 @@ def _diffusers(geometry: flux2.Geometry) -> Iterator[tuple[str, tuple[int, ...],
             yield part.removesuffix(".weight"), shape, flux2.is_block_linear(name)
 
 
-def write_mlx(path: Path, variant: str, geometry: flux2.Geometry = KLEIN_4B, seed: int = 0) -> None:
+def write_mlx(
+    path: Path, variant: str, geometry: flux2.Geometry = KLEIN_4B, seed: int = 0, device: str = "cpu"
+) -> None:
     """An MLX transformer file: formats/mlx.py has the bytes."""
-    generator, bits = torch.Generator().manual_seed(seed), BITS[variant]
+    generator, bits = torch.Generator(device).manual_seed(seed), BITS[variant]
     tensors: dict[str, torch.Tensor] = {}
     for name, shape, packed in _diffusers(geometry):
         if packed:
@@ -90,11 +122,29 @@ def write_gemlite(path: Path, variant: str, geometry: flux2.Geometry = KLEIN_4B,
     torch.save(tensors, path)
 
 
-def write_dense(path: Path, geometry: flux2.Geometry = KLEIN_4B, seed: int = 0) -> None:
-    """A dense bf16 file with BFL names, as stock ComfyUI loads it."""
-    generator = torch.Generator().manual_seed(seed)
+def write_native(path: Path, codec: str, geometry: flux2.Geometry = KLEIN_4B, device: str = "cpu") -> None:
+    """A transformer file in our single-file form, its linear layers in one codec; formats/native.py has the bytes."""
+    weights: dict[str, PackedWeight | torch.Tensor] = dict(dense_weights(geometry, device=device, packed=False))
+    for name, shape in flux2.expected_shapes(geometry).items():
+        if flux2.is_block_linear(name):
+            weights[name] = random_weight(codec, *shape, device).to("cpu")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: dense_tensor(shape, generator) for name, shape in flux2.expected_shapes(geometry).items()}, path)
+    native.write(path, weights, native.make_record(weights), overwrite=True)
+
+
+def dense_weights(
+    geometry: flux2.Geometry = KLEIN_4B, seed: int = 0, device: str = "cpu", packed: bool = True
+) -> dict[str, torch.Tensor]:
+    """{BFL name: bf16 weight on the CPU}; packed=False leaves out the linear layers that packs pack."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = flux2.expected_shapes(geometry).items()
+    return {name: dense_tensor(s, generator) for name, s in shapes if packed or not flux2.is_block_linear(name)}
+
+
+def write_dense(path: Path, geometry: flux2.Geometry = KLEIN_4B, seed: int = 0, device: str = "cpu") -> None:
+    """A dense bf16 file with BFL names, as stock ComfyUI loads it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dense_weights(geometry, seed, device), path)
 
 
 @dataclass(frozen=True)
@@ -136,15 +186,16 @@ def write_pipeline(
     write_vae(folder / "vae", vae_widths, seed + 2)
 
 
-def write_text_encoder(folder: Path, geometry: TextGeometry = QWEN3_4B, seed: int = 1) -> None:
+def write_text_encoder(folder: Path, geometry: TextGeometry = QWEN3_4B, seed: int = 1, device: str = "cpu") -> None:
     """A Qwen3 of random 4-bit codes whose hidden states stay near 1."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     hidden, mlp = geometry.hidden, geometry.mlp
     queries, keys = geometry.heads * 128, geometry.key_heads * 128
     tensors: dict[str, torch.Tensor] = {}
 
     def packed(name: str, rows: int, columns: int) -> None:
-        words = torch.randint(-(2**31), 2**31, (rows, columns // 8), generator=generator).to(torch.int32)
+        size = (rows, columns // 8)
+        words = torch.randint(-(2**31), 2**31, size, generator=generator, device=device).to(torch.int32).cpu()
         scale = torch.full((rows, columns // TEXT_GROUP), 1 / (4.6 * math.sqrt(columns))).bfloat16()
         tensors[f"{name}.weight"] = words.view(torch.uint32)
         tensors[f"{name}.scales"], tensors[f"{name}.biases"] = scale, (-7.5 * scale.float()).bfloat16()
@@ -176,15 +227,15 @@ def write_text_encoder(folder: Path, geometry: TextGeometry = QWEN3_4B, seed: in
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def write_vae(folder: Path, widths: tuple[int, ...] = VAE_WIDTHS, seed: int = 2) -> None:
+def write_vae(folder: Path, widths: tuple[int, ...] = VAE_WIDTHS, seed: int = 2, device: str = "cpu") -> None:
     """A FLUX.2 VAE of the published shape, narrower with other widths; diffusers names, random weights."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
 
     def layer(name: str, rows: int, columns: int, kernel: int = 0) -> None:
         shape = (rows, columns, kernel, kernel) if kernel else (rows, columns)
-        values = torch.randn(shape, generator=generator) / math.sqrt(columns * max(kernel, 1) ** 2)
-        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = values.bfloat16(), torch.zeros(rows, dtype=torch.bfloat16)
+        values = torch.randn(shape, generator=generator, device=device) / math.sqrt(columns * max(kernel, 1) ** 2)
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = values.bfloat16().cpu(), torch.zeros(rows).bfloat16()
 
     def norm(name: str, channels: int) -> None:
         tensors[f"{name}.weight"] = torch.ones(channels, dtype=torch.bfloat16)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bonsai_ops.tools import synthetic
 from bonsai_ops.tools.bench import overhead, picture, profile, quantize, session, step
 from bonsai_ops.tools.bench.inside.step import STEPS
 from bonsai_ops.tools.bench.ways import STEP_WAYS, named
+from bonsai_ops.tools.environment import PLUGIN, inherited_environment
 
 pytestmark = pytest.mark.host
 
@@ -91,6 +97,25 @@ def test_quantizing(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.count("minutes") == 1
     with pytest.raises(SystemExit, match="expected some of ternary, rank32, mix"):
         quantize.measure(comfyui_path, work, ["binary"])
+
+
+def test_a_child_on_a_gpu_begins_as_main_py(comfyui_path: Path, tmp_path: Path) -> None:
+    """Before torch: comfy-aimdo, which takes over the driver's functions, and the allocator. It needs no GPU."""
+    code = (
+        "import json, os, sys; from pathlib import Path; from bonsai_ops.tools.bench.inside import comfyui; "
+        "sys.path.insert(0, sys.argv[1]); comfyui.begin('cuda', sys.argv[2] == 'True', ['--base-directory', '.']); "
+        "from comfy.cli_args import args, enables_dynamic_vram; "
+        "print(json.dumps([enables_dynamic_vram(), 'torch' in sys.modules, 'comfy_aimdo.control' in sys.modules, "
+        "os.environ.get('PYTORCH_CUDA_ALLOC_CONF'), args.cpu, args.base_directory]))"
+    )
+    variables = {name: v for name, v in inherited_environment().items() if name != "PYTORCH_CUDA_ALLOC_CONF"}
+    variables["PYTHONPATH"] = os.pathsep.join((str(PLUGIN), variables.get("PYTHONPATH", "")))
+    cuda = torch.version.cuda is not None
+    for dynamic in (True, False):
+        command = [sys.executable, "-c", code, str(comfyui_path), str(dynamic)]
+        printed = subprocess.check_output(command, cwd=tmp_path, env=variables, text=True)
+        found = json.loads(printed.splitlines()[-1])
+        assert found == [dynamic, False, dynamic, "backend:cudaMallocAsync" if cuda else None, False, "."]
 
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:

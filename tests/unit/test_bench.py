@@ -7,16 +7,36 @@ import csv
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from bonsai_ops import kernels
-from bonsai_ops.tools.bench import energy, layers, picture, plot, report, step, sweep, table, timer, ways
+from bonsai_ops.tools import synthetic
+from bonsai_ops.tools.bench import (
+    energy,
+    layers,
+    machine,
+    peaks,
+    picture,
+    plot,
+    report,
+    step,
+    sweep,
+    table,
+    timer,
+    ways,
+)
 from bonsai_ops.tools.bench.inside.profile import StepProfile, kind_of
+from bonsai_ops.tools.environment import inherited_environment, module_command
 
 SDCPP_LOG = """\
 [INFO ] stable-diffusion.cpp:1120 - Version: Flux.2 klein
@@ -121,6 +141,87 @@ def test_cuda_timer_rotates_over_copies_larger_than_l2() -> None:
     calls = [lambda copy=copy: call(copy) for copy in range(3)]
     assert timer.time_in_turns({"way": calls}, measured, rounds=2) == {"way": pytest.approx([3e-3, 3e-3])}
     assert used == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_peaks_of_a_device_are_this_processes_own() -> None:
+    """What others take in a pause is theirs; torch's allocator is a second figure."""
+    held = [700]
+    cuda = SimpleNamespace(max_memory_allocated=lambda: 5, reset_peak_memory_stats=lambda: None)
+    found = peaks.DevicePeaks(lambda: held[0], cuda, every=1e-4)
+    held[0] = 1000
+    assert (found.peak(), found.torch_peak()) == (300, 5)
+    found.pause()
+    held[0] = 9000
+    assert found.peak() == 300
+    found.resume()
+    held[0] = 9500
+    assert found.peak() == 800
+    held[0] = 9100
+    found.reset()
+    assert found.peak() == 400
+    held[0] = 9900
+    time.sleep(0.05)  # the peak is seen between two calls too
+    held[0] = 9100
+    assert found.peak() == 1200
+
+
+def test_weights_are_made_where_they_are_asked_for() -> None:
+    """The seed of a device; packed and dense weights of the same names and shapes as a file's."""
+    devices: list[object] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = kwargs or {}
+            if function in (torch.randn, torch.rand, torch.randint):
+                devices.append((given.get("device"), given["generator"].device.type))
+            return function(*args, **given)
+
+    with Watch():
+        synthetic.dense_weights(synthetic.TINY, device="cpu")
+        synthetic.random_weight("trit5", 8, 128, "cpu")
+        layers.activations(2, 128, "cpu")
+    assert devices and all(torch.device(device).type == "cpu" == where for device, where in devices)
+
+
+@pytest.mark.parametrize("codec", ["trit5", "crumb", "bit"])
+def test_random_bytes_are_codes(codec: str) -> None:
+    values = synthetic.random_weight(codec, 83, 256).dequantize(torch.float32).sign()
+    assert values.shape == (83, 256)
+    assert set(values.unique().tolist()) == ({-1.0, 1.0} if codec == "bit" else {-1.0, 0.0, 1.0})
+
+
+def test_the_commit_is_that_of_the_plugin(tmp_path: Path) -> None:
+    """Not of a repository around an unpacked archive; the same sources have the same name."""
+    (tmp_path / "plugin" / "bonsai_ops").mkdir(parents=True)
+    file = tmp_path / "plugin" / "bonsai_ops" / "a.py"
+    file.write_bytes(b"x = 1\n")
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=False)
+    name = machine.revision(tmp_path / "plugin")
+    file.write_bytes(b"x = 1\r\n")
+    assert name.startswith("sources ") and machine.revision(tmp_path / "plugin") == name
+    file.write_bytes(b"x = 2\n")
+    assert machine.revision(tmp_path / "plugin") != name
+
+
+def test_children_keep_the_packages_of_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of BONSAI_PACKAGES first, then those of PYTHONPATH; whatever folders the interpreter starts with."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which_one.py").write_text(f"NAME = '{name}'\n", encoding="ascii")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "second"))
+    code = "import runpy, sys, which_one; print(which_one.NAME)"
+    found = []
+    for packages in (None, tmp_path / "first"):
+        if packages:
+            monkeypatch.setenv("BONSAI_PACKAGES", str(packages))
+        else:
+            monkeypatch.delenv("BONSAI_PACKAGES", raising=False)
+        command = [sys.executable, "-c", code]
+        found.append(subprocess.check_output(command, env=inherited_environment(), text=True).strip())
+    assert found == ["second", "first"]
+    command = [*module_command("bonsai_ops.convert"), "--help"]
+    command[1:1] = ["-I"]  # neither the working folder nor PYTHONPATH, as in the Windows portable build
+    assert "usage" in subprocess.check_output(command, cwd=tmp_path, text=True)
 
 
 def test_a_slow_moment_changes_no_ratio() -> None:

@@ -7,6 +7,27 @@ from .need import PATCHER, Need
 NEEDS = (
     Need("tools/bench/inside", "comfy.options.enable_args_parsing", "to set the options of ComfyUI"),
     Need("tools/bench/inside", "comfy.ops.manual_cast", "to time a layer", "Linear", takes="bias dtype device"),
+    Need("tools/bench/inside", "comfy.cli_args", "to set its memory management up", "args enables_dynamic_vram"),
+    Need(
+        "tools/bench/inside",
+        "comfy.model_management",
+        "to set its memory management up",
+        "is_nvidia is_wsl torch_version_numeric get_torch_device",
+    ),
+    Need(
+        "tools/bench/inside",
+        "comfy.model_management.get_all_torch_devices",
+        "to set its memory management up",
+        costs="",
+        since="0.24",
+    ),
+    Need(
+        "tools/bench/inside",
+        "comfy.model_patcher",
+        "to set its memory management up",
+        "CoreModelPatcher ModelPatcherDynamic",
+    ),
+    Need("tools/bench/inside", "comfy.memory_management.aimdo_enabled", "to set its memory management up"),
     Need("tools/bench/inside", "comfy.sd.load_diffusion_model", "to time dense models", takes="model_options"),
     Need("tools/bench/inside", "comfy.sd.load_lora_for_models", "to time LoRAs"),
     Need("tools/bench/inside", "comfy.sample.prepare_noise", "to time steps and pictures"),

@@ -27,11 +27,11 @@ import torch
 from ... import kernels
 from ...weights import codec
 from ...weights.packed_weight import SCHEMES, PackedWeight, recode
+from .. import synthetic
 from .report import show_table
 from .timer import Timer, make_timer, run_with_scratch, speed_ratio, spread, time_in_turns
 from .ways import LAYER_WAYS
 
-GROUP_SIZE = 128
 CHECKED_ROWS = 64
 QUIET = 0.15
 """Largest spread of the dense product on a machine that is doing nothing else."""
@@ -70,18 +70,15 @@ class Way:
     exact: torch.Tensor
 
 
-def random_weight(scheme: str, rows: int, columns: int) -> PackedWeight:
-    """Random codes and bf16 scales around 1 / sqrt(columns)."""
-    name = SCHEMES[scheme].codecs[0]
-    generator = torch.Generator().manual_seed(rows + columns)
-    codes = torch.randint(0, codec.get_codec(name).radix, (rows, columns), dtype=torch.uint8, generator=generator)
-    scale = ((torch.rand(rows, columns // GROUP_SIZE, generator=generator) + 0.5) / columns**0.5).bfloat16()
-    return PackedWeight(codec.encode(name, codes), scale, (rows, columns), scheme, name, GROUP_SIZE)
+def random_weight(scheme: str, rows: int, columns: int, device: str = "cpu") -> PackedWeight:
+    """Random codes of the scheme's first codec and bf16 scales around 1 / sqrt(columns), made on the device."""
+    return synthetic.random_weight(SCHEMES[scheme].codecs[0], rows, columns, device)
 
 
 def activations(tokens: int, columns: int, device: str) -> torch.Tensor:
     """Gaussian bf16 [tokens, columns]. Zeros would let a GPU draw less power and clock higher."""
-    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(tokens, columns, generator=generator, device=device).bfloat16()
 
 
 def ours(x: torch.Tensor, weight: PackedWeight, timer: Timer, mode: str = kernels.EXACT) -> list[Callable]:
@@ -119,7 +116,7 @@ def _copies(weight: PackedWeight | torch.Tensor, timer: Timer) -> list:
 
 def _ways(shape: Shape, tokens: int, device: str, timer: Timer) -> Iterator[tuple[str, Way | str]]:
     """(name, the way, or why it is not measured here) for every way of the module's table."""
-    ternary, binary = (random_weight(scheme, shape.n, shape.k).to(device) for scheme in ("ternary", "binary"))
+    ternary, binary = (random_weight(scheme, shape.n, shape.k, device) for scheme in ("ternary", "binary"))
     planes = recode(ternary, "crumb")
     x = activations(tokens, shape.k, device)
     few = x[:CHECKED_ROWS].double()
@@ -187,7 +184,7 @@ def measure(tokens: int, device: str = "cpu", rounds: int = 5, shapes: tuple[Sha
     error |y - exact| / |exact| of CHECKED_ROWS rows against float64; None where not measured.
     """
     timer = make_timer(device)
-    weight = random_weight("ternary", 256, 256).to(device)
+    weight = random_weight("ternary", 256, 256, device)
     choice = kernels.resolve(kernels.call_of(torch.device(device), torch.bfloat16, weight))
     print(f"linear layers, {tokens} tokens, {device}, backend {choice.backend.NAME} {choice.declined or ''}")
     print("speed relative to dense bf16 (1 = as fast, 2 = twice as fast)")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ... import __version__
+from ..environment import PLUGIN
 
 
 def describe(threads: int | None = None, device: str = "cpu") -> dict[str, str | int]:
@@ -26,8 +29,40 @@ def describe(threads: int | None = None, device: str = "cpu") -> dict[str, str |
         "python": platform.python_version(),
         "torch": torch.__version__,
         "bonsai_image": __version__,
+        "commit": revision(),
     }
     return facts | _allocator() | (_gpu() if device == "cuda" else {})
+
+
+def revision(folder: Path = PLUGIN) -> str:
+    """The commit of the plugin's checkout, with a + if files differ from it.
+
+    Without one, as in a published archive: "sources" and the first digits of the SHA-256 of bonsai_ops' Python files,
+    their names and contents in the order of the names.
+    """
+    top = _output("git", "-C", str(folder), "rev-parse", "--show-toplevel")
+    commit = _output("git", "-C", str(folder), "rev-parse", "--short=10", "HEAD")
+    if not top or Path(top).resolve() != folder.resolve() or not commit:
+        found = hashlib.sha256()
+        for file in sorted((folder / "bonsai_ops").rglob("*.py")):
+            found.update(file.relative_to(folder).as_posix().encode() + b"\n")
+            found.update(file.read_bytes().replace(b"\r\n", b"\n"))
+        return f"sources {found.hexdigest()[:10]}"
+    return commit + ("+" if _output("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver, "unknown" without nvidia-smi."""
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0] if found else "unknown"
+
+
+def _output(*command: str) -> str:
+    """What a program prints, "" if it fails or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _allocator() -> dict[str, str]:
@@ -52,6 +87,7 @@ def _gpu() -> dict[str, str | int]:
         "gpu_memory": properties.total_memory,
         "gpu_l2": properties.L2_cache_size,
         "cuda": torch.version.cuda or torch.version.hip or "",
+        "driver": driver(),
         "triton": version,
         "clock": gpu_clock(),
     }

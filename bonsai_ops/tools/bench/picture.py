@@ -88,13 +88,13 @@ def measure(
     row: load_s, text_encoder_s, steps_s, step_s (a list), vae_s, total_s (without loading), peak_bytes, joules (None
     where the machine does not tell), pictures_per_hour, pictures_per_hour_per_gb (of peak memory).
     """
-    text = write_parts(folder)
+    text = write_parts(folder, device)
     ours = session.run(
         "picture",
         "the picture",
         comfyui=comfyui,
         device=device,
-        file=session.ternary_pack(folder),
+        file=session.ternary_pack(folder, device),
         text=text,
         folder=folder,
         size=size,
@@ -109,15 +109,15 @@ def measure(
     return figures
 
 
-def write_parts(folder: Path) -> Path:
-    """Writes the full-size text encoder and VAE into `folder` where they are missing; the text encoder's file."""
+def write_parts(folder: Path, device: str = "cpu") -> Path:
+    """Makes the full-size text encoder and VAE in `folder` where they are missing, on `device`; the former's file."""
     from .. import synthetic
 
     text = folder / "text_encoder-mlx-4bit"
     if not (text / "config.json").is_file():
-        synthetic.write_text_encoder(text)
+        synthetic.write_text_encoder(text, device=device)
     if not (folder / "vae" / "config.json").is_file():
-        synthetic.write_vae(folder / "vae")
+        synthetic.write_vae(folder / "vae", device=device)
     return text / "model.safetensors"
 
 

@@ -26,7 +26,7 @@ def measure(
         "the profile",
         comfyui=comfyui,
         device=device,
-        file=session.ternary_pack(folder),
+        file=session.ternary_pack(folder, device),
         size=size,
         options={"mode": mode, "layout": density},
     )

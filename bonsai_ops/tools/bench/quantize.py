@@ -36,7 +36,7 @@ def measure(
     unknown = [way for way in chosen or () if way not in ways]
     if unknown:
         raise SystemExit(f"--ways {unknown[0]} is unknown, expected some of {', '.join(ways)}")
-    file = session.dense_file(folder)
+    file = session.dense_file(folder, device)
     print(f"quantizing the linear layers of a dense model of {file.stat().st_size / 1e6:.1f} MB, {device}", flush=True)
     head = ("way", "minutes", "peak MB", "loading MB", "model MB", "bits a weight", "relative error")
     rows: list[dict] = []

@@ -1,9 +1,9 @@
 """A real ComfyUI for a benchmark: every measured thing is a process of its own, so that memory belongs to it.
 
-The parent calls `run(module, ..)`; the child is `python -m bonsai_ops.tools.bench.inside.<module> OPTIONS`, OPTIONS
-being JSON with at least {"comfyui", "threads"}. It calls `start` first and prints its figures as one line of JSON at
-the end. What is measured in turns with others is a `Session` instead: the child prints a line when it has loaded, and
-one for each line that it reads.
+The parent calls `run(module, ..)`; the child is `python -m bonsai_ops.tools.bench.inside MODULE OPTIONS`, OPTIONS being
+JSON with at least {"comfyui", "threads"}. It has the packages of its parent, sets ComfyUI up as its main.py does, calls
+`start` and prints its figures as one line of JSON at the end. What is measured in turns with others is a `Session`
+instead: the child prints a line when it has loaded, and one for each line that it reads.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from ..environment import PLUGIN, clean_environment
+from ..environment import PLUGIN, inherited_environment, module_command
 
 ERROR_CHARACTERS = 3000
 
@@ -33,13 +32,13 @@ class Session:
 
     def __init__(self, module: str, what: str, **options: object) -> None:
         given = {"threads": torch.get_num_threads(), **options}
-        command = [sys.executable, "-m", f"{__package__}.inside.{module}", json.dumps(given, default=str)]
+        command = [*module_command(f"{__package__}.inside"), module, json.dumps(given, default=str)]
         self._what = what
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by __exit__)
         self._child = subprocess.Popen(
             command,
             cwd=PLUGIN,
-            env=clean_environment(),
+            env=inherited_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -81,23 +80,23 @@ class Session:
         return SystemExit(f"{self._what} failed:\n{self._errors.read()[-ERROR_CHARACTERS:]}")
 
 
-def ternary_pack(work: Path) -> Path:
-    """The synthetic 4B ternary pack, written first if it is not there; our single-file form if there is one."""
+def ternary_pack(work: Path, device: str = "cpu") -> Path:
+    """The synthetic 4B ternary pack, made on `device` if it is not there; our single-file form if there is one."""
     from .. import synthetic
 
     native, mlx = work / "ternary" / "native.safetensors", work / "ternary" / "mlx.safetensors"
     if native.is_file():
         return native
     if not mlx.is_file():
-        synthetic.write_mlx(mlx, "ternary")
+        synthetic.write_mlx(mlx, "ternary", device=device)
     return mlx
 
 
-def dense_file(work: Path) -> Path:
-    """The synthetic dense bf16 4B file (7.75 GB), written first if it is not there."""
+def dense_file(work: Path, device: str = "cpu") -> Path:
+    """The synthetic dense bf16 4B file (7.75 GB), made first on `device` if it is not there."""
     from .. import synthetic
 
     file = work / "dense.safetensors"
     if not file.is_file():
-        synthetic.write_dense(file)
+        synthetic.write_dense(file, device=device)
     return file

@@ -37,7 +37,8 @@ def measure(
 
     Modes other than exact are further ways, such as ours_a8. <way>_s: median of <way>_seconds, those of each step.
     <way>_joules: energy of a step, None where the machine does not tell. <way>_peak_rss: of the process, None for
-    dense_bf16_parts, which shares that of dense_bf16.
+    dense_bf16_parts, which shares that of dense_bf16; on a GPU what the device held at most beyond what it held before.
+    <way>_torch_peak: what torch's allocator counted of it. dynamic: whether ComfyUI had dynamic VRAM.
     """
     for mode in modes:
         if mode not in kernels.MODES:
@@ -55,9 +56,11 @@ def measure(
             f"{way.name}_s": statistics.median(s for s, _ in row["steps"]),
             f"{way.name}_seconds": [s for s, _ in row["steps"]],
             f"{way.name}_bytes": row["bytes"],
-            f"{way.name}_peak_rss": None if way.shares else row["peak_rss"],
+            f"{way.name}_peak_rss": None if way.shares else row["peak"],
+            f"{way.name}_torch_peak": None if way.shares else row["torch_peak"],
             f"{way.name}_joules": statistics.median(joules) if joules else None,
         }
+    figures["dynamic"] = rows[ways[0]]["dynamic"]
     _show(figures, ways)
     if why_not := rows[ways[-1]]["no_joules"]:
         print(f"no joules: {why_not}")
@@ -67,8 +70,9 @@ def measure(
 def _show(figures: dict, ways: Sequence[StepWay]) -> None:
     """Prints the row of each way that was measured."""
     print(f"one step of the 4B model at {figures['size']}x{figures['size']}, {figures['device']}")
+    torchs = () if figures["device"] == "cpu" else ("by torch",)
     show_table(
-        ("way", "seconds", "of stock", "of dense bf16", "weights MB", "peak MB", "joules"),
+        ("way", "seconds", "of stock", "of dense bf16", "weights MB", "peak MB", *torchs, "joules"),
         [
             (
                 way.text,
@@ -77,6 +81,7 @@ def _show(figures: dict, ways: Sequence[StepWay]) -> None:
                 figures[f"{way.name}_s"] / figures["dense_bf16_s"],
                 figures[f"{way.name}_bytes"] / 1e6,
                 None if way.shares else figures[f"{way.name}_peak_rss"] / 1e6,
+                *(figures[f"{way.name}_torch_peak"] / 1e6 for _ in torchs),
                 figures[f"{way.name}_joules"],
             )
             for way in ways
@@ -131,7 +136,7 @@ def _open(comfyui: Path, folder: Path, way: StepWay, size: int, rank: int, densi
         comfyui=comfyui,
         device=device,
         model=way.model,
-        file=session.ternary_pack(folder) if way.ours else session.dense_file(folder),
+        file=session.ternary_pack(folder, device) if way.ours else session.dense_file(folder, device),
         size=size,
         rank=rank,
         options={"mode": way.mode, "layout": density} if way.ours else None,

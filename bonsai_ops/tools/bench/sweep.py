@@ -25,7 +25,7 @@ def measure(device: str = "cpu", tokens: tuple[int, ...] = TOKENS, rounds: int =
     timer = make_timer(device)
     rows: list[dict] = [{"m": m} for m in tokens]
     for shape in SHAPES:
-        weight = layers.random_weight("ternary", shape.n, shape.k).to(device)
+        weight = layers.random_weight("ternary", shape.n, shape.k, device)
         planes = recode(weight, "crumb")
         values = weight.dequantize(layers.activations(1, 1, device).dtype)
         for row in rows:

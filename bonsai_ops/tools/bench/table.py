@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .gpu_check.stages import STAGES
 
 if TYPE_CHECKING:
     from .plot import Panel
@@ -19,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What a benchmark is given. work: folder of the packs; comfyui: None for a benchmark that needs none."""
+    """What a benchmark is given. work: folder of the packs; comfyui: None for a benchmark that needs none.
+
+    given: the command line.
+    """
 
     arguments: argparse.Namespace
     work: Path
     comfyui: Path | None = None
+    given: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Benchmark:
 
     measure: prints its table and returns its figures. at_the_top: the figures are keys of the whole JSON, not of one
     table. csv: --csv writes them. panel: what --plot draws of them, None for nothing. alone: it writes --json itself,
-    returns the exit code, and no other runs beside it.
+    returns the exit code, and no other runs beside it. finds_python: it takes ComfyUI's Python where this one has no
+    torch, not that of the private environment.
     """
 
     name: str
@@ -44,6 +51,7 @@ class Benchmark:
     csv: bool = True
     panel: Callable[[Any], Panel] | None = None
     alone: bool = False
+    finds_python: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,10 @@ OPTIONS = {
         "how ternary weights lie in memory", {"choices": ("compact", "fast"), "default": "compact", "dest": "density"}
     ),
     "ways": Option("some of ternary, rank32, mix; default: all of them", {"nargs": "+"}),
+    "out": Option("folder for results.json, summary.md, log.txt and pictures", {"type": Path}),
+    "stages": Option(f"some of {','.join(STAGES)}", {}),
+    "budget": Option("seconds for all stages (330; slower GPUs need more)", {"type": float, "default": 330.0}),
+    "again": Option("measure anew what an earlier run has in that folder", {"action": "store_true"}),
 }
 """Name without the dashes -> what it says."""
 
@@ -126,6 +138,10 @@ def _overhead(run: Run) -> list[dict]:
 
 def _static(run: Run) -> int:
     return _call("static", "run_static", run.arguments.json)
+
+
+def _gpu_check(run: Run) -> int:
+    return _call("gpu_check.drive", "run", run.arguments, run.given)
 
 
 BENCHMARKS = (
@@ -206,6 +222,16 @@ BENCHMARKS = (
         csv=False,
         alone=True,
     ),
+    Benchmark(
+        "gpu-check",
+        "all that a GPU can say about the plugin, in stages that a second run goes on with: every kernel against "
+        "float64, the layers and a step of the 4B model beside dense ones, memory, LoRAs, pictures; one page to post",
+        _gpu_check,
+        options=("out", "stages", "budget", "again"),
+        csv=False,
+        alone=True,
+        finds_python=True,
+    ),
 )
 USUAL = ("layers", "step")
 """What runs where nothing is asked for."""
@@ -213,7 +239,7 @@ USUAL = ("layers", "step")
 
 def chosen(arguments: argparse.Namespace) -> list[Benchmark]:
     """The benchmarks that the command line asks for."""
-    asked = [benchmark for benchmark in BENCHMARKS if getattr(arguments, benchmark.name)]
+    asked = [benchmark for benchmark in BENCHMARKS if getattr(arguments, benchmark.name.replace("-", "_"))]
     return asked or [benchmark for benchmark in BENCHMARKS if benchmark.name in USUAL]
 
 

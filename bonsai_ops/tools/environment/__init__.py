@@ -14,6 +14,7 @@ must work before anything is installed.
 """
 
 from .lock import hold_lock
+from .own_comfyui import find_comfyui_or_exit
 from .pins import COMFYUI_VERSIONS, NEWEST
 from .places import (
     PLUGIN,
@@ -27,8 +28,8 @@ from .places import (
     newest_packages_path,
 )
 from .plugin_link import link_plugin
-from .prepare import ensure, ensure_or_exit, relaunch_if_needed
-from .processes import clean_environment, run_attached, tail_of
+from .prepare import ensure, ensure_or_exit, relaunch_if_needed, relaunch_in_own
+from .processes import clean_environment, inherited_environment, module_command, run_attached, tail_of
 
 __all__ = [
     "COMFYUI_VERSIONS",
@@ -43,11 +44,15 @@ __all__ = [
     "ensure",
     "ensure_or_exit",
     "environment_path",
+    "find_comfyui_or_exit",
     "hold_lock",
     "home",
+    "inherited_environment",
     "link_plugin",
+    "module_command",
     "newest_packages_path",
     "relaunch_if_needed",
+    "relaunch_in_own",
     "run_attached",
     "tail_of",
 ]

@@ -23,7 +23,6 @@ from .pins import (
     source_of,
 )
 from .places import (
-    PLUGIN,
     Environment,
     SetupError,
     comfyui_path,
@@ -32,7 +31,7 @@ from .places import (
     interpreter,
     newest_packages_path,
 )
-from .processes import clean_environment, run_attached, say
+from .processes import clean_environment, module_command, run_attached, say
 from .steps import Step, folder_step, perform, pip_step, venv_step
 
 MINIMUM_PYTHON = (3, 10)
@@ -92,7 +91,7 @@ def relaunch_if_needed(module: str, argv: Sequence[str], yes: bool = False) -> N
     command-line entry: `relaunch_if_needed("bonsai_ops.convert", sys.argv[1:])`. Where the environment is not there
     yet, it says what that costs and asks, unless `yes`.
     """
-    missing = [name for name in ("torch", "numpy", "safetensors") if importlib.util.find_spec(name) is None]
+    missing = _missing()
     if not missing:
         return
     if os.environ.get(_RELAUNCHED):
@@ -100,9 +99,30 @@ def relaunch_if_needed(module: str, argv: Sequence[str], yes: bool = False) -> N
     say(f"This Python ({sys.executable}) has no {', '.join(missing)}: using the private environment in {home()}.")
     if not yes and not all(step.is_done() for step in _steps(False, (NEWEST,))):
         _ask(module)
-    environment = ensure_or_exit()
-    variables = clean_environment({_RELAUNCHED: "1", "PYTHONPATH": str(PLUGIN)})
-    raise SystemExit(run_attached([str(environment.python), "-m", module, *argv], env=variables))
+    _relaunch(ensure_or_exit().python, module, argv)
+
+
+def relaunch_in_own(module: str, argv: Sequence[str], comfyui: Path) -> None:
+    """As `relaunch_if_needed`, in the Python that belongs to this ComfyUI; nothing is installed."""
+    missing = _missing()
+    if not missing:
+        return
+    try:
+        python = find_own(comfyui).python
+    except SetupError as error:
+        raise SystemExit(str(error)) from None
+    if os.environ.get(_RELAUNCHED):
+        raise SystemExit(f"{sys.executable} lacks {', '.join(missing)}: run this with the Python of your ComfyUI.")
+    say(f"This Python has no {', '.join(missing)}: using {python}.")
+    _relaunch(python, module, argv)
+
+
+def _missing() -> list[str]:
+    return [name for name in ("torch", "numpy", "safetensors") if importlib.util.find_spec(name) is None]
+
+
+def _relaunch(python: Path, module: str, argv: Sequence[str]) -> None:
+    raise SystemExit(run_attached([*module_command(module, python), *argv], env=clean_environment({_RELAUNCHED: "1"})))
 
 
 def _ask(module: str) -> None:

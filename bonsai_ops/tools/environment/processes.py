@@ -9,8 +9,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from .places import PLUGIN
+
 Tick = Callable[[], None]
 _LOG_TAIL_LINES = 30
+_RUN_MODULE = (
+    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -19,6 +25,27 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     variables = {name: value for name, value in os.environ.items() if name not in dropped}
     variables["PYTHONIOENCODING"] = "utf-8"
     return {**variables, **(extra or {})}
+
+
+def inherited_environment() -> dict[str, str]:
+    """Environment variables for another process of this same interpreter: its module paths stay.
+
+    What BONSAI_PACKAGES names comes first among them.
+    """
+    variables = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    folders = [folder for folder in (variables.get("BONSAI_PACKAGES"), variables.get("PYTHONPATH")) if folder]
+    if folders:
+        variables["PYTHONPATH"] = os.pathsep.join(folders)
+    return variables
+
+
+def module_command(module: str, python: Path | str = sys.executable) -> list[str]:
+    """The command that runs a module of this plugin; its arguments follow.
+
+    Not `python -m`, which finds nothing of ours in a Python that keeps its own list of folders, as the Windows portable
+    build of ComfyUI does.
+    """
+    return [str(python), "-c", _RUN_MODULE, str(PLUGIN), module]
 
 
 def run_attached(command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> int:

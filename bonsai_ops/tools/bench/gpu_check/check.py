@@ -1,4 +1,4 @@
-"""What the stages share: their settings, figures that are written down at once, clocks and random packed weights.
+"""What the stages share: their settings, figures that are written down at once, and clocks.
 
 Imports nothing but the standard library: a stage within ComfyUI must import torch after it.
 """
@@ -11,17 +11,20 @@ import logging
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..inside.comfyui import set_up
+
 if TYPE_CHECKING:
     import torch
 
-    from ....weights.packed_weight import PackedWeight
+    from ..peaks import DevicePeaks
 
-GROUP = 128
+
+FOLDERS = ("out", "comfyui", "work", "project")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,16 @@ class Settings:
     project: Path
     device: str
     asked: str | None = None
+
+    @classmethod
+    def parse(cls, given: Mapping[str, str | None]) -> Settings:
+        """Those that `text` wrote."""
+        folders = {name: Path(given[name]) for name in FOLDERS}
+        return cls(**folders, device=str(given["device"]))
+
+    def text(self) -> str:
+        """As one argument of a command."""
+        return json.dumps({**{name: str(getattr(self, name)) for name in FOLDERS}, "device": self.device})
 
     def file(self, process: str, suffix: str) -> Path:
         """Where a process writes."""
@@ -53,6 +66,13 @@ class Check:
     def __init__(self, name: str, settings: Settings) -> None:
         self.name, self.settings, self.device = name, settings, settings.device
         self.figures: dict[str, Any] = {}
+        self.peaks: DevicePeaks | None = None
+
+    def watch(self) -> None:
+        """Counts the GPU's memory from now on (`peaks`)."""
+        from ..peaks import DevicePeaks
+
+        self.peaks = DevicePeaks() if self.on_gpu else None
 
     @property
     def on_gpu(self) -> bool:
@@ -81,32 +101,26 @@ class Check:
         finally:
             print(f"({key}: {time.perf_counter() - begun:.1f} s)", flush=True)
 
-    def start(self, comfyui: Callable[[], dict[str, Any]]) -> None:
-        """Starts ComfyUI and notes the facts about it."""
+    def start(self, dynamic: bool) -> None:
+        """Sets ComfyUI up and notes the facts about it. Before anything imports torch: ComfyUI sets its allocator."""
         begun = time.perf_counter()
-        self.note("host", comfyui())
+        base = self.settings.work / "base"
+        base.mkdir(exist_ok=True)
+        self.note("host", set_up(self.settings.comfyui, self.device, dynamic, ["--base-directory", str(base)]))
         self.note("import_s", time.perf_counter() - begun, show=False)
         logging.getLogger().setLevel(logging.INFO)
 
     def synchronise(self) -> None:
         """Waits until the GPU has done what was asked of it."""
-        import torch
+        from ..inside.start import synchronise
 
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        synchronise(self.device)
 
-    def seconds(self, call: Callable[[], object], repeats: int = 5, warm: int = 2) -> float:
-        """Median wall seconds of a call with a synchronisation around it."""
-        for _ in range(warm):
-            call()
-        found = []
-        for _ in range(repeats):
-            self.synchronise()
-            begun = time.perf_counter()
-            call()
-            self.synchronise()
-            found.append(time.perf_counter() - begun)
-        return statistics.median(found)
+    def seconds(self, call: Callable[[], object], rounds: int = 5) -> float:
+        """Median seconds of a call, by CUDA events on a GPU."""
+        from .. import timer
+
+        return statistics.median(timer.time_in_turns({"call": [call]}, timer.make_timer(self.device), rounds)["call"])
 
     def host_microseconds(self, call: Callable[[], object], count: int = 300) -> float:
         """Microseconds until an asynchronous call returns, without waiting for the device."""
@@ -122,32 +136,9 @@ class Check:
 
     def used(self) -> int:
         """Bytes of the GPU's memory that anyone uses."""
-        import torch
+        from ..peaks import used_on_device
 
-        if not self.on_gpu:
-            return 0
-        free, total = torch.cuda.mem_get_info()
-        return total - free
-
-
-def packed(rows: int, columns: int, codec: str, device: str, scale_dtype: torch.dtype | None = None) -> PackedWeight:
-    """A weight [rows, columns] of random bytes that the codec writes, made on the device; scales bf16 by default."""
-    import torch
-
-    from ....weights import codec as codecs
-    from ....weights.packed_weight import PackedWeight
-
-    generator = torch.Generator(device).manual_seed(rows + columns)
-    n = codecs.get_codec(codec).byte_rows(rows)
-    values = torch.arange(256, device=device)
-    if codec == "trit5":
-        values = torch.tensor([-(-v * 256 // 243) for v in range(243)], device=device)
-    if codec == "crumb":
-        values = values[(values & values >> 1 & 0x55) == 0]
-    codes = values.to(torch.uint8)[torch.randint(len(values), (n, columns), device=device, generator=generator)]
-    scale = (torch.rand(rows, columns // GROUP, device=device, generator=generator) + 0.5) / columns**0.5
-    scheme = "binary" if codec == "bit" else "ternary"
-    return PackedWeight(codes, scale.to(scale_dtype or torch.bfloat16), (rows, columns), scheme, codec, GROUP)
+        return used_on_device() if self.on_gpu else 0
 
 
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:

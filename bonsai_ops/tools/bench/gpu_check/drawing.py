@@ -5,37 +5,24 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ....weights import flux2
-from ....weights.formats import native
 from ... import synthetic
 from ..inside.sampling import random_condition, sample
-from .check import Check, packed
+from ..inside.step import in_bf16
+from .check import Check
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+    from ....weights.flux2 import Geometry
+
 CODEC = "trit5"
 MOST_KERNELS = 14
-
-
-class Memory(threading.Thread):
-    """Highest use of the device's memory by everyone, sampled; `peak` in bytes."""
-
-    def __init__(self, check: Check) -> None:
-        super().__init__(daemon=True)
-        self.check, self.peak, self.stopped = check, 0, False
-
-    def run(self) -> None:
-        while not self.stopped and self.check.on_gpu:
-            self.peak = max(self.peak, self.check.used())
-            time.sleep(0.01)
 
 
 def draw(check: Check, model: ModelPatcher, size: int, count: int) -> tuple[torch.Tensor, list[float], float]:
@@ -52,18 +39,15 @@ def draw(check: Check, model: ModelPatcher, size: int, count: int) -> tuple[torc
 
 def measured(check: Check, name: str, model: ModelPatcher, size: int, count: int) -> torch.Tensor:
     """Notes seconds a step and peak memory; the latent."""
-    watch = Memory(check)
-    watch.start()
-    if check.on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    if check.peaks:
+        check.peaks.reset()
     latent, steps, first = draw(check, model, size, count)
-    watch.stopped = True
     figures: dict[str, Any] = {
         "step_s": round(statistics.median(steps), 4),
         "steps": [round(seconds, 4) for seconds in steps],
         "first_s": round(first, 2),
-        "device_peak_mb": watch.peak >> 20,
-        "torch_peak_mb": torch.cuda.max_memory_allocated() >> 20 if check.on_gpu else 0,
+        "device_peak_mb": round(check.peaks.peak() / 1e6) if check.peaks else None,
+        "torch_peak_mb": round(check.peaks.torch_peak() / 1e6) if check.peaks else None,
         "finite": bool(torch.isfinite(latent).all()),
     }
     check.note(f"{name} {size}", figures)
@@ -90,25 +74,16 @@ def busy(check: Check, name: str, model: ModelPatcher, size: int) -> None:
         check.note(f"{name} {size} kernels_ms_of_2_steps", figures)
 
 
-def weights_of(check: Check, codec: str | None) -> dict[str, Any]:
-    """{name: weight} of a random model of the real shapes on the CPU, made on the device; codec None: all dense."""
-    torch.manual_seed(1)
-    found: dict[str, Any] = {}
-    for name, shape in flux2.expected_shapes(synthetic.KLEIN_4B if check.on_gpu else synthetic.TINY).items():
-        if codec and flux2.is_block_linear(name):
-            found[name] = packed(*shape, codec, check.device).to("cpu")
-        else:
-            values = torch.randn(shape, device=check.device)
-            found[name] = (1 + 0.1 * values if len(shape) == 1 else values / shape[1] ** 0.5).bfloat16().cpu()
-    return found
+def geometry(check: Check) -> Geometry:
+    """The 4B model's on a GPU, else a tiny one."""
+    return synthetic.KLEIN_4B if check.on_gpu else synthetic.TINY
 
 
 def pack_file(check: Check) -> Path:
-    """A native file of such a model, written first if it is not there."""
+    """A native file of such a model, made on the device first if it is not there."""
     file = check.settings.work / f"{CODEC}_{check.device}.safetensors"
     if not file.is_file():
-        weights = weights_of(check, CODEC)
-        native.write(file, weights, native.make_record(weights), overwrite=True)
+        synthetic.write_native(file, CODEC, geometry(check), check.device)
     return file
 
 
@@ -123,10 +98,8 @@ def load_dense(check: Check) -> ModelPatcher:
     """A dense model of the same shapes that computes in bf16."""
     import comfy.sd
 
-    options = {"dtype": torch.bfloat16}
-    model = comfy.sd.load_diffusion_model_state_dict(weights_of(check, None), model_options=options)
-    model.model.manual_cast_dtype = None
-    return model
+    weights = synthetic.dense_weights(geometry(check), device=check.device)
+    return in_bf16(comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.bfloat16}))
 
 
 def unload() -> None:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from .... import kernels
 from ....kernels import dispatch
 from ....kernels.triton import backend
+from ...synthetic import random_weight
 from .. import machine
-from .check import Check, packed
+from .check import Check
 
 PACKAGES = ("triton", "transformers", "numpy", "comfy-kitchen", "comfy-aimdo")
 CPU_FLAGS = ("amx_tile", "avx512_bf16", "avx512_vnni")
@@ -76,7 +77,7 @@ def _copies(check: Check) -> None:
     pinned = host.pin_memory()
     check.note("h2d_pinned_gb_s", host.nbytes / check.seconds(lambda: part.copy_(pinned, non_blocking=True)) / 1e9)
     small = torch.empty(1 << 20, dtype=torch.uint8)
-    check.note("h2d_1mb_pageable_us", 1e6 * check.seconds(lambda: small.cuda(), 20))
+    check.note("h2d_1mb_pageable_us", 1e6 * check.seconds(lambda: small.cuda(), 9))
 
 
 def _products(check: Check) -> None:
@@ -104,7 +105,7 @@ def _products(check: Check) -> None:
 
 def _host(check: Check) -> None:
     """Microseconds that each floor of the plugin takes for a product of one token, beside torch's own."""
-    weight = packed(256, 256, "trit5", "cuda")
+    weight = random_weight("trit5", 256, 256, "cuda")
     x = torch.randn(1, 256, device="cuda", dtype=torch.bfloat16)
     dense, out = weight.dequantize(torch.bfloat16), torch.empty(1, 256, device="cuda", dtype=torch.bfloat16)
     chosen = backend.config(backend._target(x.device), "trit5")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ....kernels.triton import backend, configs
+from ...synthetic import random_weight
 from .. import disassembly, static
-from .check import Check, packed, relative
+from .check import Check, relative
 
 TARGET = 86
 SHAPES = ((67, 640, 256), (1536, 9216, 3072))
@@ -93,7 +94,7 @@ def _product(check: Check, kernel: _Kernel, shape: tuple[int, int, int]) -> tupl
 
     tokens, rows, columns = shape
     kind, config = TORCH[kernel.dtype], kernel.config
-    weight = packed(rows, columns, kernel.codec, check.device)
+    weight = random_weight(kernel.codec, rows, columns, check.device)
     x = torch.randn(tokens, columns, device=check.device).to(kind)
     out = torch.full((tokens, rows), float("nan"), dtype=kind, device=check.device)
     given: dict[str, Any] = {"codes_ptr": weight.codes, "scale_ptr": weight.scale, "x_ptr": x}

@@ -11,7 +11,8 @@ from .... import kernels
 from ....kernels import eager
 from ....weights import codec as codecs
 from ....weights.packed_weight import PackedWeight
-from .check import Check, packed, relative
+from ...synthetic import random_weight
+from .check import Check, relative
 
 SCHEMES = (
     ("affine", "nibble", 64),
@@ -24,7 +25,7 @@ SCHEMES = (
 
 def run(check: Check, _: str) -> None:
     """Notes how far each path is from float64, or that it is the same as on the CPU."""
-    weight = packed(648, 256, "trit5", check.device)
+    weight = random_weight("trit5", 648, 256, check.device)
     x = torch.randn(40, 256, device=check.device, dtype=torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         with check.guarded(f"eager {dtype}"):

@@ -6,14 +6,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-from unittest import mock
 
 import torch
 
 from .. import layers
-from .check import Check, packed
+from .check import Check
 
-CODECS = {"ternary": "trit5", "binary": "bit"}
 TESTS = {
     "unit": (
         "unit/test_ops.py",
@@ -45,15 +43,8 @@ def run(check: Check, part: str) -> None:
 
 
 def _bench(check: Check) -> None:
-    def made_on_the_device(scheme: str, rows: int, columns: int) -> object:
-        return packed(rows, columns, CODECS[scheme], check.device)
-
     tokens, shapes = (1536, layers.SHAPES) if check.on_gpu else (16, (layers.Shape(256, 640, 1, 1),))
-    with (
-        check.guarded("layers"),
-        torch.inference_mode(),
-        mock.patch.object(layers, "random_weight", made_on_the_device),
-    ):
+    with check.guarded("layers"), torch.inference_mode():
         check.note("layers", layers.measure(tokens, check.device, 2, shapes), show=False)
 
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from .... import kernels
 from ....weights.packed_weight import PackedWeight
+from ...synthetic import random_weight
 from .. import layers, timer
-from .check import Check, packed
+from .check import Check
 
 TOKENS = (1536, 4608, 64, 512)
 CODECS = ("trit5", "crumb", "bit")
@@ -76,7 +77,7 @@ def _ways(
 ) -> Ways:
     """{name: calls of one way, one a copy of the weight}."""
     x = torch.randn(tokens, shape.k, device=check.device, dtype=torch.bfloat16)
-    weights = {codec: packed(shape.n, shape.k, codec, check.device) for codec in CODECS}
+    weights = {codec: random_weight(codec, shape.n, shape.k, check.device) for codec in CODECS}
     copies = {codec: layers._copies(weight, clock) for codec, weight in weights.items()}
     ways: Ways = {"bf16": layers.dense(x, weights["trit5"].dequantize(torch.bfloat16), clock)}
     for codec in CODECS:
@@ -149,7 +150,7 @@ def _broken(check: Check, ways: Ways, where: str) -> list[str]:
 
 
 def _gemlite(check: Check, shape: layers.Shape, clock: timer.Timer) -> None:
-    weight = packed(shape.n, shape.k, "trit5", check.device)
+    weight = random_weight("trit5", shape.n, shape.k, check.device)
     x = torch.randn(TOKENS[0], shape.k, device=check.device, dtype=torch.bfloat16)
     begun = time.perf_counter()
     exact = F.linear(x[: layers.CHECKED_ROWS].double(), weight.dequantize().double())

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
 from .... import kernels
+from ....host.inventory import attached_inventory
 from ..inside.step import with_lora
 from .check import Check, relative
 from .drawing import busy, draw, load_dense, load_ours, measured, pack_file, unload
 
 if TYPE_CHECKING:
-    import torch
     from comfy.model_patcher import ModelPatcher
 
+PARTS = ("dynamic", "classic")
 RANK = 16
 FEW = 3
 """Steps that a comparison draws."""
@@ -29,9 +33,15 @@ def run(check: Check, part: str) -> None:
     with check.guarded("pack"):
         begun = time.perf_counter()
         pack_file(check)
+        if check.on_gpu:
+            torch.cuda.empty_cache()  # else what making it took counts as there before
         check.note("pack_written_s", time.perf_counter() - begun, show=False)
     before = check.used()
+    check.watch()
     model, plain = _ours(check, sizes, count, before)
+    if plain is not None:
+        with check.guarded("other memory"):
+            _compare_with_other(check, part, plain)
     if model is not None:
         with check.guarded("lora"):
             _lora(check, model, plain, sizes[0], count, part)
@@ -44,14 +54,9 @@ def run(check: Check, part: str) -> None:
         del model
         unload()
         check.note("left_mb_after_unload", (check.used() - before) >> 20)
-    if check.on_gpu:
-        with check.guarded("a8"):
-            begun = time.perf_counter()
-            model = load_ours(check, mode="a8", layout="fast")
-            check.note("a8 load_s", time.perf_counter() - begun)
-            measured(check, "ours a8", model, sizes[0], count)
-            del model
-            unload()
+    for mode in [mode for mode in kernels.MODES if mode.startswith("a8")] if check.on_gpu else []:
+        with check.guarded(mode):
+            _in_mode(check, mode, sizes, count)
     with check.guarded("dense"):
         _dense(check, sizes, count)
     text = check.settings.file(check.name, ".log").read_text(encoding="utf-8", errors="replace")
@@ -62,8 +67,6 @@ def _ours(
     check: Check, sizes: tuple[int, ...], count: int, before: int
 ) -> tuple[ModelPatcher | None, torch.Tensor | None]:
     """(our model and its latent, None where it fails)."""
-    from ....host.inventory import attached_inventory
-
     model = latent = None
     with check.guarded("ours"):
         begun = time.perf_counter()
@@ -81,6 +84,31 @@ def _ours(
             measured(check, "ours", model, size, 4)
         busy(check, "ours", model, sizes[0])
     return model, latent
+
+
+def _in_mode(check: Check, mode: str, sizes: tuple[int, ...], count: int) -> None:
+    """A mode whose rounding is coarser, on ternary weights as it wants them; not measured where it is not offered."""
+    begun = time.perf_counter()
+    model = load_ours(check, mode=mode, layout="fast")
+    check.note(f"{mode} load_s", time.perf_counter() - begun)
+    loaded = attached_inventory(model)
+    if loaded.mode == mode:
+        measured(check, f"ours {mode}", model, sizes[0], count)
+        for size in sizes[1:]:
+            measured(check, f"ours {mode}", model, size, 4)
+    else:
+        check.note(f"{mode} not offered", dict(loaded.declined))
+    del model
+    unload()
+
+
+def _compare_with_other(check: Check, part: str, latent: torch.Tensor) -> None:
+    """Keeps the latent for the other way to manage memory, and compares it with what that one has kept."""
+    files = {name: check.settings.out / f"latent_{name}.npy" for name in PARTS}
+    np.save(files[part], latent.numpy())
+    for name in PARTS:
+        if name != part and files[name].is_file():
+            check.note(f"{part} == {name}", relative(latent, torch.from_numpy(np.load(files[name]))))
 
 
 def _lora(check: Check, model: ModelPatcher, plain: torch.Tensor, size: int, count: int, part: str) -> None:

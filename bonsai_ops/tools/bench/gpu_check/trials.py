@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ....kernels.triton import backend
-from .check import Check, packed, relative
+from ...synthetic import random_weight
+from .check import Check, relative
 
 SHAPES = ((130, 1030, 256), (513, 3072, 9216), (1536, 9216, 3072))
 TINY = ((5, 83, 384),)
@@ -38,7 +39,7 @@ def _wrong_share(check: Check, codec: str, dtype: torch.dtype, rows: int, column
     """Of the weights and of their signs, as one launch unpacks them."""
     from . import candidates
 
-    weight = packed(rows, columns, codec, check.device)
+    weight = random_weight(codec, rows, columns, check.device)
     truth = weight.dequantize(dtype)
     found = candidates.unpack(weight, torch.full_like(truth, float("nan")))
     signs = candidates.unpack(weight, torch.empty(rows, columns, dtype=torch.int8, device=check.device), True)
@@ -51,7 +52,7 @@ def _plane_error(
 ) -> float:
     from . import candidates
 
-    weight = packed(rows, columns, codec, check.device)
+    weight = random_weight(codec, rows, columns, check.device)
     x = torch.randn(tokens, columns, device=check.device).to(dtype)
     y = candidates.planes_linear(x, weight, candidates.turned(weight), name)
     return relative(y, x.double() @ weight.dequantize(dtype).double().t())

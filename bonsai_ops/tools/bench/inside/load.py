@@ -7,7 +7,6 @@ first sampling step would, so that mapped files count in the peak.
 from __future__ import annotations
 
 import json
-import sys
 import time
 
 from .start import start
@@ -35,7 +34,3 @@ def main(argv: list[str]) -> int:
                 tensor.view(-1).view(torch.uint8)[::4096].sum()
     print(json.dumps({"resident_bytes": resident, "load_seconds": seconds, "peak_rss_bytes": peak_rss()}))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -76,7 +75,3 @@ def _ways(device: str) -> dict[str, Callable[[], Any]]:
         "dense_product": lambda: torch.nn.functional.linear(x, dense),
         "result": lambda: _empty(x, weight, None, kernels.EXACT),
     }
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 from ..energy import find_energy
+from ..peaks import make_peaks
 from ..picture import STEPS
 from .sampling import sample
-from .start import in_worker, peak_bytes, start, synchronise
+from .start import in_worker, start, synchronise
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +32,7 @@ def _measure(options: dict) -> int:
     from ....host.text_encoder import load_bonsai_text_encoder
     from ....host.vae import load_vae
 
-    energy = find_energy(device)
+    energy, peaks = find_energy(device), make_peaks(device)
     with torch.inference_mode():
         started = time.perf_counter()
         model = load_bonsai_model(options["file"], options["options"])
@@ -60,11 +60,8 @@ def _measure(options: dict) -> int:
         "vae_s": decoded - sampled,
         "joules": joules,
         "no_joules": energy.why_not,
-        "peak_bytes": peak_bytes(device),
+        "peak_bytes": peaks.peak(),
+        "torch_peak_bytes": peaks.torch_peak(),
     }
     print(json.dumps(row))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -112,7 +112,3 @@ def main(argv: list[str]) -> int:
     outside = seconds - sum(row["seconds"] for row in rows)
     print(json.dumps({"step_s": seconds, "outside_s": outside, "rows": rows}))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 
-from .start import peak_bytes, reset_peak, start
+from ..peaks import make_peaks
+from .start import start
 
 
 def main(argv: list[str]) -> int:
     """Loads, patches and prints {"seconds", "peak_bytes", "loaded_peak_bytes", "layers", "bytes", "bits", ..}."""
     options = start(argv)
+    peaks = make_peaks(options["device"])
     import comfy.sd
     import torch
 
@@ -25,13 +26,14 @@ def main(argv: list[str]) -> int:
     with torch.inference_mode():
         model = comfy.sd.load_diffusion_model(options["file"], model_options={"dtype": torch.bfloat16})
         gc.collect()  # the file's tensors and with them its pages
-        loaded = peak_bytes(options["device"])
-        reset_peak(options["device"])
+        loaded = peaks.peak()
+        peaks.reset()
         _, report = patch_model(model, PatchOptions(**options["options"]))
     weights = sum(layer.weights for layer in report.packed)
     figures = {
         "seconds": report.seconds,
-        "peak_bytes": peak_bytes(options["device"]),
+        "peak_bytes": peaks.peak(),
+        "torch_peak_bytes": peaks.torch_peak(),
         "loaded_peak_bytes": loaded,
         "layers": len(report.packed),
         "bytes": report.nbytes,
@@ -40,7 +42,3 @@ def main(argv: list[str]) -> int:
     }
     print(json.dumps(figures))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..energy import Energy, find_energy
+from ..peaks import make_peaks
 from .sampling import random_condition, sample
-from .start import in_worker, peak_bytes, start
+from .start import in_worker, start
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 def _measure(options: dict) -> int:
     size, rank, device = options["size"], options["rank"], options["device"]
-    energy = find_energy(device)
+    energy, peaks = find_energy(device), make_peaks(device)
     with torch.inference_mode():
         model = load(options["model"], options["file"], options["options"])
         figures = {"bytes": sum(tensor.nbytes for tensor in model.model.diffusion_model.state_dict().values())}
@@ -50,14 +51,20 @@ def _measure(options: dict) -> int:
             figures |= {"seconds": plain, "lora_seconds": lora}
         else:
             in_parts = _attending_in_parts(model)
+            peaks.pause()  # others use the same device
             print(json.dumps({"loaded": options["file"]}), flush=True)
             for line in sys.stdin:
+                peaks.resume()
                 asked = in_parts if line.strip() == IN_PARTS else model
-                print(json.dumps({"steps": steps(asked, size, device, energy)}), flush=True)
+                done = steps(asked, size, device, energy)
+                peaks.pause()
+                print(json.dumps({"steps": done}), flush=True)
     report = model.get_attachment("bonsai")
     figures |= {
         "no_joules": energy.why_not,
-        "peak_rss": peak_bytes(device),
+        "peak": peaks.peak(),
+        "torch_peak": peaks.torch_peak(),
+        "dynamic": options["host"].get("dynamic", False),
         "mode": getattr(report, "mode", "exact"),
         "declined": dict(report.declined) if report else {},
     }
@@ -74,10 +81,14 @@ def load(kind: str, file: str, options: dict | None = None) -> ModelPatcher:
     if kind == "ours":
         return load_bonsai_model(file, options)
     if kind == "dense_bf16":
-        model = comfy.sd.load_diffusion_model(file, model_options={"dtype": torch.bfloat16})
-        model.model.manual_cast_dtype = None
-        return model
+        return in_bf16(comfy.sd.load_diffusion_model(file, model_options={"dtype": torch.bfloat16}))
     return comfy.sd.load_diffusion_model(file)
+
+
+def in_bf16(model: ModelPatcher) -> ModelPatcher:
+    """A dense model loaded as bf16 that also computes in it, which ComfyUI has not for every device."""
+    model.model.manual_cast_dtype = None
+    return model
 
 
 def steps(
@@ -125,7 +136,3 @@ def with_lora(model: ModelPatcher, rank: int) -> ModelPatcher:
             lora[f"{layer}.lora_A.weight"] = 0.01 * torch.randn(rank, columns, generator=generator).bfloat16()
             lora[f"{layer}.lora_B.weight"] = 0.01 * torch.randn(rows, rank, generator=generator).bfloat16()
     return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
