@@ -4,7 +4,8 @@ ComfyUI owns the top-level names `nodes`, `server`, `utils` and `tests`, so its 
 `import nodes` finds ComfyUI's, `import bonsai_ops` ours. The folder of the tests comes third, for `import peers`
 and `import twins`.
 ComfyUI's options are set here, before anything imports comfy: processor only, files in a temporary base directory.
-BONSAI_TEST_DEVICE=cuda lets the ComfyUI inside this process use the GPU. BONSAI_PACKAGES names a folder of packages
+BONSAI_TEST_DEVICE=cuda lets the ComfyUI inside this process use the GPU in its classic way, cuda-dynamic with dynamic
+VRAM; no test names a device itself (tests/unit/test_devices.py). BONSAI_PACKAGES names a folder of packages
 that come before those of the environment, in this process, its children and the server of its own ComfyUI.
 """
 
@@ -23,12 +24,20 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bonsai_ops.tools.bench.inside import comfyui as host
 from bonsai_ops.tools.environment import COMFYUI_VERSIONS, NEWEST, comfyui_version, link_plugin
 from bonsai_ops.tools.environment import comfyui_path as path_of_version
 from bonsai_ops.tools.server import ComfyServer
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
+DEVICES = ("cpu", "cuda", "cuda-dynamic")
+DEVICE = os.environ.get("BONSAI_TEST_DEVICE", "cpu")
+ELSEWHERE = {
+    "processor": ("cpu",),
+    "classic": ("cpu", "cuda"),
+}
+"""{mark: the devices on which a test with it runs}"""
 
 pytest.register_assert_rewrite("twins", "peers.families")
 
@@ -48,17 +57,22 @@ def _set_comfyui_options(base_directory: Path) -> None:
     """Have comfy.cli_args parse our options instead of pytest's; it reads sys.argv once, when it is imported."""
     import comfy.options
 
-    device = [] if os.environ.get("BONSAI_TEST_DEVICE", "cpu") != "cpu" else ["--cpu"]
     kept = sys.argv
-    sys.argv = ["main.py", *device, "--base-directory", str(base_directory)]
     try:
-        comfy.options.enable_args_parsing()
+        host.begin(DEVICE.partition("-")[0], DEVICE.endswith("-dynamic"), ["--base-directory", str(base_directory)])
         import comfy.cli_args
 
         importlib.import_module("utils.extra_config")  # as main.py: nodes.py puts a folder with another utils first
     finally:
         sys.argv = kept
         comfy.options.enable_args_parsing(False)
+    if DEVICE != "cpu":
+        host.finish()
+
+
+def _check_device() -> None:
+    if DEVICE not in DEVICES:
+        raise pytest.UsageError(f"BONSAI_TEST_DEVICE is {DEVICE}, expected one of {', '.join(DEVICES)}.")
 
 
 def _find_packages() -> Path | None:
@@ -72,6 +86,7 @@ def _find_packages() -> Path | None:
     return folder
 
 
+_check_device()
 COMFYUI, PACKAGES = _find_comfyui(), _find_packages()
 VERSIONS = tuple(dict.fromkeys([*COMFYUI_VERSIONS, *([comfyui_version(COMFYUI)] if COMFYUI else [])]))
 """The pinned ones and that of this process."""
@@ -114,7 +129,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long goes first, so that no worker is left alone with it at the end."""
+    """What takes long goes first, so that no worker is left alone with it at the end. Other devices' is skipped."""
+    for mark, devices in ELSEWHERE.items():
+        if DEVICE not in devices:
+            skip = pytest.mark.skip(reason=f"of {' and '.join(devices)} only, this is {DEVICE}")
+            for item in items:
+                if item.get_closest_marker(mark):
+                    item.add_marker(skip)
     slow = {worker_group(item.nodeid) for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: worker_group(item.nodeid) not in slow)
 

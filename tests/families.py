@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from twins import absent, draw
+from twins import absent, draw, load_device
 
 CONTEXT = 64
 POOLED = {"flux": 32, "sdxl": 1280, "sd3": 96}
@@ -191,7 +191,7 @@ def stock(kind: str, tensors: Mapping[str, torch.Tensor] | None = None) -> Any:
     model = config.get_model({}, "")
     values = random_tensors(model) if tensors is None else tensors
     model.diffusion_model.load_state_dict({n: t.clone() for n, t in values.items()}, strict=False)
-    return comfy.model_patcher.CoreModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    return comfy.model_patcher.CoreModelPatcher(model, load_device(), torch.device("cpu"))
 
 
 def sample(kind: str, model: Any, steps: int = 1) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Tiny packed models inside a real ComfyUI, each beside a dense twin: the same weights in fp32, loaded by ComfyUI.
 
-Everything runs in this process, through ComfyUI's own nodes where there is one. The device is the processor, so that
-"offloaded" means what ComfyUI's lowvram code does to a module, without a second memory; dynamic VRAM needs CUDA and is
-only imitated, by the attributes that its `load` sets.
+Everything runs in this process, through ComfyUI's own nodes where there is one, on the device that ComfyUI computes on:
+`load_device`, usually the processor, so that "offloaded" means what ComfyUI's lowvram code does to a module, without a
+second memory; dynamic VRAM needs CUDA (BONSAI_TEST_DEVICE=cuda-dynamic) and is else only imitated, by the attributes
+that its `load` sets.
 """
 
 from __future__ import annotations
@@ -46,9 +47,16 @@ def absent(what: str) -> None:
     pytest.skip(f"ComfyUI {version} has no {what}")
 
 
+def load_device() -> torch.device:
+    """Where the ComfyUI in this process computes."""
+    import comfy.model_management
+
+    return comfy.model_management.get_torch_device()
+
+
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """L2 distance relative to the truth."""
-    found, truth = found.detach().double(), truth.detach().double()
+    """L2 distance relative to the truth, wherever they lie."""
+    found, truth = found.detach().cpu().double(), truth.detach().cpu().double()
     return float((found - truth).norm() / truth.norm())
 
 
@@ -246,8 +254,13 @@ def bfl_lora(**options: Any) -> dict[str, torch.Tensor]:
 
 
 def loaded(model: Any, memory: float = 0) -> Any:
-    """The model loaded through ComfyUI's patcher. memory: 0 resident, else bytes that may be resident."""
-    model.patch_model(torch.device("cpu"), lowvram_model_memory=memory)
+    """The model loaded through ComfyUI's patcher. memory: 0 resident, else bytes that may be resident.
+
+    Skips the test where dynamic VRAM decides how much that is.
+    """
+    if memory and model.is_dynamic():
+        pytest.skip("dynamic VRAM decides itself what is resident")
+    model.patch_model(model.load_device, lowvram_model_memory=memory)
     return model
 
 
@@ -273,8 +286,10 @@ def unloaded(model: Any) -> Any:
 def predict(model: Any, seed: int = 3) -> torch.Tensor:
     """One step of a model that is loaded already: no sampler, no model management in between."""
     x = torch.randn(LATENT, generator=torch.Generator().manual_seed(seed))
+    given = (tensor.to(model.load_device) for tensor in (x, torch.tensor([0.7]), text()[0][0]))
     with torch.inference_mode():
-        return model.model.apply_model(x, torch.tensor([0.7]), c_crossattn=text()[0][0])
+        x, sigma, states = given
+        return model.model.apply_model(x, sigma, c_crossattn=states)
 
 
 def module_of(model: Any, key: str) -> torch.nn.Module:
@@ -288,8 +303,8 @@ def state_bytes(model: Any) -> dict[str, torch.Tensor]:
 
 
 def same_state(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
-    """Equal to the bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+    """Equal to the bit, wherever they lie."""
+    return a.keys() == b.keys() and all(torch.equal(a[n].cpu(), b[n].cpu()) and a[n].dtype == b[n].dtype for n in a)
 
 
 def packed_layers(model: Any) -> int:

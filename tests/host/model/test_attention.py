@@ -12,7 +12,7 @@ import torch
 from families import patch
 from twins import draw, load_stock, read_dense, relative, run_node
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.processor]
 
 PLACE = ("transformer_options", "optimized_attention_override")
 

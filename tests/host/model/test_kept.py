@@ -18,7 +18,7 @@ from random_weights import random_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import SHAPES, Pair, bfl_lora, imitate_dynamic, loaded, module_of, predict, relative, unloaded, with_lora
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.processor]
 
 CPU = torch.device("cpu")
 PACKED = [key for key in SHAPES if "modulation" not in key]

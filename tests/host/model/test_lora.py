@@ -21,6 +21,7 @@ from twins import (
     Pair,
     bfl_lora,
     draw,
+    load_device,
     loaded,
     low_rank,
     module_of,
@@ -291,7 +292,7 @@ def test_the_text_encoder_gives_its_weights_too(text_encoders: tuple[Any, Any], 
         )
         added = run_node("comfy_extras.nodes_model_merging.CLIPSubtract", clip1=changed, clip2=clip, multiplier=0.25)
         patchers = (changed.patcher, added.patcher)
-        device = torch.device("cpu")
+        device = load_device()
         weights.append([p.patch_weight_to_device(key, device_to=device, return_weight=True) for p in patchers])
     for found, truth in zip(*weights, strict=True):
         assert relative(found, truth) < 1e-6

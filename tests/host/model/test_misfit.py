@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import CONTEXT, KINDS, POOLED, patch, stock
-from twins import SMALL, TOKENS, Pair, draw, latent, relative, run_node, text
+from twins import SMALL, TOKENS, Pair, draw, latent, load_device, relative, run_node, text
 
 pytestmark = pytest.mark.host
 
@@ -220,10 +220,9 @@ def test_a_control_net_of_another_family_is_named(pair: Pair) -> None:
         dtype=torch.float32,
         operations=comfy.ops.disable_weight_init,
     )
-    cpu = torch.device("cpu")
-    net = comfy.controlnet.ControlNet(made, load_device=cpu)
+    net = comfy.controlnet.ControlNet(made, load_device=load_device())
     features = comfy.t2i_adapter.adapter.Adapter(cin=192, channels=[32, 64, 64, 64], nums_rb=1)
-    adapter = comfy.controlnet.T2IAdapter(features, 3, 8, "nearest-exact", device=cpu)
+    adapter = comfy.controlnet.T2IAdapter(features, 3, 8, "nearest-exact", device=load_device())
     for control in (net, adapter):
         with pytest.raises(ValueError) as refused:
             draw(pair.packed, positive=controlled(control))

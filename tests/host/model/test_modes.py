@@ -33,6 +33,7 @@ def codecs_of(model: Any) -> set[str]:
     return {unwrap(p).codec for p in model.model.diffusion_model.parameters() if is_packed(p)}
 
 
+@pytest.mark.processor
 def test_two_models_in_two_modes(load: Callable[..., Any], lora_file: Callable[..., str]) -> None:
     """Each keeps its own, also in clones, in what the factory makes and under a LoRA."""
     from bonsai_ops.host.info import describe
@@ -95,6 +96,7 @@ def test_the_mode_is_compiled_in(load: Callable[..., Any], backend: str) -> None
     torch._dynamo.reset()
 
 
+@pytest.mark.processor
 def test_a_declined_mode_is_explained(load: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     """In the log line, in the report and in Bonsai Model Info."""
     from bonsai_ops.host.info import describe

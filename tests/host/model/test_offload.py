@@ -23,6 +23,7 @@ from twins import (
     bfl_lora,
     draw,
     imitate_dynamic,
+    load_device,
     load_stock,
     loaded,
     low_rank,
@@ -37,9 +38,7 @@ from twins import (
     with_lora,
 )
 
-pytestmark = pytest.mark.host
-
-CPU = torch.device("cpu")
+pytestmark = [pytest.mark.host, pytest.mark.classic]
 
 
 def offloaded_layers(model: Any) -> int:
@@ -102,12 +101,12 @@ def test_partly_unloaded_and_loaded_again(patched: Pair) -> None:
     model = loaded(patched.packed)
     resident = predict(model)
     counts = [offloaded_layers(model)]
-    while model.partially_unload(CPU, 1) > 0:
+    while model.partially_unload(model.offload_device, 1) > 0:
         counts.append(offloaded_layers(model))
         assert counts[-1] > counts[-2]
         assert relative(predict(model), resident) < 1e-6
     assert len(counts) > 2 and packed_layers(model) == 22
-    model.partially_load(CPU, 1e32)
+    model.partially_load(model.load_device, 1e32)
     assert offloaded_layers(model) == 0
     assert torch.equal(predict(model), resident)
     unloaded(model)
@@ -130,7 +129,7 @@ def test_the_matrices_of_a_lora_leave_with_the_layer(pair: Pair, lora_file: Call
     predict(model)
     prepared = [weakref.ref(matrix) for module in _patched_modules(model) for matrix in module.resident_patch.kept]
     assert len(prepared) == 2 * 22
-    model.partially_unload(CPU, model.model_size() * 2)
+    model.partially_unload(model.offload_device, model.model_size() * 2)
     gc.collect()
     assert [ref for ref in prepared if ref() is not None] == []
     unloaded(model)
@@ -168,7 +167,7 @@ def test_partly_loaded_counts_what_is_resident(pair: Pair) -> None:
     partly_loaded(pair.packed)
     assert 0 < pair.packed.loaded_size() < size
     before = pair.packed.loaded_size()
-    freed = pair.packed.partially_unload(CPU, size)
+    freed = pair.packed.partially_unload(pair.packed.offload_device, size)
     assert freed > 0 and pair.packed.loaded_size() == before - freed
     unloaded(pair.packed)
 
@@ -249,10 +248,10 @@ def test_dynamic_vram_forces_small_layers(pair: Pair, lora_file: Callable[..., s
     imitate_dynamic(model)
     for key in SHAPES:
         module_of(model, key).weight_lowvram_function = None
-        model.patch_weight_to_device(key, device_to=CPU, force_cast=True)
+        model.patch_weight_to_device(key, device_to=load_device(), force_cast=True)
     assert packed_layers(model) == 22
     assert relative(predict(model), predict(loaded(changed.dense))) < 1e-5
-    model.unpatch_model(CPU)
+    model.unpatch_model(model.offload_device)
     assert relative(predict(model), predict(loaded(unloaded(pair.dense)))) < 1e-5
 
 
@@ -261,9 +260,9 @@ def test_an_older_dynamic_patch_does_not_join_a_forced_one(pair: Pair, lora_file
     changed = pair.both(lambda m: with_lora(m, lora_file(bfl_lora())))
     imitate_dynamic(changed.packed)
     for key in SHAPES:
-        changed.packed.patch_weight_to_device(key, device_to=CPU)
+        changed.packed.patch_weight_to_device(key, device_to=load_device())
     assert relative(predict(changed.packed), predict(loaded(changed.dense))) < 1e-5
-    changed.packed.unpatch_model(CPU)
+    changed.packed.unpatch_model(changed.packed.offload_device)
 
 
 def test_a_weight_wrapper_changes_the_dense_weight(pair: Pair) -> None:

@@ -11,7 +11,7 @@ import torch
 from random_weights import random_weight
 from twins import QKV, Pair, bfl_lora, draw, loaded, module_of, with_lora
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.processor]
 
 
 @pytest.fixture

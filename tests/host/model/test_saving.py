@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from twins import absent, draw, load_stock, low_rank, read_dense, relative, run_node, with_lora
+from twins import absent, draw, load_device, load_stock, low_rank, read_dense, relative, run_node, with_lora
 
 from bonsai_ops import convert
 from bonsai_ops.tools import synthetic
@@ -295,7 +295,7 @@ def sd3() -> Any:
     generator = torch.Generator().manual_seed(0)
     for tensor in (*model.diffusion_model.parameters(), *model.diffusion_model.buffers()):
         tensor.data = torch.randn(tensor.shape, generator=generator) / max(1, tensor[0].numel()) ** 0.5
-    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    return comfy.model_patcher.ModelPatcher(model, load_device(), torch.device("cpu"))
 
 
 def draw_sd3(model: Any) -> torch.Tensor:

@@ -141,7 +141,7 @@ def test_an_offloaded_model_can_be_saved(pair: Pair) -> None:
     """Trap 05. Save Model raised "Only Tensors of floating point and complex dtype can require gradients"."""
     state = {n: t for n, t in state_bytes(pair.packed).items() if n.startswith("diffusion_model.")}
     saved = loaded(pair.packed, 1).state_dict_for_saving()
-    assert all(torch.equal(saved[f"model.{name}"].to("cpu"), tensor) for name, tensor in state.items())
+    assert all(torch.equal(saved[f"model.{name}"].cpu(), tensor.cpu()) for name, tensor in state.items())
     unloaded(pair.packed)
 
 
@@ -177,15 +177,15 @@ def test_a_layer_can_be_moved_and_cast() -> None:
     before = layer(x)
     layer.to(torch.float64)
     assert layer.weight.dtype == layer.weight._params.orig_dtype == torch.float64
-    assert torch.equal(layer.to(torch.float32).to("cpu")(x), before)
+    assert torch.equal(layer.to(torch.float32).to(x.device)(x), before)
     with torch.inference_mode():
         made = linear_layer()
-    for move in (torch.device("cpu"), torch.float64, torch.float32):
+    for move in (x.device, torch.float64, torch.float32):
         made.to(move)
         assert not made.weight.is_inference() and not made.weight._qdata.is_inference()
     assert torch.equal(made(x), before)
     with torch.inference_mode():
-        layer.to(torch.float64).to(torch.float32).to("cpu")
+        layer.to(torch.float64).to(torch.float32).to(x.device)
         assert torch.equal(layer(x), before)
     assert not layer.weight.is_inference() and not layer.weight._qdata.is_inference()
     watched = weakref.ref(layer.weight)  # as torch.compile holds one: torch would refuse to swap the tensor
@@ -269,7 +269,7 @@ def test_offload_stays_asynchronous(monkeypatch: pytest.MonkeyPatch, kind: str) 
     layer = linear_layer()
     if kind == "dense":
         layer.set_weight(layer.weight.dequantize())
-    layer(torch.ones(1, 128, device="meta" if kind == "packed" else "cpu"))
+    layer(torch.ones(1, 128, device="meta" if kind == "packed" else None))
     assert len(casts) == len(returned) == 1
     assert all(a is b for a, b in zip(casts[0], returned[0], strict=True))
 

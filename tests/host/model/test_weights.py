@@ -16,6 +16,7 @@ from twins import (
     Pair,
     absent,
     bfl_lora,
+    load_device,
     loaded,
     low_rank,
     module_of,
@@ -31,7 +32,6 @@ from twins import (
 
 pytestmark = pytest.mark.host
 
-CPU = torch.device("cpu")
 PACKED = [key for key in SHAPES if "modulation" not in key]
 MERGING = "comfy_extras.nodes_model_merging."
 HALF = 60_000
@@ -138,7 +138,7 @@ def test_whoever_asks_for_a_weight_gets_it(
     """Each way in which a ModelPatcher gives weights, by key, in each state: dense, patched, as the twin's."""
     changed = changes(make_pair, lora_file)[kind](pair)
     fresh = changed.both(lambda m: m.clone())
-    asked = {k: fresh.dense.patch_weight_to_device(k, device_to=CPU, return_weight=True) for k in PACKED}
+    asked = {k: fresh.dense.patch_weight_to_device(k, device_to=load_device(), return_weight=True) for k in PACKED}
     for model in (changed.packed, changed.dense) if memory is not None else ():
         loaded(model, memory)
     state, truth = (m.model_state_dict("diffusion_model.") for m in (changed.packed, changed.dense))
@@ -146,7 +146,7 @@ def test_whoever_asks_for_a_weight_gets_it(
     assert truth.keys() <= state.keys() and true_patches.keys() <= patches.keys()
     assert all(key.endswith(("weight_scale", "weight_zero")) for key in state.keys() - truth.keys())
     for key in PACKED:
-        for device in (CPU, None):
+        for device in (load_device(), None):
             weight = changed.packed.patch_weight_to_device(key, device_to=device, return_weight=True)
             assert type(weight) is torch.Tensor and weight.dtype == torch.float32
             assert relative(weight, asked[key]) < 1e-6
@@ -179,10 +179,10 @@ def test_weights_in_the_dtype_that_the_model_computes_in(
     from bonsai_ops.host.loader import load_bonsai_model
 
     model = load_bonsai_model(packs["ternary"], {"compute_dtype": "bf16"})
-    plain = model.patch_weight_to_device(QKV, device_to=CPU, return_weight=True)
-    assert plain.dtype == torch.bfloat16 and torch.equal(plain, module_of(model, QKV).weight.dequantize())
+    plain = model.patch_weight_to_device(QKV, device_to=load_device(), return_weight=True)
+    assert plain.dtype == torch.bfloat16 and torch.equal(plain.cpu(), module_of(model, QKV).weight.dequantize().cpu())
     merged = run_node(f"{MERGING}ModelMergeSimple", model1=model, model2=make_pair("binary").dense, ratio=0.5)
-    assert merged.patch_weight_to_device(QKV, device_to=CPU, return_weight=True).dtype == torch.bfloat16
+    assert merged.patch_weight_to_device(QKV, device_to=load_device(), return_weight=True).dtype == torch.bfloat16
 
 
 def test_a_weight_that_was_loaded_by_force_is_patched_once(make_pair: Callable[..., Pair], comfy_version: str) -> None:
@@ -194,11 +194,11 @@ def test_a_weight_that_was_loaded_by_force_is_patched_once(make_pair: Callable[.
         run_node(f"{MERGING}ModelMergeSimple", model1=m1, model2=m2, ratio=0.3)
         for m1, m2 in ((a.packed, b.packed), (a.dense, b.dense))
     )
-    expected = truth.patch_weight_to_device(QKV, device_to=CPU, return_weight=True)
-    merged.patch_weight_to_device(QKV, device_to=CPU, force_cast=True)
+    expected = truth.patch_weight_to_device(QKV, device_to=load_device(), return_weight=True)
+    merged.patch_weight_to_device(QKV, device_to=load_device(), force_cast=True)
     assert packed_layers(merged) == 21
-    assert relative(merged.patch_weight_to_device(QKV, device_to=CPU, return_weight=True), expected) < 1e-6
+    assert relative(merged.patch_weight_to_device(QKV, device_to=load_device(), return_weight=True), expected) < 1e-6
     saved = merged.state_dict_for_saving()[f"model.{QKV}"]
     assert relative(saved, expected) < 1e-6
-    merged.unpatch_model(CPU)
+    merged.unpatch_model(merged.offload_device)
     assert packed_layers(merged) == 22
