@@ -28,6 +28,7 @@ from .dense_on_read import DenseOnRead
 from .kept import Kept
 from .layout import is_packed, unwrap
 from .lora import LayerPatches, merges_models, model_as_lora, plain_terms
+from .model_class import is_dynamic
 from .record import saved_record, saved_text_record
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class PackedPatcher(Mixed):
 
         Not under dynamic VRAM, which could take all that it counts without asking.
         """
-        return super().loaded_size() + (0 if self.is_dynamic() else sum(kept.nbytes for kept in self._kept()))
+        return super().loaded_size() + (0 if is_dynamic(self) else sum(kept.nbytes for kept in self._kept()))
 
     def partially_load(self, *args: Any, **kwargs: Any) -> Any:
         self._reopen()

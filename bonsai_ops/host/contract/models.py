@@ -74,7 +74,7 @@ NEEDS = (
         "host/patcher.py",
         PATCHER,
         "to keep packed layers packed when LoRAs and hooks come and go",
-        "patch_weight_to_device load partially_load partially_unload loaded_size is_dynamic "
+        "patch_weight_to_device load partially_load partially_unload loaded_size "
         "unpatch_model model_state_dict state_dict_for_saving pre_run cleanup "
         "add_hook_patches patch_hooks patch_hook_weight_to_device unpatch_hooks get_callbacks add_callback_with_key",
         "model patches backup patches_uuid cached_hook_patches hook_backup weight_wrapper_patches",
