@@ -20,6 +20,7 @@ from ..weights.packed_weight import DENSITIES, PackedWeight
 from ..weights.read import open_text_encoder, open_transformer, read_weights
 from .attention import attend_in_parts
 from .flags import maps_files
+from .gradients import right_gradients
 from .inventory import Origin, attach_inventory
 from .layout import wrapped
 from .linear import make_bonsai_ops
@@ -104,6 +105,7 @@ def load_bonsai_model(
     adopt(model)
     attend_in_parts(model)
     explain_misfits(model)
+    right_gradients(model)
     model.cached_patcher_init = (load_bonsai_model, (str(path), asdict(settings)))
     release = pack.release
     origin = Origin(str(pack.path), pack.format, pack.source, pack.architecture, pack.configuration, release)

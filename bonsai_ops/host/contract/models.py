@@ -132,6 +132,11 @@ NEEDS = (
     Need("host/fold.py", PATCHER, "to save LoRAs", words="model patches injections weight_wrapper_patches"),
     Need("host/fold.py", BASE_MODEL, "to round as the model does", "get_dtype_inference"),
     Need("host/fold.py", "comfy.sd", "to refuse what lies outside of the weights", words="bypass_lora"),
+    # training
+    Need("host/gradients.py", PATCHER, "to train right", "clone get_callbacks add_callback_with_key", "model"),
+    Need("host/gradients.py", BASE_MODEL, "to find its blocks", words="diffusion_model"),
+    Need("host/gradients.py", "comfy.patcher_extension.CallbacksMP", "to follow clones", "ON_CLONE"),
+    Need("host/gradients.py", "comfy.ops.CastWeightBiasOp", "to know what is trained", "weight_function"),
     # steps
     Need(
         "host/sampling.py", "comfy.sample", "to sample", "fix_empty_latent_channels prepare_noise sample sample_custom"

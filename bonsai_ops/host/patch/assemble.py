@@ -13,6 +13,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ...weights.packed_weight import PackedWeight
 from .. import comfyui
 from ..attention import attend_in_parts
+from ..gradients import right_gradients
 from ..inventory import Origin, attach_inventory
 from ..layout import is_packed, wrap
 from ..misfit import explain_misfits
@@ -81,6 +82,7 @@ def _around(
     adopt(patcher)
     attend_in_parts(patcher)
     explain_misfits(patcher)
+    right_gradients(patcher)
     return patcher
 
 

@@ -1,0 +1,256 @@
+"""Right gradients for models whose blocks write into what they were given.
+
+ComfyUI's FLUX and LTX blocks add in place (`img += ..`). Without gradients that is only thrift. With them it changes
+what a norm kept of its input for the backward pass, and what a checkpointed block is computed again from: PyTorch
+raises for the first without checkpointing and sees neither with it. Two things together make it right:
+
+- a block works on copies of its inputs, made inside its forward, so that a checkpoint around it keeps the originals;
+- a layer or function that keeps what it reads is given a copy of what its block may write into. For a layer it is made
+  outside its forward, so that a checkpoint around it keeps the copy.
+
+Blocks are the members of ModuleLists, in any architecture. Where no gradient is wanted they do what they did before.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import comfy.patcher_extension
+import torch
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    Block = torch.nn.Module
+else:
+    Block = object
+
+CALLBACK_KEY = "bonsai gradients"
+CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict)
+KEEPING = frozenset(
+    (
+        "layer_norm",
+        "rms_norm",
+        "group_norm",
+        "linear",
+        "bilinear",
+        "matmul",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "einsum",
+        "scaled_dot_product_attention",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "mul",
+        "multiply",
+        "div",
+        "divide",
+        "true_divide",
+        "addcmul",
+        "addcdiv",
+        "square",
+        "pow",
+        "sqrt",
+        "rsqrt",
+        "exp",
+        "log",
+        "norm",
+        "var",
+        "std",
+        "sigmoid",
+        "tanh",
+        "relu",
+        "gelu",
+        "silu",
+        "mish",
+        "softplus",
+        "softmax",
+        "__matmul__",
+        "__rmatmul__",
+        "__mul__",
+        "__rmul__",
+        "__truediv__",
+        "__rtruediv__",
+        "__pow__",
+    )
+)
+"""Names of functions that keep an argument, or a view of one, for their backward pass."""
+
+
+def right_gradients(patcher: ModelPatcher) -> None:
+    """Makes the transformer or UNet of a ModelPatcher, and of every clone of it, give right gradients.
+
+    Once is enough; a second time does nothing. Raises ValueError for what is no diffusion model.
+    """
+    transformer = getattr(patcher.model, "diffusion_model", None)
+    if not isinstance(transformer, torch.nn.Module):
+        raise ValueError(
+            "this MODEL is no diffusion model of ComfyUI: it has no transformer or UNet whose gradients could be set "
+            "right. Connect the output of a node that loads a diffusion model."
+        )
+    for block in _blocks(transformer):
+        if not getattr(block, "works_on_copies", False):
+            block.__class__ = _class_on_copies(type(block))
+        for layer in _layers(block):
+            if not any(is_ours(hook) for hook in layer._forward_pre_hooks.values()):
+                layer.register_forward_pre_hook(give_copies, with_kwargs=True)
+    on_clone = comfy.patcher_extension.CallbacksMP.ON_CLONE
+    if not patcher.get_callbacks(on_clone, CALLBACK_KEY):
+        patcher.add_callback_with_key(on_clone, CALLBACK_KEY, _clone_too)
+
+
+def with_right_gradients(patcher: ModelPatcher) -> ModelPatcher:
+    """A clone that gives right gradients; it shares its layers with the original. Raises as `right_gradients` does."""
+    clone = patcher.clone()
+    right_gradients(clone)
+    return clone
+
+
+def _clone_too(patcher: ModelPatcher, clone: ModelPatcher) -> None:
+    right_gradients(clone)
+
+
+def _blocks(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The members of ModuleLists that are made of layers."""
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            yield from (m for m in module if not isinstance(m, CONTAINERS) and next(m.children(), None) is not None)
+
+
+def _layers(block: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """What a block itself calls: its children, and those of children that only hold some."""
+    for child in block.children():
+        if isinstance(child, CONTAINERS) or type(child).forward is torch.nn.Module.forward:
+            yield from _layers(child)
+        else:
+            yield child
+
+
+class _OnCopies(Block):
+    """Mixed into the class of a block."""
+
+    works_on_copies = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not _is_wanted(self, args, kwargs):
+            return super().forward(*args, **kwargs)
+        made: dict[int, torch.Tensor] = {}
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in made:
+                made[id(tensor)] = tensor.clone()
+            return made[id(tensor)]
+
+        args, kwargs = _each(args, copy), {name: _each(value, copy) for name, value in kwargs.items()}
+        if torch.compiler.is_compiling():  # the compiler's graphs write into nothing that is kept
+            return super().forward(*args, **kwargs)
+        with _Reading(made.values()):
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Copied and pickled by way of the block's own class, which has a name."""
+        return _made_again, (type(self).__mro__[2],), self.__dict__
+
+
+@functools.cache
+def _class_on_copies(base: type) -> type:
+    """`base` with _OnCopies in front, under the same name; the same class for the same base."""
+    return type(base.__name__, (_OnCopies, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+
+
+def _made_again(base: type) -> torch.nn.Module:
+    cls = _class_on_copies(base)
+    return cls.__new__(cls)
+
+
+class _Inside(threading.local):
+    """The blocks that this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.blocks: list[_Reading] = []
+
+
+_inside = _Inside()
+
+
+class _Reading(TorchFunctionMode):
+    """Within it, a function that keeps what it reads is given copies of these tensors and of views of them."""
+
+    def __init__(self, written: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.memory = {_memory(tensor) for tensor in written} - {None}
+
+    def __enter__(self) -> _Reading:
+        super().__enter__()
+        _inside.blocks.append(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _inside.blocks.pop()
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__name__", "") in KEEPING:
+            args, kwargs = self.apart(args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def apart(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments, with copies of those that the block may write into."""
+
+        def apart(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone() if _memory(tensor) in self.memory else tensor
+
+        return _each(args, apart), {name: _each(value, apart) for name, value in kwargs.items()}
+
+
+def give_copies(layer: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of what a block calls, outside of a checkpoint around its forward."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _inside.blocks:
+        return None
+    return _inside.blocks[-1].apart(args, kwargs)
+
+
+give_copies.gives_copies = True
+
+
+def is_ours(hook: Callable) -> bool:
+    """True for `give_copies`, that of a second import of this package too."""
+    return getattr(hook, "gives_copies", False)
+
+
+def _is_wanted(block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
+    """True if something is to get a gradient through this block: an input, a parameter, or a patch of a weight."""
+    if not torch.is_grad_enabled():
+        return False
+    found: list[bool] = []
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor.requires_grad)
+        return tensor
+
+    _each((args, tuple(kwargs.values())), look)
+    if block.training or any(found):
+        return True
+    adapters = (f for m in block.modules() for f in getattr(m, "weight_function", ()) if hasattr(f, "parameters"))
+    return any(p.requires_grad for module in (block, *adapters) for p in module.parameters())
+
+
+def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A value with every floating-point tensor in it changed, in tuples and lists too."""
+    if isinstance(value, torch.Tensor):
+        return change(value) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)([_each(item, change) for item in value])
+    return value
+
+
+def _memory(tensor: torch.Tensor) -> int | None:
+    """Where the values of a tensor lie; None for one that has no memory of its own, as a packed weight."""
+    return None if type(tensor) not in (torch.Tensor, torch.nn.Parameter) else tensor.untyped_storage().data_ptr()

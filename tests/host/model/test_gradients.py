@@ -1,0 +1,375 @@
+"""Gradients through models whose blocks write into their inputs, at every depth of checkpoints of ComfyUI's Train LoRA.
+
+The truth is the dense model in float64 without checkpoints, where PyTorch itself copies what is about to be written
+into while a backward pass needs it (`allow_mutation_on_saved_tensors`), and for FLUX a difference quotient of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import inspect
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import families
+import pytest
+import torch
+from families import CONTEXT, KINDS, POOLED, Kind, patch, stock
+from torch.utils._python_dispatch import TorchDispatchMode
+from twins import LATENT, SMALL, Pair, load_stock, read_dense, relative, same_state, state_bytes, text
+
+pytestmark = pytest.mark.host
+
+DEPTHS = (0, 1, 2, 3)
+"""Checkpoints: none, the whole transformer, its blocks, the layers of its blocks."""
+TOLERANCE = 1e-5
+LTX = Kind(
+    "LTXV",
+    {
+        "image_model": "ltxv",
+        "in_channels": 16,
+        "cross_attention_dim": 128,
+        "attention_head_dim": 64,
+        "num_attention_heads": 2,
+        "caption_channels": CONTEXT,
+        "num_layers": 2,
+    },
+    (1, 16, 1, 4, 4),
+    "transformer_blocks.0.attn1.to_q",
+    "proj_out",
+    0,
+)
+ARCHITECTURES = (*KINDS, "ltx")
+BONSAI = Kind("Flux2", {}, LATENT, "", "", 0)
+"""The model of the fixtures, from a file."""
+WIDTH = {"bonsai": SMALL.context}
+TRUTH = {"wan": torch.float32}
+"""Wan casts to fp32 before its first layer."""
+
+
+@pytest.fixture(autouse=True)
+def training(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while ComfyUI trains: no kernels without a backward pass."""
+    monkeypatch.setitem(families.KINDS, "ltx", LTX)
+    monkeypatch.setitem(families.KINDS, "bonsai", BONSAI)
+    monkeypatch.setattr(comfy.model_management, "in_training", True)
+
+
+def put_right(model: Any) -> Any:
+    """The model behind our node."""
+    from bonsai_ops.host.gradients import with_right_gradients
+
+    return with_right_gradients(model)
+
+
+def twin_of(kind: str, patched: Any) -> Any:
+    """A stock model with the dequantized weights of a patched one."""
+    from bonsai_ops.host.layout import is_packed
+    from bonsai_ops.host.tensors import tensors_of
+
+    weights = tensors_of(patched.model.diffusion_model)
+    return stock(kind, {n: t.dequantize() if is_packed(t) else t.detach() for n, t in weights.items()})
+
+
+def inputs_of(kind: str, model: Any, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Arguments of the transformer for a point between noise and picture, as ComfyUI makes them."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(KINDS[kind].latent, generator=generator)
+    states = torch.randn(1, 12, WIDTH.get(kind, CONTEXT), generator=generator)
+    pooled = torch.randn(1, POOLED.get(kind, 8), generator=generator)
+    known = {"cross_attn": states, "pooled_output": pooled, "guidance": 3.5, "frame_rate": 25}
+    conditions = model.model.extra_conds(noise=x, device=x.device, **known)
+    made = {name: c.process_cond(batch_size=1, device=x.device, area=None).cond for name, c in conditions.items()}
+    made["context"] = made.pop("c_crossattn")
+    if kind == "ltx":
+        made.setdefault("attention_mask", None)
+    made |= {"x": x, "timestep": model.model.model_sampling.timestep(torch.tensor([0.7])).float()}
+    return {n: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for n, v in made.items()}
+
+
+def loss_of(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """A scalar to which every value of the output counts differently."""
+    inputs = dict(inputs)
+    out = model.model.diffusion_model(inputs.pop("x"), inputs.pop("timestep"), **inputs, transformer_options={})
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    return (out * weights).mean()
+
+
+@contextlib.contextmanager
+def checkpoints(model: Any, depth: int) -> Iterator[None]:
+    """ComfyUI's checkpoints at this depth, 0 for none."""
+    train = importlib.import_module("comfy_extras.nodes_train")
+    modules = train.find_modules_at_depth(model.model.diffusion_model, depth=depth) if depth else []
+    assert bool(modules) == bool(depth)
+    for module in modules:
+        train.patch(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            train.unpatch(module)
+
+
+def trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    """{name: parameter} of what is not packed."""
+    from bonsai_ops.host.layout import is_packed
+
+    named = model.model.diffusion_model.named_parameters()
+    return {n: p for n, p in named if p.is_floating_point() and not is_packed(p)}
+
+
+def gradients(
+    kind: str, model: Any, depth: int, dtype: torch.dtype = torch.float32, **more: Any
+) -> dict[str, torch.Tensor]:
+    """{input or parameter: its gradient}. more: further arguments of the transformer."""
+    inputs = inputs_of(kind, model, dtype) | more
+    leaves = {**trained(model), "x": inputs["x"], "context": inputs["context"]}
+    for leaf in leaves.values():
+        leaf.requires_grad_(True).grad = None
+    with checkpoints(model, depth):
+        loss_of(model, inputs).backward()
+    found = {name: leaf.grad.clone() for name, leaf in leaves.items() if leaf.grad is not None}
+    for leaf in leaves.values():
+        leaf.requires_grad_(False).grad = None
+    return found
+
+
+def truth_of(kind: str, dense: Any, **more: Any) -> dict[str, torch.Tensor]:
+    """The gradients of a stock model; it is in float64 afterwards."""
+    dtype = TRUTH.get(kind, torch.float64)
+    dense.model.diffusion_model.to(dtype)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        return gradients(kind, dense, 0, dtype, **more)
+
+
+def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:
+    """Largest relative distance over the parameters of one kind of size: inputs, and all parameters together."""
+    assert found.keys() <= truth.keys() and {"x", "context"} <= found.keys()
+    parameters = sorted(found.keys() - {"x", "context"})
+    assert parameters
+
+    def together(which: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([which[name].double().flatten() for name in parameters])
+
+    return max(relative(together(found), together(truth)), *(relative(found[n], truth[n]) for n in ("x", "context")))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture(kind: str) -> None:
+    """Dense behind our node and packed by Patch to BitLinear, at every depth."""
+    dense = put_right(stock(kind))
+    patched, _ = patch(dense)
+    for model, truth in ((dense, truth_of(kind, stock(kind))), (patched, truth_of(kind, twin_of(kind, patched)))):
+        for depth in DEPTHS:
+            found = gradients(kind, model, depth)
+            assert distance(found, truth) < TOLERANCE, depth
+        assert set(found) == set(truth) or model is patched
+
+
+@pytest.mark.parametrize("kind", ["flux", "flux2", "ltx"])
+def test_comfyui_alone_is_wrong(kind: str) -> None:
+    """As the help of our node says. A ComfyUI that fails here has repaired it: tell so there."""
+    truth = truth_of(kind, stock(kind))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(kind, stock(kind), 0)
+    for depth in (1, 2):
+        assert distance(gradients(kind, stock(kind), depth), truth) > 0.01, depth
+
+
+def test_a_loaded_pack(pair: Pair) -> None:
+    """And its clone, and the dense twin, whose loader is not ours, raises."""
+    truth = truth_of("bonsai", copy.copy(pair.dense))
+    for parameter in trained(pair.packed).values():
+        parameter.data = parameter.data.float()  # gradients are as fine as what they belong to
+    for model in (pair.packed, pair.packed.clone()):
+        for depth in DEPTHS:
+            assert distance(gradients("bonsai", model, depth), truth) < TOLERANCE, depth
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients("bonsai", pair.dense, 0, torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["flux", "flux2"])
+def test_the_truth_is_that_of_differences(kind: str) -> None:
+    """Along a random direction of all parameters, by Richardson's extrapolation."""
+    dense = stock(kind)
+    truth, inputs, places = truth_of(kind, dense), inputs_of(kind, dense, torch.float64), trained(dense)
+    generator = torch.Generator().manual_seed(4)
+    start = {name: place.detach().clone() for name, place in places.items()}
+    way = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) * p.std() for n, p in start.items()}
+
+    def at(step: float) -> torch.Tensor:
+        with torch.no_grad():
+            for name, place in places.items():
+                place.copy_(start[name] + step * way[name])
+            return loss_of(dense, inputs)
+
+    near, far = ((at(step) - at(-step)) / (2 * step) for step in (5e-4, 1e-3))
+    assert relative((4 * near - far) / 3, sum((truth[n] * way[n]).sum() for n in way if n in truth)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["flux", "flux2"])
+def test_a_controlnet_adds_between_the_blocks(kind: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    control = {name: [torch.randn(1, 16, 128, generator=generator)] for name in ("input", "output")}
+    model = put_right(stock(kind))
+    truth = truth_of(kind, stock(kind), control={n: [t.double() for t in ts] for n, ts in control.items()})
+    assert distance(gradients(kind, model, 0), truth) > TOLERANCE
+    for depth in DEPTHS:
+        assert distance(gradients(kind, model, depth, control=control), truth) < TOLERANCE, depth
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["flux", "flux2", "sdxl", "ltx"])
+def test_nothing_changes_without_gradients(kind: str) -> None:
+    model = stock(kind)
+    inputs = inputs_of(kind, model)
+
+    def run(mode: Callable) -> tuple[torch.Tensor, list[str]]:
+        with mode(), Operations() as operations:
+            return loss_of(model, inputs), operations.names
+
+    modes = (torch.no_grad, torch.inference_mode)
+    before = [run(mode) for mode in modes]
+    state = state_bytes(model)
+    put_right(model)
+    for mode, (loss, names) in zip(modes, before, strict=True):
+        found, found_names = run(mode)
+        assert torch.equal(found, loss) and found_names == names
+    assert same_state(state_bytes(model), state)
+    model.model.diffusion_model.eval()
+    with torch.enable_grad(), Operations() as operations:  # nobody wants a gradient
+        loss_of(model, inputs)
+    assert "aten.clone.default" not in set(operations.names) - set(before[0][1])
+
+
+def hooks_of(model: Any) -> list[int]:
+    return [len(m._forward_pre_hooks) for m in model.model.modules()]
+
+
+def test_only_this_model_and_only_once(pair: Pair, second_import: str) -> None:
+    """Not the classes of ComfyUI, no second load by other means, and no second hook on a layer, nor a second class."""
+    first = hooks_of(pair.packed)
+    assert max(first) == 1 and max(hooks_of(pair.dense)) == 0
+    model = put_right(put_right(pair.packed.clone()).clone())
+    block = model.model.diffusion_model.double_blocks[0]
+    kind = type(block)
+    importlib.import_module(f"{second_import}.host.gradients").right_gradients(model)
+    assert hooks_of(model) == first and type(block) is kind
+    stock_kind = type(pair.dense.model.diffusion_model.double_blocks[0])
+    assert isinstance(block, stock_kind) and kind.__name__ == stock_kind.__name__
+    assert stock_kind.__module__.startswith("comfy.") and "_forward_pre_hooks" not in vars(stock_kind)
+
+
+def test_a_copy_of_the_transformer_is_right_too() -> None:
+    model = put_right(stock("flux2"))
+    truth = truth_of("flux2", stock("flux2"))
+    transformer = model.model.diffusion_model
+    for made in (copy.deepcopy(transformer), pickle.loads(pickle.dumps(transformer))):
+        model.model.diffusion_model = made
+        assert made is not transformer
+        assert all(distance(gradients("flux2", model, d), truth) < TOLERANCE for d in (0, 2))
+
+
+def plain_attention(function: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any):
+    """ComfyUI's own for a CPU asks for the free memory, which the compiler cannot."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_no_graph_break(gradient: bool) -> None:
+    model, plain = (m.model.diffusion_model for m in (put_right(stock("flux2")), stock("flux2")))
+    x, vec = torch.randn(2, 1, 16, 128, generator=torch.Generator().manual_seed(1))
+    pe = model.pe_embedder(torch.zeros(1, 16, 4))
+    options = {"optimized_attention_override": plain_attention}
+    torch._dynamo.reset()
+    compiled = torch.compile(model.single_blocks[0], fullgraph=True, backend="eager")
+    with torch.set_grad_enabled(gradient):
+        given = x.clone().requires_grad_(gradient)
+        modulation, _ = model.single_stream_modulation(vec[:, 0])
+        found = compiled(given * 1, vec=modulation, pe=pe, transformer_options=options)
+        truth = plain.single_blocks[0](x.clone(), vec=modulation, pe=pe, transformer_options=options)
+    assert relative(found, truth) < 1e-6
+    torch._dynamo.reset()
+
+
+def test_foreign_hooks_are_still_refused() -> None:
+    """Ours are no reason not to patch a model; another one on the same layer is."""
+    model = put_right(stock("flux2"))
+    norm = model.model.diffusion_model.single_blocks[0].pre_norm
+    handle = norm.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(ValueError, match=r"a forward hook of single_blocks\.0\.pre_norm"):
+        patch(model)
+    handle.remove()
+    patched, _ = patch(model)
+    assert max(hooks_of(patched)) == 1
+
+
+def test_what_is_no_diffusion_model_is_refused(comfy: Any) -> None:
+    from bonsai_ops.host.gradients import right_gradients
+
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match="no transformer or UNet"):
+        right_gradients(comfy.model_patcher.ModelPatcher(torch.nn.Linear(2, 2), device, device))
+
+
+def train_lora(model: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """What ComfyUI's Train LoRA makes in a step on one point."""
+    settings = {
+        "model": model,
+        "batch_size": 1,
+        "steps": 1,
+        "grad_accumulation_steps": 1,
+        "learning_rate": 0.1,
+        "rank": 2,
+        "optimizer": "SGD",
+        "loss_function": "MSE",
+        "seed": 3,
+        "training_dtype": "fp32",
+        "lora_dtype": "fp32",
+        "quantized_backward": False,
+        "algorithm": "LoRA",
+        "gradient_checkpointing": True,
+        "checkpoint_depth": 1,
+        "offloading": False,
+        "existing_lora": "[None]",
+        "bucket_mode": False,
+        "bypass_mode": True,
+        **options,
+    }
+    train = importlib.import_module("comfy_extras.nodes_train")
+    known = inspect.signature(train.TrainLoraNode.execute).parameters
+    inputs = {name: [value] for name, value in settings.items() if name in known}
+    point = torch.randn(LATENT, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        found = train.TrainLoraNode.execute(**inputs, latents=[{"samples": point}], positive=[text()])
+    return found.result[0]
+
+
+@pytest.mark.parametrize(("bypass", "depths"), [(True, DEPTHS), (False, (0, 2))])
+def test_train_lora_at_every_depth(pair: Pair, bypass: bool, depths: tuple[int, ...]) -> None:
+    """ComfyUI's own node: the packed model's LoRA at any depth is that of the dense twin behind our node."""
+    pair.dense.cached_patcher_init = (lambda disable_dynamic=False: load_stock(read_dense(pair.path)), ())
+    truth = train_lora(put_right(pair.dense), checkpoint_depth=2, bypass_mode=bypass)
+    for depth in depths:
+        found = train_lora(
+            pair.packed, gradient_checkpointing=depth > 0, checkpoint_depth=max(depth, 1), bypass_mode=bypass
+        )
+        assert found.keys() == truth.keys()
+        changed = [name for name in sorted(truth) if "lora_down" not in name]
+        values, wanted = (torch.cat([lora[name].float().flatten() for name in changed]) for lora in (found, truth))
+        assert wanted.any() and relative(values, wanted) < 1e-3, depth
