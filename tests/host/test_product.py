@@ -37,6 +37,7 @@ OURS = (
     "LoadBonsaiPack",
     "LoadBonsaiTextEncoder",
     "SaveBonsaiModel",
+    "BonsaiRightGradients",
 )
 WARNED_OF = ("ConditioningSetArea", "LoraLoaderBypass", "LoraLoaderBypassModelOnly")
 """Nodes of ComfyUI that do not work with FLUX.2, as the help pages say."""
