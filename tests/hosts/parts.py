@@ -50,6 +50,8 @@ PARTS: dict[str, tuple[str, ...]] = {
         f"{MODEL}/test_traps.py::test_a_lora_is_not_gone_after_a_step",
         f"{MODEL}/test_hooks.py::test_a_hook_equals_the_lora_itself",
         f"{MODEL}/test_hooks.py::test_hooks_on_an_offloaded_model",
+        f"{MODEL}/test_gradients.py::test_a_loaded_pack",
+        f"{MODEL}/test_gradients.py::test_train_lora_at_every_depth",
     ),
     "offload": (
         f"{MODEL}/test_offload.py",
