@@ -8,22 +8,25 @@ raises for the first without checkpointing and sees neither with it. Two things 
 - a layer or function that keeps what it reads is given a copy of what its block may write into. For a layer it is made
   outside its forward, so that a checkpoint around it keeps the copy.
 
-Blocks are the members of ModuleLists, in any architecture. Where no gradient is wanted they do what they did before.
+Blocks are the members of ModuleLists, in any architecture. Where no gradient is wanted they do what they did before,
+and nothing hangs on their layers.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import comfy.ops
 import comfy.patcher_extension
 import torch
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+    from torch.utils.hooks import RemovableHandle
 
     Block = torch.nn.Module
 else:
@@ -98,9 +101,6 @@ def right_gradients(patcher: ModelPatcher) -> None:
     for block in _blocks(transformer):
         if not getattr(block, "works_on_copies", False):
             block.__class__ = _class_on_copies(type(block))
-        for layer in _layers(block):
-            if not any(is_ours(hook) for hook in layer._forward_pre_hooks.values()):
-                layer.register_forward_pre_hook(give_copies, with_kwargs=True)
     on_clone = comfy.patcher_extension.CallbacksMP.ON_CLONE
     if not patcher.get_callbacks(on_clone, CALLBACK_KEY):
         patcher.add_callback_with_key(on_clone, CALLBACK_KEY, _clone_too)
@@ -121,7 +121,8 @@ def _blocks(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The members of ModuleLists that are made of layers."""
     for module in transformer.modules():
         if isinstance(module, torch.nn.ModuleList):
-            yield from (m for m in module if not isinstance(m, CONTAINERS) and next(m.children(), None) is not None)
+            members = (getattr(member, "_orig_mod", member) for member in module)  # what torch.compile wraps
+            yield from (m for m in members if not isinstance(m, CONTAINERS) and next(m.children(), None) is not None)
 
 
 def _layers(block: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -151,7 +152,7 @@ class _OnCopies(Block):
         args, kwargs = _each(args, copy), {name: _each(value, copy) for name, value in kwargs.items()}
         if torch.compiler.is_compiling():  # the compiler's graphs write into nothing that is kept
             return super().forward(*args, **kwargs)
-        with _Reading(made.values()):
+        with _Reading(self, made.values()):
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
@@ -161,8 +162,18 @@ class _OnCopies(Block):
 
 @functools.cache
 def _class_on_copies(base: type) -> type:
-    """`base` with _OnCopies in front, under the same name; the same class for the same base."""
-    return type(base.__name__, (_OnCopies, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+    """`base` with _OnCopies in front, under the same name; the same class for the same base.
+
+    Its forward is code of its own: torch.compile counts and limits what it made of each code, whatever the class.
+    """
+    shared = _OnCopies.forward
+    code = shared.__code__.replace(co_name=f"forward_of_{base.__name__}")
+    members = {
+        "forward": types.FunctionType(code, shared.__globals__, "forward", None, shared.__closure__),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+    }
+    return type(base.__name__, (_OnCopies, base), members)
 
 
 def _made_again(base: type) -> torch.nn.Module:
@@ -170,36 +181,35 @@ def _made_again(base: type) -> torch.nn.Module:
     return cls.__new__(cls)
 
 
-class _Inside(threading.local):
-    """The blocks that this thread is in, the innermost last."""
-
-    def __init__(self) -> None:
-        self.blocks: list[_Reading] = []
-
-
-_inside = _Inside()
-
-
 class _Reading(TorchFunctionMode):
-    """Within it, a function that keeps what it reads is given copies of these tensors and of views of them."""
+    """While a block runs: what keeps what it reads is given copies of the tensors that the block may write into.
 
-    def __init__(self, written: Iterable[torch.Tensor]) -> None:
+    written: those tensors; views of them count too.
+    """
+
+    def __init__(self, block: torch.nn.Module, written: Iterable[torch.Tensor]) -> None:
         super().__init__()
+        self.layers = list(_layers(block))
         self.memory = {_memory(tensor) for tensor in written} - {None}
+        self.hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> _Reading:
-        super().__enter__()
-        _inside.blocks.append(self)
-        return self
+        self.hooks = [layer.register_forward_pre_hook(self.before_layer, with_kwargs=True) for layer in self.layers]
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _inside.blocks.pop()
         super().__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if getattr(func, "__name__", "") in KEEPING:
             args, kwargs = self.apart(args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+    def before_layer(self, layer: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Forward pre-hook of what a block calls, outside of a checkpoint around its forward."""
+        return self.apart(args, kwargs)
 
     def apart(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments, with copies of those that the block may write into."""
@@ -208,21 +218,6 @@ class _Reading(TorchFunctionMode):
             return tensor.clone() if _memory(tensor) in self.memory else tensor
 
         return _each(args, apart), {name: _each(value, apart) for name, value in kwargs.items()}
-
-
-def give_copies(layer: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of what a block calls, outside of a checkpoint around its forward."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _inside.blocks:
-        return None
-    return _inside.blocks[-1].apart(args, kwargs)
-
-
-give_copies.gives_copies = True
-
-
-def is_ours(hook: Callable) -> bool:
-    """True for `give_copies`, that of a second import of this package too."""
-    return getattr(hook, "gives_copies", False)
 
 
 def _is_wanted(block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
@@ -238,7 +233,8 @@ def _is_wanted(block: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
     _each((args, tuple(kwargs.values())), look)
     if block.training or any(found):
         return True
-    adapters = (f for m in block.modules() for f in getattr(m, "weight_function", ()) if hasattr(f, "parameters"))
+    layers = (module for module in block.modules() if isinstance(module, comfy.ops.CastWeightBiasOp))
+    adapters = (f for layer in layers for f in layer.weight_function if isinstance(f, torch.nn.Module))
     return any(p.requires_grad for module in (block, *adapters) for p in module.parameters())
 
 

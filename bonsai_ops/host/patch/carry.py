@@ -31,7 +31,6 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection
 
 from .. import comfyui, compiled
-from ..gradients import is_ours
 from ..tensors import PREFIX
 
 if TYPE_CHECKING:
@@ -218,8 +217,7 @@ def _set_on_modules(source: ModelPatcher, twin: BaseModel) -> Iterator[str]:
             yield f"the module {name}"
         own = vars(fresh[name]) if name in fresh else {}
         for kind in ("_forward_hooks", "_forward_pre_hooks"):
-            hooks = [hook for hook in vars(module)[kind].values() if not is_ours(hook)]
-            if len(hooks) > len(own.get(kind, ())):
+            if len(vars(module)[kind]) > len(own.get(kind, ())):
                 yield f"a forward hook of {name or 'the transformer'}"
         for attribute, thing in vars(module).items():
             method = getattr(type(module), attribute, None)
