@@ -22,6 +22,7 @@ class BonsaiRightGradients(io.ComfyNode):
             category=inputs.CATEGORY,
             description="ComfyUI's FLUX and LTX blocks write into their inputs, which spoils the gradients of Train "
             "LoRA without a message. Behind this node they are right. Sampling is not changed.",
+            **inputs.found_as("train lora", "training", "fine-tune", "gradients", "flux", "ltx"),
             inputs=[
                 io.Model.Input(
                     "model",

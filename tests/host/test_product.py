@@ -341,6 +341,7 @@ SEARCHED = {
     "PatchToBitLinear": ("quantize", "bitlinear", "bitnet", "low vram"),
     "CalibrateBitLinear": ("calibration", "quantize", "bitlinear"),
     "MeasureBitLinear": ("quality", "quantize", "bitlinear"),
+    "BonsaiRightGradients": ("train lora", "training", "flux"),
 }
 """{node: what people type who look for such a node}."""
 FOR_ALL = ("bonsai", "prism", "1-bit", "1 bit", "ternary")
