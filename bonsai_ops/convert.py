@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         with _ending_by_exception():
             target = _convert(arguments.source, arguments.target, arguments.overwrite)
     except PackError as error:
-        print(f"\n{error}", file=sys.stderr)
+        print(f"\n{_without_page(error)}", file=sys.stderr)
         return 1
     except OSError as error:
         found, cure = f"cannot be used ({error.strerror or error})", "Choose another name or folder."
@@ -79,6 +79,13 @@ def _ending_by_exception() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _without_page(error: PackError) -> PackError:
+    """The error with a cure for the command line, where its own is one for ComfyUI's page."""
+    if error.cure.startswith("Load it with ") or "refresh the page" in error.cure:
+        return PackError(error.path, error.found, "Give the transformer of a Bonsai pack, or its folder.", error.key)
+    return error
 
 
 def _convert(source: Path, target: Path, overwrite: bool) -> Path:

@@ -56,6 +56,8 @@ OWN_VAE = "Load Bonsai Pack, or VAELoader with flux2-vae.safetensors"
 class MisfitError(ValueError):
     """A conditioning or latent belongs to another model. The message says what was found and which node to change."""
 
+    __module__ = "bonsai"  # as for PackError
+
 
 @dataclass(frozen=True)
 class _Refusal:

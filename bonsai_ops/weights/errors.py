@@ -29,10 +29,11 @@ class PackError(ValueError):
     It is one line whatever is handed in: see `shown`. A path is escaped, not cut.
     """
 
+    __module__ = "bonsai"  # ComfyUI's dialog begins with it, and this module's own name has the path of the plugin
+
     def __init__(self, path: Path | str, found: str, cure: str, key: str | None = None) -> None:
         place = shown(str(path), max(KEY_LENGTH, 4 * len(str(path)) + len(GAP)))
         if key:
             place = f"{place}: {shown(key)}"
         super().__init__(f"{place}: {shown(found, FOUND_LENGTH)}. {shown(cure, CURE_LENGTH)}")
-        self.path = Path(path)
-        self.key = key
+        self.path, self.found, self.cure, self.key = Path(path), found, cure, key

@@ -9,6 +9,8 @@ from .errors import PackError
 
 HEAD = 4096
 """Bytes that are looked at. No container that is read here begins with as much text."""
+MAGICS = (b"GGUF", b"PK")
+"""What the containers begin with whose beginning is text: the reader tells where such a file ends."""
 WORDS = 80
 """Characters of a text that the message shows."""
 POINTER = re.compile(r"version https?://\S+/spec/v\d\s.*?^oid sha256:\w+\s", re.DOTALL | re.MULTILINE)
@@ -29,7 +31,7 @@ def refuse_stand_ins(path: Path) -> None:
             head = file.read(HEAD)
     except OSError:
         return
-    text = _text(head)
+    text = None if head.startswith(MAGICS) else _text(head)
     if text is None:
         return
     if POINTER.match(text):

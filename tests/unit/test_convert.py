@@ -188,6 +188,14 @@ def test_a_source_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not target.parent.exists()
 
 
+def test_the_cure_is_one_for_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A text encoder was to be loaded with a node."""
+    save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(8, 8)}, tmp_path / "encoder.safetensors")
+    said = refused(capsys, tmp_path / "encoder.safetensors", tmp_path / "out.safetensors").strip()
+    assert "encoder.safetensors: is a language model" in said and "Load it with" not in said
+    assert said.endswith("Give the transformer of a Bonsai pack, or its folder.")
+
+
 def test_damage_found_while_packing_leaves_nothing(
     packs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

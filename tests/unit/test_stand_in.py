@@ -40,6 +40,8 @@ OTHERS = {
     "blank": b" \n" * 9,
     "safetensors": (2).to_bytes(8, "little") + b"{}",
     "zip": b"PK\x03\x04" + bytes(30),
+    "beginning of gguf": b"GGUF",
+    "beginning of zip": b"PK",
     "gguf": b"GGUF\x03\0\0\0" + bytes(16),
     "text with a zero": b"<html>\0",
     "long text": b"a" * (2 * HEAD),
