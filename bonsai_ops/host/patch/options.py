@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,5 +72,5 @@ class PatchOptions:
 
 
 def patterns(text: str) -> tuple[str, ...]:
-    """The patterns in a text that has commas, spaces or line ends between them."""
-    return tuple(text.replace(",", " ").split())
+    """The patterns in a text with commas (also Arabic, Chinese and Japanese), spaces or line ends between them."""
+    return tuple(re.findall(r"[^\s,\u060c\uff0c\u3001]+", text))

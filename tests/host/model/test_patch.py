@@ -233,6 +233,14 @@ def test_clone_factory_offload_and_messages(unload: Callable[[], None]) -> None:
         function(*arguments)
 
 
+def test_patterns_have_any_comma_between_them() -> None:
+    from bonsai_ops.host.patch.options import patterns
+
+    text = "*.attn*, layers.3.*\uff0cblocks.?.to_q\u3001\n*norm*\u060c x "
+    assert patterns(text) == ("*.attn*", "layers.3.*", "blocks.?.to_q", "*norm*", "x")
+    assert patterns(" ,\n") == ()
+
+
 def test_dry_run_patterns_and_report(unload: Callable[[], None]) -> None:
     """A dry run gives the source back; patterns choose layers; convolutions are counted, odd widths are told."""
     source = stock("sdxl")
