@@ -22,6 +22,7 @@ NAME_ONE = {
     "test_saving.py:sd3": "the offload device",
     "test_attention.py:test_only_packed_models_on_a_cpu": "says that a model has another one",
     "test_clone.py:test_select_device_node": "an input of the node",
+    "test_gradients.py:test_what_is_no_diffusion_model_is_refused": "of what is no model",
     "test_kept.py:<module>": "loads by hand, on a CPU only",
     "test_overhead.py:test_an_unwrapped_weight_follows_its_tensor": "of a layer made by hand",
     "test_layout.py:<module>": "of a tensor made by hand",
