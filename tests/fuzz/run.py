@@ -1,0 +1,117 @@
+"""All cases, some processes at once, and the table of what came of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bonsai_ops.tools.environment import PLUGIN
+
+from .case import Verdict, run_case
+from .formats import FORMATS, Format
+
+SHOWN_FAULTS = 40
+TESTS = PLUGIN / "tests"
+
+
+def run(names: Sequence[str], cases: int, seed: str, first: int, workers: int) -> int:
+    """Runs so many cases of the formats of those names, all if there are none; returns the exit code."""
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown:
+        raise SystemExit(f"{', '.join(unknown)}: unknown. The formats are {', '.join(FORMATS)}.")
+    chosen = {name: FORMATS[name] for name in names or FORMATS}
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="bonsai-fuzz-") as scratch:
+        seeds = _seeds(chosen, Path(scratch))
+        each = -(-cases // len(chosen))
+        todo = [(name, number) for number in range(first, first + each) for name in chosen]
+        started, found = time.monotonic(), []
+        pipes = [_worker(i, todo[i::workers], chosen, seeds, Path(scratch), seed) for i in range(workers)]
+        for pipe, child in pipes:
+            with os.fdopen(pipe) as lines:
+                found += [json.loads(line) for line in lines]
+            os.waitpid(child, 0)
+    if len(found) < len(todo):
+        print(f"{len(todo) - len(found)} cases did not run: a worker ended.")
+    return _report(found, chosen, seed, time.monotonic() - started) or int(len(found) < len(todo))
+
+
+def _seeds(chosen: dict[str, Format], scratch: Path) -> dict[str, Path]:
+    """A valid folder of each format, read once, so that what is imported late is there before anything forks."""
+    if any(form.needs_comfyui for form in chosen.values()):
+        _find_comfyui(scratch)
+    folders = {}
+    for name, form in chosen.items():
+        folder = folders[name] = scratch / f"seed-{name}"
+        folder.mkdir()
+        form.write(folder)
+        for mapped in (True, False):
+            try:
+                form.read(folder / form.target if form.target else folder, mapped)
+            except ValueError as error:
+                if name != "lora":  # which nobody can load as a model
+                    raise SystemExit(f"The seed of {name} is not read: {error}") from error
+    return folders
+
+
+def _find_comfyui(scratch: Path) -> None:
+    """Makes ComfyUI importable: its own names come first, on the processor, with no file of the user."""
+    sys.path[:0] = [os.environ["BONSAI_COMFYUI"], str(PLUGIN), str(TESTS)]
+    importlib.import_module("comfy.options").enable_args_parsing()
+    kept, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(scratch)]
+    importlib.import_module("comfy.cli_args")
+    importlib.import_module("utils.extra_config")
+    sys.argv = kept
+
+
+def _worker(
+    number: int,
+    todo: Sequence[tuple[str, int]],
+    chosen: dict[str, Format],
+    seeds: dict[str, Path],
+    scratch: Path,
+    seed: str,
+) -> tuple[int, int]:
+    """(what its lines of JSON are read from, its process). It forks once more for each case."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(into)
+        return out, child
+    try:
+        os.close(out)
+        own = scratch / f"worker-{number}"
+        own.mkdir()
+        with os.fdopen(into, "w") as lines:
+            for name, index in todo:
+                verdict, how = run_case(name, chosen[name], seeds[name], own, f"{seed}/{name}/{index}")
+                print(json.dumps([name, index, how, vars(verdict)]), file=lines, flush=True)
+    finally:
+        os._exit(0)
+
+
+def _report(found: list, chosen: dict[str, Format], seed: str, seconds: float) -> int:
+    print(f"{len(found)} cases in {seconds:.0f} s, seed {seed}\n")
+    print("| format | cases | read | refused | failed | slowest, s | most, MB |")
+    print(f"|{' --- |' * 7}")
+    faults = []
+    for name in chosen:
+        all_of = [(index, how, Verdict(**verdict)) for kind, index, how, verdict in found if kind == name]
+        failed = [case for case in all_of if case[2].fault]
+        read = sum(verdict.read for _, _, verdict in all_of)
+        slowest, most = (max((getattr(v, k) for *_, v in all_of), default=0) for k in ("seconds", "megabytes"))
+        refused = len(all_of) - read - len(failed)
+        print(f"| {name} | {len(all_of)} | {read} | {refused} | {len(failed)} | {slowest:.2f} | {most:.0f} |")
+        faults += [(name, *case) for case in failed]
+    for name, index, how, verdict in faults[:SHOWN_FAULTS]:
+        print(f"\npython -m tests.fuzz --cases 1 --format {name} --seed {seed} --first {index}    # {how}")
+        print(f"  {verdict.fault}\n  {verdict.said}")
+    return int(bool(faults))

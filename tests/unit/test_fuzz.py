@@ -1,0 +1,97 @@
+"""A bounded set of the fuzzer's cases; all of it: python -m tests.fuzz --cases 50000."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bonsai_ops.tools.environment import PLUGIN, clean_environment
+
+CASES = 105
+SECONDS = 300
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")
+
+
+def fuzz(*arguments: str, comfyui: Path) -> subprocess.CompletedProcess[str]:
+    """The command within this Python."""
+    variables = {"BONSAI_FUZZ": "1", "OMP_NUM_THREADS": "1", "BONSAI_COMFYUI": str(comfyui)}
+    line = [sys.executable, "-m", "tests.fuzz", *arguments]
+    environment = clean_environment(variables)
+    return subprocess.run(
+        line, cwd=PLUGIN, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+
+
+def test_every_reader(comfyui_path: Path) -> None:
+    done = fuzz("--cases", str(CASES), "--seed", "suite", "--workers", "2", comfyui=comfyui_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert len(table) == 15 and all(int(row[2]) == CASES // 15 for row in table)
+    assert sum(int(row[3]) for row in table) > 5 and sum(int(row[4]) for row in table) > 50
+
+
+def test_what_a_reader_must_not_do_is_seen(tmp_path: Path) -> None:
+    """A reader that hangs, takes memory, writes, runs, connects, raises or says too little is a failed case."""
+    script = tmp_path / "faults.py"
+    script.write_text(FAULTS)
+    line = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(
+        line,
+        cwd=PLUGIN,
+        env={**os.environ, "PYTHONPATH": str(PLUGIN), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+FAULTS = """
+import os, socket, subprocess, sys, time
+from pathlib import Path
+import torch
+from bonsai_ops.weights.errors import PackError
+from tests.fuzz import case
+from tests.fuzz.formats import Format
+
+def spin(path, mapped):
+    until = time.process_time() + 1.2
+    while time.process_time() < until:
+        pass
+
+def fail(text):
+    def read(path, mapped):
+        raise PackError(path, *text)
+    return read
+
+def other(path, mapped):
+    raise KeyError("a")
+
+READERS = {
+    "": lambda path, mapped: None,
+    "hung": lambda path, mapped: time.sleep(30),
+    "took 1.": spin,
+    "MB": lambda path, mapped: torch.ones(200_000_000),
+    "another exception": lambda path, mapped: torch.ones(1 << 40),
+    "another exception\\nTraceback": other,
+    "did more than read: open": lambda path, mapped: open(path.with_name("new"), "w"),
+    "did more than read: socket": lambda path, mapped: socket.socket().connect_ex(("127.0.0.1", 9)),
+    "ended by signal 11": lambda path, mapped: os.kill(os.getpid(), 11),
+    "without a cure": fail(("is bad", "It is bad.")),
+    "no file": lambda path, mapped: fail(("is bad", "Use another."))(Path("a"), mapped),
+}
+case.WALL_SECONDS, case.SECONDS = 15, 1.0
+scratch = Path(sys.argv[1])
+seed = scratch / "seed"
+seed.mkdir()
+(seed / "w.bin").write_bytes(bytes(100))
+for expected, read in READERS.items():
+    verdict, _ = case.run_case("a", Format(lambda folder: None, "w.bin", read), seed, scratch, "0")
+    assert (expected in verdict.fault) if expected else not verdict.fault, (expected, verdict)
+"""
