@@ -55,4 +55,5 @@ class CalibrateBitLinear(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, mode: str = "power", **sampling: Any) -> io.NodeOutput:
-        return io.NodeOutput(*sample_recorded(model, Sampling(**sampling), detail=mode))
+        calibration, drawn = sample_recorded(model, Sampling(**sampling), detail=mode)
+        return io.NodeOutput(calibration, drawn, ui={"text": [calibration.said]})

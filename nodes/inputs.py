@@ -6,7 +6,7 @@ from typing import Any
 
 import comfy.samplers
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..bonsai_ops.host import comfyui
 from ..bonsai_ops.host.loader import CHOICES, LoadOptions
@@ -113,6 +113,11 @@ def sampling() -> list[io.Input]:
             tooltip="Noise schedule, as for KSampler.",
         ),
     ]
+
+
+def on_node(text: str, picture: torch.Tensor) -> dict[str, Any]:
+    """What the page shows on a node that reports something: the picture; the text is for whoever asks the server."""
+    return {"text": [text], **ui.PreviewImage(picture).as_dict()}
 
 
 def report(found: Report) -> tuple[str, str, torch.Tensor]:

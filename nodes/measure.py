@@ -51,5 +51,5 @@ class MeasureBitLinear(io.ComfyNode):
     @classmethod
     def execute(cls, original: ModelPatcher, patched: ModelPatcher, **sampling: Any) -> io.NodeOutput:
         report, drawn = sample_measured(original, patched, Sampling(**sampling), comfyui_bar())
-        shown = inputs.report(report)
-        return io.NodeOutput(*shown, drawn, ui={"text": [shown[0]]})
+        text, csv, picture = inputs.report(report)
+        return io.NodeOutput(text, csv, picture, drawn, ui=inputs.on_node(text, picture))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..bonsai_ops.host import info as model_info
+from ..bonsai_ops.host.inventory import take_inventory
 from . import inputs
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class BonsaiModelInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher) -> io.NodeOutput:
-        lines = model_info.describe(model)
-        text = model_info.to_text(lines)
-        return io.NodeOutput(text, model_info.draw(model, lines), ui={"text": [text]})
+        found = take_inventory(model)
+        lines = model_info.describe(model, found)
+        text, picture = model_info.to_text(lines), model_info.draw(found, lines)
+        return io.NodeOutput(text, picture, ui=inputs.on_node(text, picture))

@@ -124,5 +124,5 @@ class PatchToBitLinear(io.ComfyNode):
         )
         statistics = None if calibration is None else calibration.layers
         patched, report = patch_model(model, options, statistics, comfyui_bar())
-        shown = inputs.report(report)
-        return io.NodeOutput(patched, *shown, ui={"text": [shown[0]]})
+        text, csv, picture = inputs.report(report)
+        return io.NodeOutput(patched, text, csv, picture, ui=inputs.on_node(text, picture))

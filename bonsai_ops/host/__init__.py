@@ -17,7 +17,7 @@ precision.py      the dtype it computes in
 files in and out
 loader.py         a pack -> MODEL; text_encoder.py -> CLIP; vae.py -> VAE; pack.py: all three of a release
 save.py           a MODEL -> a native file
-info.py           the inventory as text and picture
+info.py           the inventory as text and picture; sheet.py: what pictures are drawn on
 folders.py        where packs lie
 
 steps

@@ -6,24 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
-from .inventory import take_inventory
+from .inventory import Inventory, take_inventory
+from .sheet import AMBER, FAINT, GREEN, LARGE, SMALL, YELLOW, Sheet, bytes_text
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 BF16_BYTES = 2
-FONT_SIZE, LINE, MARGIN, LABEL, WIDTH, BAR = 16, 26, 20, 190, 760, 18
-COLORS = {"packed": "#3f8f4f", "dense": "#c08a3e", "bf16": "#9aa0a6"}
+LABEL = 150
+"""Pixels that the labels have."""
+IN_BARS = ("dense tensors", "in memory", "backend")
+"""Lines of which the picture tells in another way."""
 Line = tuple[str, str]
 
 
-def describe(model: ModelPatcher) -> list[Line]:
-    """[(label, text)] about a model from our loaders. Raises ValueError if no layer of it is packed."""
-    found = take_inventory(model)
+def describe(model: ModelPatcher, found: Inventory | None = None) -> list[Line]:
+    """[(label, text)] about a model from our loaders, whose inventory may be at hand.
+
+    Raises ValueError if no layer of it is packed.
+    """
+    found = found or take_inventory(model)
     lines = [
         ("model", f"{', '.join(found.schemes)}, {found.weights / 1e9:.3f} billion weights"),
         (
@@ -51,36 +55,28 @@ def to_text(lines: Sequence[Line]) -> str:
     return "\n".join(f"{label.ljust(width)}  {text}" for label, text in lines)
 
 
-def draw(model: ModelPatcher, lines: Sequence[Line]) -> torch.Tensor:
-    """The lines and bars of the memory, packed beside bf16: an IMAGE [1, H, W, 3] float in 0 .. 1."""
-    found = take_inventory(model)
-    parts = {"packed": found.packed_bytes, "dense": found.dense_bytes}
-    whole = BF16_BYTES * found.weights
-    height = 2 * MARGIN + LINE * (len(lines) + 1) + 2 * (BAR + 8)
-    picture = Image.new("RGB", (WIDTH, height), "#202124")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
-    for i, (label, text) in enumerate(lines):
-        y = MARGIN + i * LINE
-        pen.text((MARGIN, y), label, fill="#9aa0a6", font=font)
-        pen.text((LABEL, y), _fit(pen, text, font, WIDTH - LABEL - MARGIN), fill="#e8eaed", font=font)
-    y, scale = MARGIN + (len(lines) + 1) * LINE, (WIDTH - 2 * MARGIN) / max(whole, sum(parts.values()))
-    x = MARGIN
-    for name, size in parts.items():
-        pen.rectangle((x, y, x + max(1, round(size * scale)), y + BAR), fill=COLORS[name])
-        x += max(1, round(size * scale))
-    pen.text((x + 8, y), "this model: packed, dense", fill="#9aa0a6", font=font)
-    pen.rectangle((MARGIN, y + BAR + 8, MARGIN + round(whole * scale), y + 2 * BAR + 8), fill=COLORS["bf16"])
-    pen.text((MARGIN + 8, y + BAR + 8), "the same model in bf16", fill="#202124", font=font)
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0).unsqueeze(0)
-
-
-def _fit(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """The text, its middle cut out if it is wider than `width` pixels."""
-    shown = text
-    while pen.textlength(shown, font=font) > width and len(shown) > 8:
-        half = (len(shown) - 4) // 2
-        shown = f"{shown[:half]} .. {shown[-half + 2 :]}"
-    return shown
+def draw(found: Inventory, lines: Sequence[Line]) -> torch.Tensor:
+    """The memory as bars beside that of bf16, the backend and why no faster one, then the other lines: an IMAGE
+    [1, H, W, 3] float in 0 .. 1.
+    """
+    sheet, whole, resident = Sheet(), BF16_BYTES * found.weights, found.resident_bytes
+    sheet.text(f"{bytes_text(resident)} in memory", LARGE)
+    sheet.text(f"{100 * resident / max(1, whole):.0f} % of the {bytes_text(whole)} that bf16 would take", color=FAINT)
+    sheet.gap()
+    most = max(whole, resident)
+    sheet.bar([(found.packed_bytes, GREEN), (found.dense_bytes, AMBER)], most, "this model")
+    sheet.bar([(whole, FAINT)], most, "the same model in bf16")
+    packed, dense = bytes_text(found.packed_bytes), bytes_text(found.dense_bytes)
+    sheet.keys([(f"packed layers {packed}", GREEN), (f"dense tensors {dense}", AMBER)])
+    sheet.gap()
+    sheet.text(f"{found.backend}, {found.mode}", label="backend", indent=LABEL)
+    for name, reason in found.declined.items():
+        sheet.text(f"{name}: {reason}", SMALL, YELLOW, label="why not", indent=LABEL)
+    sheet.gap()
+    for label, text in lines:
+        if label not in IN_BARS and label.removeprefix("not ") not in found.declined:
+            sheet.text(text, SMALL, label=label, indent=LABEL)
+    return torch.from_numpy(sheet.image()).unsqueeze(0)
 
 
 def _mb(size: int) -> str:

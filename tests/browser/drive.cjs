@@ -4,8 +4,10 @@
 //
 // url: the running server. graph: path of a workflow in UI format. run: queue it once and wait. screenshot: path of a
 // .png, or null. size: of the window. vue: nodes drawn as HTML instead of on the canvas. locale: such as "en".
+// search: what is typed into the search for nodes, or null.
 // Answer: {types: unknown node types, widgets: {id: values}, missing: [{node, name, url, directory}], media: [names],
-// errors: what failed (page, validation, execution), outputs: {id: output}, titles: [as shown]}
+// errors: what failed (page, validation, execution), outputs: {id: output}, titles: [as shown], found: [titles that the
+// search offers], shown: {id: {width, pictures: how many the node draws, texts: those of its read-only widgets}}}
 
 const fs = require('fs')
 const { chromium } = require('playwright-core')
@@ -86,6 +88,40 @@ async function run(timeout) {
   return ended
 }
 
+// Runs in the page.
+function shown() {
+  const count = (node) => document.querySelectorAll(`[data-node-id="${node.id}"] img`).length
+  return Object.fromEntries(
+    window.app.graph.nodes.map((node) => [
+      node.id,
+      {
+        width: node.size[0],
+        pictures: node.imgs?.length || count(node),
+        texts: (node.widgets ?? []).filter((widget) => widget.options?.read_only).map((widget) => widget.value)
+      }
+    ])
+  )
+}
+
+// What the nodes show, once each picture that a node gave is there; as it is after ten seconds.
+async function drawn(page, outputs) {
+  const awaited = Object.keys(outputs).filter((id) => outputs[id].images?.length)
+  for (let tries = 0; ; tries++) {
+    const found = await page.evaluate(shown)
+    if (tries === 20 || awaited.every((id) => found[id]?.pictures)) return found
+    await page.waitForTimeout(500)
+  }
+}
+
+async function search(page, words) {
+  await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle'))
+  await page.waitForTimeout(500)
+  await page.keyboard.type(words)
+  await page.waitForTimeout(1000)
+  const offered = page.locator('[role="option"]')
+  return (await offered.allInnerTexts()).map((text) => text.trim())
+}
+
 async function main() {
   const job = { timeout: 300000, ...JSON.parse(fs.readFileSync(process.argv[2], 'utf8')) }
   const browser = await chromium.launch({ executablePath: job.chromium, args: FLAGS })
@@ -99,12 +135,14 @@ async function main() {
       answer.outputs = outputs
       answer.errors.push(...errors)
       await page.waitForTimeout(500)
+      answer.shown = await drawn(page, outputs)
     }
     if (job.screenshot) {
       await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
       await page.waitForTimeout(1500)
       await page.screenshot({ path: job.screenshot })
     }
+    if (job.search) answer.found = await search(page, job.search)
     answer.errors.push(...failures)
     process.stdout.write(`${JSON.stringify(answer)}\n`)
   } finally {

@@ -154,3 +154,28 @@ def test_page_shows_translated_titles(language: str, page: Page) -> None:
     graph = read(REPOSITORY / "workflows" / "bonsai_text_to_image.json")
     answer = page.drive(f"titles-{language}", graph, run=False, locale=language)
     assert {texts["LoadBonsaiModel"]["display_name"], texts["BonsaiSampler"]["display_name"]} <= set(answer["titles"])
+
+
+def reporting() -> dict[str, Any]:
+    """A workflow of the nodes that report on a packed model, as the page makes them: none has a size yet."""
+    kinds = (("LoadBonsaiPack", [tiny_files.PACK]), ("BonsaiModelInfo", []), ("SaveBonsaiModel", ["page/saved", False]))
+    nodes = [
+        {"id": i, "type": kind, "pos": [40 + 520 * (i - 1), 80], "widgets_values": values}
+        for i, (kind, values) in enumerate(kinds, 1)
+    ]
+    nodes[0]["outputs"] = [{"name": "MODEL", "type": "MODEL", "links": [1, 2]}]
+    for link, node in enumerate(nodes[1:], 1):
+        node["inputs"] = [{"name": "model", "type": "MODEL", "link": link}]
+    links = [[1, 1, 0, 2, 0, "MODEL"], [2, 1, 0, 3, 0, "MODEL"]]
+    return {"last_node_id": 3, "last_link_id": 2, "nodes": nodes, "links": links, "version": 0.4}
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
+def test_reports_are_drawn_on_their_nodes(vue: bool, page: Page) -> None:
+    """A picture, or text where there is none; and a search finds nodes by words that are not in their names."""
+    answer = page.drive(f"reports-{vue}", reporting(), run=True, vue=vue, search="1 bit")
+    assert answer["errors"] == [], page.server.log_tail()
+    info, saved = answer["shown"]["2"], answer["shown"]["3"]
+    assert info["pictures"] == 1 and info["width"] >= 400
+    assert saved["pictures"] == 0 and ".safetensors" in saved["texts"][0]
+    assert any("Load Bonsai Model" in offered for offered in answer["found"])

@@ -230,7 +230,11 @@ def test_model_info(server: ComfyServer) -> None:
     assert "ternary" in text
     assert "bits a weight" in text
     assert "backend" in text
-    assert len(server.images(entry)) == 1
+    assert len(server.images({"outputs": {"image": entry["outputs"]["image"]}})) == 1
+    (shown,) = entry["outputs"]["info"]["images"]
+    assert shown["type"] == "temp"
+    with Image.open(server.base_directory / "temp" / shown["subfolder"] / shown["filename"]) as picture:
+        assert picture.width == 640 and 300 < picture.height < 1000
 
 
 def test_interrupt_then_again(server: ComfyServer) -> None:

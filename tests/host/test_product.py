@@ -320,6 +320,12 @@ def test_patch_workflow_saves_and_reports(
     outputs = server.wait(server.queue(graph))["outputs"]
     patched, measured = (outputs[number]["text"][0] for number in find_nodes(graph, "PreviewAny"))
     layers = 2 * 4 + 2 * 2
+    for kind in ("PatchToBitLinear", "MeasureBitLinear"):  # neither is an output node
+        (shown,) = outputs[find_nodes(graph, kind)[0]]["images"]
+        with Image.open(server.base_directory / shown["type"] / shown["subfolder"] / shown["filename"]) as picture:
+            assert picture.width == 640 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    (said,) = outputs[find_nodes(graph, "CalibrateBitLinear")[0]]["text"]
+    assert re.fullmatch(r"calibrated: (\d+) of \1 layers", said)
     assert f"{layers} linear layers packed" in patched and f"calibrated: {layers} of {layers} layers" in patched
     assert f"measured: {layers} of {layers} layers" in measured and "inputs of this sampling" in measured
     pack = open_pack(Path(outputs[find_nodes(graph, "SaveBonsaiModel")[0]]["text"][0]))

@@ -337,7 +337,7 @@ def test_report() -> None:
     measured = dataclasses.replace(report, layers=known, inputs="inputs of this sampling")
     assert measured.total("output") == pytest.approx(0.7)  # of the layers where it is known
     assert "outputs, inputs of this sampling: 0.7000" in measured.to_text() and (measured.draw() != picture).any()
-    assert picture.shape == (460, 960, 3) and 0 <= picture.min() < picture.max() <= 1
+    assert picture.shape[1:] == (640, 3) and 0 <= picture.min() < picture.max() <= 1
     assert Report("empty", [], 0, 0, 0.0).draw().shape == picture.shape
 
 

@@ -16,6 +16,7 @@ NEEDS = (
     Need("nodes", f"{IO}.Schema", "to be found", takes="search_aliases essentials_category", costs=""),
     Need("nodes", f"{IO}.Combo.Input", "to be folded away", takes="advanced", costs=""),
     Need("nodes", f"{IO}.NodeOutput", "to return results", takes="ui"),
+    Need("nodes", "comfy_api.latest.ui.PreviewImage", "to show a picture on the node", "as_dict"),
     Need("nodes", IO, "to describe inputs", "Model.Input Conditioning.Input Latent.Input", takes="tooltip"),
     Need("nodes", f"{IO}.Combo.Input", "to offer choices", takes="options default tooltip optional"),
     Need("nodes", f"{IO}.String.Input", "to ask for text", takes="default multiline tooltip"),

@@ -23,10 +23,11 @@ __all__ = ["DETAILS", "Calibration", "sample_recorded"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """{layer name: statistics} of a model class, recorded over a sampling."""
+    """{layer name: statistics} of a model class, recorded over a sampling. said: how many layers, a line for users."""
 
     model: str
     layers: dict[str, Statistics] = field(default_factory=dict)
+    said: str = ""
 
 
 def sample_recorded(model: ModelPatcher, sampling: Sampling, detail: str) -> tuple[Calibration, dict]:
@@ -40,5 +41,6 @@ def sample_recorded(model: ModelPatcher, sampling: Sampling, detail: str) -> tup
         out = sampling.run(plain)
     recorded = recorder.result()
     without = [name for name, _ in layers if name not in recorded]
-    logger.info("Bonsai: %s", count_layers("calibrated", len(layers), without))
-    return Calibration(type(model.model).__name__, recorded), out
+    said = count_layers("calibrated", len(layers), without)
+    logger.info("Bonsai: %s", said)
+    return Calibration(type(model.model).__name__, recorded, said), out

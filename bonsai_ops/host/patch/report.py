@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from ...quantize import LayerError
+from ..sheet import AMBER, BLUE, FAINT, GAP, GREEN, LARGE, PURPLE, SMALL, YELLOW, Sheet, bytes_text
 
-WIDTH, HEIGHT, MARGIN, FONT_SIZE = 960, 460, 56, 14
-COLORS = {"ternary": "#3f8f4f", "binary": "#4f79c0", "4bit": "#c08a3e", "8bit": "#a25bb0"}
-OTHER_COLOR, OUTPUT_COLOR = "#9aa0a6", "#f2d16b"
+CHART = 240
+"""Pixels of height."""
+COLORS = {"ternary": GREEN, "binary": BLUE, "4bit": AMBER, "8bit": PURPLE}
 COLUMNS = (
     "layer",
     "form",
@@ -76,18 +76,22 @@ class Report:
         """Bytes of all tensors."""
         return self.other_bytes + sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that it had with all linear layers in 16 bit."""
+        return self.other_bytes + sum(2 * layer.weights for layer in self.layers)
+
     def to_text(self) -> str:
         """Totals, then a line a packed layer, worst first, then what was kept and why."""
         packed, kept = self.packed, [layer for layer in self.layers if layer.form == "kept"]
         weights, size = sum(p.weights for p in packed), sum(p.nbytes for p in packed)
-        dense = self.other_bytes + sum(2 * layer.weights for layer in self.layers)
         lines = [self.title]
         if packed:
             lines.append(
                 f"{len(packed)} linear layers packed: {_mb(2 * weights)} in 16 bit -> {_mb(size)}, "
                 f"{8 * size / weights:.3f} bits a weight"
             )
-        lines.append(f"whole model: {_mb(dense)} with all linear layers in 16 bit -> {_mb(self.nbytes)}")
+        lines.append(f"whole model: {_mb(self.dense_bytes)} with all linear layers in 16 bit -> {_mb(self.nbytes)}")
         relative = self.total("relative")
         if relative is not None and relative > 0:
             lines.append(f"relative error of the weights {relative:.4f}, SQNR {-20 * math.log10(relative):.2f} dB")
@@ -134,39 +138,27 @@ class Report:
         return out.getvalue()
 
     def draw(self) -> np.ndarray:
-        """Bars of the relative error of each packed layer's weights in model order, marks for that of its outputs where
-        known: float32 [HEIGHT, WIDTH, 3] in 0 .. 1.
+        """The sizes, and bars of the relative error of each packed layer's weights in model order, with marks for that
+        of its outputs where known: float32 [H, W, 3] in 0 .. 1.
         """
-        picture = Image.new("RGB", (WIDTH, HEIGHT), "#202124")
-        pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
-        pen.text((MARGIN, 12), self.title, fill="#e8eaed", font=font)
-        size = f"{_mb(self.nbytes)}, {len(self.packed)} of {len(self.layers)} linear layers packed"
-        subtitle = f"relative error of each packed layer's weights, in model order; {size}"
-        pen.text((MARGIN, 32), subtitle, "#9aa0a6", font)
-        bottom, height = HEIGHT - 40, HEIGHT - 40 - 64
-        top = max([0.1, *(error for p in self.packed for error in (p.error.relative, p.error.output or 0))])
-        for i in range(5):
-            y = bottom - height * i / 4
-            pen.line((MARGIN, y, WIDTH - 16, y), fill="#3c4043")
-            pen.text((8, y - 8), f"{top * i / 4:.2f}", fill="#9aa0a6", font=font)
-        step = (WIDTH - 16 - MARGIN) / max(1, len(self.packed))
-        for i, layer in enumerate(self.packed):
-            x = MARGIN + i * step
-            y = bottom - max(1, height * layer.error.relative / top)
-            right = max(x, x + step - max(1, step / 8))
-            pen.rectangle((x, y, right, bottom), fill=COLORS.get(layer.form, OTHER_COLOR))
-            if layer.error.output is not None:
-                y = bottom - height * layer.error.output / top
-                pen.rectangle((x, y - 1, right, y + 1), fill=OUTPUT_COLOR)
-        keys = [(form, COLORS.get(form, OTHER_COLOR)) for form in dict.fromkeys(p.form for p in self.packed)]
+        sheet = Sheet()
+        sheet.text(f"{bytes_text(self.nbytes)}; in 16 bit {bytes_text(self.dense_bytes)}", LARGE)
+        sheet.text(self.title, color=FAINT)
+        sheet.gap()
+        packed = sum(layer.nbytes for layer in self.packed)
+        whole = max(self.dense_bytes, self.nbytes)
+        sheet.bar([(packed, GREEN), (self.nbytes - packed, AMBER)], whole, "packed layers, and what is kept")
+        sheet.bar([(self.dense_bytes, FAINT)], whole, "all of it in 16 bit")
+        sheet.gap()
+        sheet.text(f"{len(self.packed)} of {len(self.layers)} linear layers packed; the relative error of each:", SMALL)
+        sheet.gap(2 * GAP)
+        columns = [(p.error.relative, COLORS.get(p.form, FAINT), p.error.output) for p in self.packed]
+        sheet.columns(columns, CHART, 0.1)
+        keys = [(form, COLORS.get(form, FAINT)) for form in dict.fromkeys(p.form for p in self.packed)]
         if self.total("output") is not None:
-            keys.append((f"outputs, {self.inputs}", OUTPUT_COLOR))
-        x = MARGIN
-        for name, color in keys:
-            pen.rectangle((x, HEIGHT - 26, x + 12, HEIGHT - 14), fill=color)
-            pen.text((x + 18, HEIGHT - 28), name, fill="#e8eaed", font=font)
-            x += 110
-        return np.asarray(picture, dtype=np.float32) / 255.0
+            keys.append((f"outputs, {self.inputs}", YELLOW))
+        sheet.keys(keys)
+        return sheet.image()
 
 
 def count_layers(done: str, total: int, without: Sequence[str]) -> str:
