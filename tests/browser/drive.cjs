@@ -105,7 +105,7 @@ function shown() {
 
 // What the nodes show, once each picture that a node gave is there; as it is after ten seconds.
 async function drawn(page, outputs) {
-  const awaited = Object.keys(outputs).filter((id) => outputs[id].images?.length)
+  const awaited = Object.keys(outputs).filter((id) => outputs[id]?.images?.length)
   for (let tries = 0; ; tries++) {
     const found = await page.evaluate(shown)
     if (tries === 20 || awaited.every((id) => found[id]?.pictures)) return found
