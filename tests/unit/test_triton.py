@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from random_weights import random_weight
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import BackendError, Call, dispatch, eager, triton
@@ -485,6 +486,17 @@ def test_ptx_skips_planes(skipped: int) -> None:
 
 
 ACCEPTED = Call(torch.device("cuda"), torch.bfloat16, 9216, 3072, "ternary", "trit5", 128, (8, 6))
+
+
+def test_codes_lie_as_kernels_read_them() -> None:
+    """Transposed ones, which a plain clone leaves transposed, and those at an odd address; good ones are not copied."""
+    codes = torch.arange(24 * 256).to(torch.uint8).view(24, 256)
+    odd = torch.empty(codes.numel() + 1, dtype=torch.uint8)[1:].view(24, 256).copy_(codes)
+    good = random_weight("binary", "bit", 192, 256)
+    for given in (codes.t().contiguous().t(), odd):
+        found = backend.codes_of(dataclasses.replace(good, codes=given))
+        assert found.is_contiguous() and found.data_ptr() % 16 == 0 and torch.equal(found, codes)
+    assert backend.codes_of(good) is good.codes
 
 
 @needs_triton

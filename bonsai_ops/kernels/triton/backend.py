@@ -184,7 +184,7 @@ def _verify(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ch
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """x [M, K] with the 16-byte alignment that the kernels are compiled for."""
     if x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
-        return x.clone(memory_format=torch.contiguous_format)
+        return x.clone()
     return x
 
 
@@ -199,13 +199,20 @@ def _bounded(x: torch.Tensor, summed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x * factor.to(x.dtype).unsqueeze(1), 1 / factor
 
 
+def codes_of(weight: PackedWeight) -> torch.Tensor:
+    """The codes uint8 [n, K] as kernels read them: row after row, from a multiple of 16 bytes on."""
+    if weight.codes.is_contiguous() and weight.codes.data_ptr() % 16 == 0:
+        return weight.codes
+    return weight.codes.clone(memory_format=torch.contiguous_format)  # without it a transposed one stays transposed
+
+
 def launch(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor, chosen: Config, mode: str
 ) -> None:
     """Runs the kernels `chosen` names: out [M, N] = x [M, K] W^T + bias."""
     rows, columns = weight.shape
     interpret = interpreting()
-    codes = weight.codes if weight.codes.is_contiguous() and weight.codes.data_ptr() % 16 == 0 else weight.codes.clone()
+    codes = codes_of(weight)
     n = get_codec(weight.codec).byte_rows(rows)
     constants = _constants(chosen, weight.codec, mode, bias is not None, interpret)
     options = {} if interpret else {"num_warps": chosen.warps, "num_stages": chosen.stages}

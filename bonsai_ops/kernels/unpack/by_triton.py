@@ -70,7 +70,7 @@ def write(weight: PackedWeight, first: int, last: int, out: torch.Tensor) -> Non
     columns = weight.shape[1]
     interpret = backend.interpreting()
     given = constants(weight.scheme, weight.codec, weight.group_size, out.dtype, interpret)
-    codes = weight.codes if weight.codes.is_contiguous() and weight.codes.data_ptr() % 16 == 0 else weight.codes.clone()
+    codes = backend.codes_of(weight)
     if given["PAIRS"]:
         codes, out = codes.view(torch.int16), out.view(torch.int32)
     scale = weight.scale.contiguous()
