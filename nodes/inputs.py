@@ -15,6 +15,8 @@ from ..bonsai_ops.host.patch.report import Report
 CATEGORY = "Bonsai"
 ESSENTIALS = "Image Generation"
 """The heading under which the page lists what makes the first pictures."""
+KLEIN = ("flux2", "flux 2", "klein")
+"""Words for what only FLUX.2's nodes do."""
 NAMES = ("bonsai", "prism", "prismml", "1-bit", "1 bit", "1bit", "ternary", "bitnet")
 """Words that find every node here; those of one node stand in its schema."""
 

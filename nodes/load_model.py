@@ -37,10 +37,8 @@ class LoadBonsaiModel(io.ComfyNode):
                 "gguf",
                 "mlx",
                 "gemlite",
-                "flux2",
-                "flux 2",
-                "klein",
                 "low vram",
+                *inputs.KLEIN,
                 essential=True,
             ),
         )

@@ -37,10 +37,8 @@ class LoadBonsaiPack(io.ComfyNode):
                 "load diffusion model",
                 "mlx",
                 "gemlite",
-                "flux2",
-                "flux 2",
-                "klein",
                 "low vram",
+                *inputs.KLEIN,
                 essential=True,
             ),
         )

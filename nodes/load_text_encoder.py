@@ -39,10 +39,8 @@ class LoadBonsaiTextEncoder(io.ComfyNode):
                 "mlx",
                 "4-bit",
                 "4 bit",
-                "flux2",
-                "flux 2",
-                "klein",
                 "low vram",
+                *inputs.KLEIN,
                 essential=True,
             ),
         )

@@ -52,7 +52,7 @@ class BonsaiSampler(io.ComfyNode):
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="Connect it to VAE Decode.")],
-            **inputs.found_as("ksampler", "sample", "euler", "flux2", "flux 2", "klein", essential=True),
+            **inputs.found_as("ksampler", "sample", "euler", *inputs.KLEIN, essential=True),
         )
 
     @classmethod

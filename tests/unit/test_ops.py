@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from operators import Operators
 from random_weights import random_weight
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import custom_op, eager, reuse
@@ -175,18 +175,6 @@ def test_the_operators_are_registered_soundly(scheme: str, name: str, bias: bool
 
 
 Product = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Operators(TorchDispatchMode):
-    """The names of the operators that torch was asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 class Functions(TorchFunctionMode):

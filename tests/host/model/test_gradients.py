@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from families import CONTEXT, KINDS, POOLED, Kind, patch, stock
-from torch.utils._python_dispatch import TorchDispatchMode
+from operators import Operators
 from twins import LATENT, SMALL, Pair, load_stock, read_dense, relative, same_state, state_bytes, text
 
 pytestmark = pytest.mark.host
@@ -223,26 +223,14 @@ def test_a_controlnet_adds_between_the_blocks(kind: str) -> None:
         assert distance(gradients(kind, model, depth, control=control), truth) < TOLERANCE, depth
 
 
-class Operations(TorchDispatchMode):
-    """The names of the operations within it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", ["flux", "flux2", "sdxl", "ltx"])
 def test_nothing_changes_without_gradients(kind: str) -> None:
     model = stock(kind)
     inputs = inputs_of(kind, model)
 
     def run(mode: Callable) -> tuple[torch.Tensor, list[str]]:
-        with mode(), Operations() as operations:
-            return loss_of(model, inputs), operations.names
+        with mode(), Operators() as operators:
+            return loss_of(model, inputs), operators.names
 
     modes = (torch.no_grad, torch.inference_mode)
     before = [run(mode) for mode in modes]
