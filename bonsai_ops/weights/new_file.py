@@ -134,10 +134,8 @@ def _name(temporary: Path, path: Path, overwrite: bool) -> None:
             os.link(temporary, path)
         except FileExistsError:
             raise
-        except (
-            OSError,
-            AttributeError,
-        ):  # no links here: the name is taken first, by a file that is empty for a moment
+        except (OSError, AttributeError):
+            # no links here: the name is taken first, by a file that is empty for a moment
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             try:
                 os.replace(temporary, path)
