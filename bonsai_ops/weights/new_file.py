@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,10 +47,14 @@ def new_file(path: Path, size: int, overwrite: bool = False) -> Iterator[tuple[B
         path.parent.mkdir(parents=True, exist_ok=True)
         _take_away_left(path.parent)
         _require_room(path, size)
-        out, temporary, lock = _made(path.parent)
     except OSError as error:
         raise _not_written(path, size, error) from error
-    try:
+    temporary, lock = path.parent / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}", None
+    try:  # from before the file is there: what ends the writing may come at any moment
+        try:
+            out, lock = _made(temporary)
+        except OSError as error:
+            raise _not_written(path, size, error) from error
         with out:
             yield out, temporary
         os.chmod(temporary, 0o644)
@@ -89,17 +93,16 @@ def _not_written(path: Path, size: int, error: OSError) -> PackError:
     return PackError(path, f"cannot be written ({said})", "Choose another name or folder, or allow it to be written.")
 
 
-def _made(folder: Path) -> tuple[BinaryIO, Path, int | None]:
-    """(the file, its path, what keeps it locked after it is closed)."""
+def _made(path: Path) -> tuple[BinaryIO, int | None]:
+    """(a new file, what keeps it locked after it is closed)."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=SUFFIX, dir=folder)
-        out = os.fdopen(handle, "wb")
+        out = path.open("xb")
         if fcntl is None:
-            return out, Path(name), None
+            return out, None
         with contextlib.suppress(OSError):  # a folder that knows no locks: then nobody gets one
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.fstat(handle).st_nlink:  # else another took it away before it was locked
-            return out, Path(name), os.dup(handle)
+            fcntl.flock(out, fcntl.LOCK_EX)
+        if os.fstat(out.fileno()).st_nlink:  # else another took it away before it was locked
+            return out, os.dup(out.fileno())
         out.close()
 
 

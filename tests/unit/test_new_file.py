@@ -176,6 +176,19 @@ def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / ".bonsai-x.part").is_dir()
 
 
+@POSIX
+def test_an_end_while_the_file_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may come between the file and the lock on it."""
+
+    def end(*arguments: object) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(module.fcntl, "flock", end)
+    with pytest.raises(SystemExit):
+        write(tmp_path / "w.safetensors")
+    assert held(tmp_path) == []
+
+
 CONVERTS = """
 import os, signal, sys, threading, time
 from pathlib import Path
