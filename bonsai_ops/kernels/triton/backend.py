@@ -184,7 +184,7 @@ def _verify(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ch
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """x [M, K] with the 16-byte alignment that the kernels are compiled for."""
     if x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)  # without it a transposed one stays transposed
     return x
 
 
@@ -203,7 +203,7 @@ def codes_of(weight: PackedWeight) -> torch.Tensor:
     """The codes uint8 [n, K] as kernels read them: row after row, from a multiple of 16 bytes on."""
     if weight.codes.is_contiguous() and weight.codes.data_ptr() % 16 == 0:
         return weight.codes
-    return weight.codes.clone(memory_format=torch.contiguous_format)  # without it a transposed one stays transposed
+    return weight.codes.clone(memory_format=torch.contiguous_format)
 
 
 def launch(
