@@ -16,8 +16,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from random_weights import random_weight
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import BackendError, Call, dispatch, eager, triton
-from bonsai_ops.kernels.triton import backend
+from bonsai_ops.kernels.triton import backend, configs, probe
 from bonsai_ops.weights import codec as codecs
 from bonsai_ops.weights.formats import open_pack
 from bonsai_ops.weights.packed_weight import PackedWeight
@@ -640,25 +642,118 @@ def test_a_wrong_kernel_of_one_mode_leaves_the_others(
     assert len(caplog.records) == 1 and "report mode a8 on cpu" in caplog.text
 
 
-@needs_triton
-def test_each_kernel_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel: codec, dtypes, mode, with or without bias. The probe is exact in every mode."""
-    calls = []
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[PackedWeight]:
+    """The probes that kernels were compared with; the kernels give the right product."""
+    probes: list[PackedWeight] = []
+    verify = probe.verify
 
     def right(
         x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor, _chosen: object, mode: str
     ) -> None:
-        calls.append((mode, weight.shape))
         out.copy_(eager.multiply(x, weight, bias))
 
+    def noting(launch: Callable, *rest: Any) -> None:
+        def noted(x: torch.Tensor, weight: PackedWeight, *others: Any) -> None:
+            probes.append(weight)
+            launch(x, weight, *others)
+
+        verify(noted, *rest)
+
     monkeypatch.setattr(backend, "launch", right)
+    monkeypatch.setattr(probe, "verify", noting)
+    monkeypatch.setattr(probe, "SIZE", probe.SMALL)
+    return probes
+
+
+@needs_triton
+def test_each_kernel_is_verified_once(verified: list[PackedWeight]) -> None:
+    """A kernel: codec, dtypes, mode, with or without bias. The probe is exact in every mode."""
     weight, x = make_weight(41, 128, "crumb"), torch.randn(3, 128, dtype=torch.float16)
     for mode in kernels.MODES:
         for bias in (None, torch.randn(41, dtype=torch.float16)):
             for _ in range(2):
                 assert torch.equal(backend.multiply(x, weight, bias, mode), eager.multiply(x, weight, bias))
-            assert calls == [(mode, (160, 256)), (mode, (41, 128)), (mode, (41, 128))]
-            calls.clear()
+            assert [found.codec for found in verified] == ["crumb"]
+            verified.clear()
+
+
+@needs_triton
+def test_each_alignment_has_a_kernel_of_its_own(verified: list[PackedWeight]) -> None:
+    """Triton compiles another one where 16 divides a number or an address, and for 1: it is verified too, as such."""
+    half = torch.float16
+    weight, x = make_weight(41, 128, "crumb"), torch.randn(32, 128, dtype=half)
+    moved = replace(weight, scale=torch.empty(42, 1, dtype=weight.scale.dtype)[1:].copy_(weight.scale))
+    for count, (tokens, packed) in enumerate(
+        [
+            (x, weight),
+            (x[:3], weight),
+            (x[:1], weight),
+            (x, make_weight(48, 128, "crumb")),
+            (x, make_weight(16 * 32, 128, "crumb")),
+            (x, make_weight(7, 128, "crumb")),
+            (x, moved),
+        ],
+        start=1,
+    ):
+        for like in (tokens, tokens.clone()):
+            assert torch.equal(backend.multiply(like, packed), eager.multiply(like, packed))
+            backend.multiply(like[: len(like) // 16 * 16 or len(like)], packed)
+        assert len(verified) == count
+    assert [w.scale.data_ptr() % 16 == 0 for w in verified] == [True] * 6 + [False]
+    kinds = [(w.shape[0] % 16 == 0, w.codes.shape[0] // 8 % 16 == 0, w.codes.shape[0] == 8) for w in verified]
+    odd, even, full, one = (False, False, False), (True, False, False), (True, True, False), (False, False, True)
+    assert kinds == [odd, odd, odd, even, full, one, odd]
+
+
+FAULTS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
+    # what a kernel may get wrong beyond its first tile: (its result [M, N], that of its first 128 columns alone)
+    "one step over the columns": lambda out, first: out.copy_(first),
+    "the second tile of tokens": lambda out, first: out[256:257].mul_(1.1),
+    "the last token": lambda out, first: out[-1:].zero_(),
+    "the last row": lambda out, first: out[:, -1:].zero_(),
+    "a plane of the byte rows": lambda out, first: out[:, 400:410].neg_(),
+    "one value": lambda out, first: out[300, 600].add_(20),
+    "values that are not written": lambda out, first: out[-3:, -3:].fill_(float("nan")),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_is_right_in_its_first_tile_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of a few tokens and rows is right with it."""
+
+    def wrong(
+        x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor, _chosen: object, mode: str
+    ) -> None:
+        out.copy_(eager.multiply(x, weight, bias))
+        if min(out.shape) > 256:
+            codes, scale, shape = weight.codes[:, :128], weight.scale[:, :1], (weight.shape[0], 128)
+            FAULTS[fault](out, eager.multiply(x[:, :128], replace(weight, codes=codes, scale=scale, shape=shape), bias))
+
+    monkeypatch.setattr(backend, "launch", wrong)
+    monkeypatch.setattr(probe, "SMALL", probe.SIZE)
+    weight, x = make_weight(640, 128, "crumb"), torch.randn(16, 128, dtype=torch.bfloat16)
+    with pytest.raises(BackendError, match="computed wrong values"):
+        backend.multiply(x, weight)
+
+
+@needs_triton
+@once
+@pytest.mark.parametrize("place", configs.CONFIGS, ids=str)
+def test_the_probe_has_several_tiles_and_edges(place: tuple[str, str, str]) -> None:
+    """For every alignment: more than two tiles of tokens and byte rows, steps over the columns, and edges."""
+    chosen, (_, codec, mode) = configs.CONFIGS[place], place
+    for rows, tokens in ((3072, 1536), (83, 3), (1024, 512)):
+        x, weight = torch.zeros(tokens, 128), make_weight(rows, 128, codec)
+        inputs, made, _ = probe.make(x, weight, None, chosen)
+        assert made.shape[1] == 1024 >= 8 * chosen.block_k
+        assert len(inputs) >= max(384, 2 * chosen.block_m) and made.shape[0] >= 640
+        assert len(inputs) % chosen.block_m or chosen.block_m == 16
+        n, aligned = made.codes.shape[0], weight.codes.shape[0] % 128 == 0
+        assert n > 2 * chosen.block_n and (n % chosen.block_n or aligned)
+        assert made.shape[0] % (8 * codecs.get_codec(codec).fields)
+        assert probe.kind_of(inputs, made, None, mode) == probe.kind_of(x, weight, None, mode)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the parent's")

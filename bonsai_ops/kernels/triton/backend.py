@@ -12,13 +12,13 @@ import os
 
 import torch
 
-from ...weights.codec import encode, get_codec
+from ...weights.codec import get_codec
 from ...weights.device_errors import is_the_devices
-from ...weights.packed_weight import SCHEMES, PackedWeight
+from ...weights.packed_weight import PackedWeight
 from .. import eager, machine
 from ..call import EXACT, refuse_residual
 from ..failure import BackendError
-from . import configs
+from . import configs, probe
 from .configs import GROUP, Config
 
 try:
@@ -141,44 +141,19 @@ def multiply(
     if flat.shape[0]:
         chosen = config(_target(x.device), weight.codec, mode)
         try:
-            key = (x.device, x.dtype, weight.codec, weight.scale.dtype, mode, None if bias is None else bias.dtype)
-            if key not in _verified and machine.capturing():
+            kind = probe.kind_of(flat, weight, bias, mode)
+            if kind not in _verified and machine.capturing():
                 return eager.multiply(x, weight, bias)
-            if key not in _verified:
-                _verify(x, weight, bias, chosen, mode)
-                _verified.add(key)
+            if kind not in _verified:
+                size = probe.SMALL if interpreting() else probe.SIZE
+                probe.verify(launch, flat, weight, bias, chosen, mode, size)
+                _verified.add(kind)
             launch(flat, weight, bias, out, chosen, mode)
         except Exception as error:  # what a broken Triton raises at first launch has no common class
             if isinstance(error, BackendError) or is_the_devices(error):
                 raise
             raise explained(error) from error
     return out.view(*x.shape[:-1], rows)
-
-
-def _verify(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, chosen: Config, mode: str) -> None:
-    """Runs the kernel that x, weight and bias need on a small product, once a process, and compares with eager.
-
-    The probe has numbers that every mode represents exactly. Raises BackendError if they differ: a compiler or GPU
-    nobody has tried must not change pictures silently.
-    """
-    rows, columns, tokens = 160, 256, 17
-    values = torch.arange(rows * columns, device=x.device).view(rows, columns) * 37 % 101
-    codes = encode(weight.codec, (values % SCHEMES[weight.scheme].levels).to(torch.uint8))
-    scale = 0.5 + torch.arange(rows * 2, device=x.device).view(rows, 2) % 7 / 8
-    probe = PackedWeight(codes, scale.to(weight.scale.dtype), (rows, columns), weight.scheme, weight.codec, GROUP)
-    inputs = torch.arange(tokens * columns, device=x.device).view(tokens, columns) * 29 % 61 - 30
-    inputs[:, ::GROUP] = 127
-    inputs = inputs.to(x.dtype) / 16
-    shift = None if bias is None else torch.arange(rows, device=x.device).to(bias.dtype)
-    out = torch.zeros(tokens, rows, dtype=x.dtype, device=x.device)
-    launch(inputs, probe, shift, out, chosen, mode)
-    expected = eager.multiply(inputs, probe, shift).float()
-    if not (out.float() - expected).norm() <= 0.01 * expected.norm():
-        name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else x.device.type
-        raise BackendError(
-            f"Triton's {weight.scheme} kernel of mode {mode} computed wrong values on {x.device}",
-            f"update this plugin and report mode {mode} on {name}",
-        )
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
