@@ -24,3 +24,22 @@ def random_weight(
     scale = (torch.rand(rows, columns // group_size, generator=generator) + 0.5).to(table)
     zero = {"affine": -scale * (levels // 2), "zero_point": scale * 8}.get(scheme)
     return PackedWeight(codecs.encode(codec, codes), scale, (rows, columns), scheme, codec, group_size, zero)
+
+
+def truth(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The values as codec.py and packed_weight.py describe them, in float64; those of signs with rounded scales."""
+    coder = codecs.get_codec(weight.codec)
+    rest, planes = weight.codes.to(torch.int64), []
+    for _ in range(coder.fields):
+        rest = rest * coder.radix
+        planes.append(rest // 256)
+        rest = rest % 256
+    codes = torch.cat(planes)[: weight.shape[0]].double().unflatten(1, (-1, weight.group_size))
+    scale = weight.scale.unsqueeze(2)
+    values = {
+        "binary": lambda: (1 - 2 * codes) * scale.to(dtype).double(),
+        "ternary": lambda: (1 - codes) * scale.to(dtype).double(),
+        "affine": lambda: codes * scale.double() + weight.zero.unsqueeze(2).double(),
+        "zero_point": lambda: (codes - weight.zero.unsqueeze(2).double()) * scale.double(),
+    }[weight.scheme]()
+    return values.flatten(1)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from random_weights import random_weight
+from random_weights import random_weight, truth
 
 from bonsai_ops.kernels.unpack import by_triton
 from bonsai_ops.weights import codec as codecs
@@ -28,25 +28,6 @@ SHAPES = [
 def interpreter(test: Callable) -> Callable | None:
     """The test in the child of test_triton.py, nothing to collect elsewhere."""
     return test if INTERPRETED else None
-
-
-def truth(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """The values as codec.py and packed_weight.py describe them, in float64; those of signs with rounded scales."""
-    coder = codecs.get_codec(weight.codec)
-    rest, planes = weight.codes.to(torch.int64), []
-    for _ in range(coder.fields):
-        rest = rest * coder.radix
-        planes.append(rest // 256)
-        rest = rest % 256
-    codes = torch.cat(planes)[: weight.shape[0]].double().unflatten(1, (-1, weight.group_size))
-    scale = weight.scale.unsqueeze(2)
-    values = {
-        "binary": lambda: (1 - 2 * codes) * scale.to(dtype).double(),
-        "ternary": lambda: (1 - codes) * scale.to(dtype).double(),
-        "affine": lambda: codes * scale.double() + weight.zero.unsqueeze(2).double(),
-        "zero_point": lambda: (codes - weight.zero.unsqueeze(2).double()) * scale.double(),
-    }[weight.scheme]()
-    return values.flatten(1)
 
 
 def write_poisoned(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
@@ -82,8 +63,10 @@ def test_codes_and_tables_anywhere_in_memory() -> None:
     scale = torch.zeros(39, 9, dtype=torch.bfloat16)[:, 1::2].copy_(weight.scale)
     zero = weight.zero.t().contiguous().t()
     moved = dataclasses.replace(weight, codes=codes, scale=scale, zero=zero)
-    assert codes.data_ptr() % 16 and not scale.is_contiguous()
-    assert torch.equal(write_poisoned(moved, 0, 39, torch.float16), weight.dequantize(torch.float16))
+    turned = dataclasses.replace(weight, codes=weight.codes.t().contiguous().t())
+    assert codes.data_ptr() % 16 and not scale.is_contiguous() and not turned.codes.is_contiguous()
+    for other in (moved, turned):
+        assert torch.equal(write_poisoned(other, 0, 39, torch.float16), weight.dequantize(torch.float16))
 
 
 @interpreter

@@ -18,6 +18,7 @@ from ...weights.packed_weight import PackedWeight
 from .. import eager, machine
 from ..call import EXACT, refuse_residual
 from ..failure import BackendError
+from ..rows import readable
 from . import configs, probe
 from .configs import GROUP, Config
 
@@ -174,20 +175,13 @@ def _bounded(x: torch.Tensor, summed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x * factor.to(x.dtype).unsqueeze(1), 1 / factor
 
 
-def codes_of(weight: PackedWeight) -> torch.Tensor:
-    """The codes uint8 [n, K] as kernels read them: row after row, from a multiple of 16 bytes on."""
-    if weight.codes.is_contiguous() and weight.codes.data_ptr() % 16 == 0:
-        return weight.codes
-    return weight.codes.clone(memory_format=torch.contiguous_format)
-
-
 def launch(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor, chosen: Config, mode: str
 ) -> None:
     """Runs the kernels `chosen` names: out [M, N] = x [M, K] W^T + bias."""
     rows, columns = weight.shape
     interpret = interpreting()
-    codes = codes_of(weight)
+    codes = readable(weight.codes)
     n = get_codec(weight.codec).byte_rows(rows)
     constants = _constants(chosen, weight.codec, mode, bias is not None, interpret)
     options = {} if interpret else {"num_warps": chosen.warps, "num_stages": chosen.stages}

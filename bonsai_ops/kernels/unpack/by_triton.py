@@ -6,22 +6,20 @@ cores. Importing this never fails and costs nothing; Triton is imported for a ca
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
 import torch
 
 from ...weights.codec import get_codec
-from ...weights.packed_weight import SCHEMES, PackedWeight
+from ...weights.packed_weight import PackedWeight
 from ..call import EXACT, Call, Limits
 from ..triton import DEVICES
 from . import product
 
 NAME = "unpack"
 MODES = (EXACT,)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-LIMITS = Limits(DEVICES, FLOATS, {scheme.name: scheme.codecs for scheme in SCHEMES.values()})
+LIMITS = Limits(DEVICES, product.DTYPES, product.CODECS)
 LEAST_CAPABILITY = (7, 5)
 
 TILE = 4096
@@ -70,17 +68,14 @@ def write(weight: PackedWeight, first: int, last: int, out: torch.Tensor) -> Non
     columns = weight.shape[1]
     interpret = backend.interpreting()
     given = constants(weight.scheme, weight.codec, weight.group_size, out.dtype, interpret)
-    codes = backend.codes_of(weight)
+    codes, scale, zero = product.operands(weight)
     if given["PAIRS"]:
         codes, out = codes.view(torch.int16), out.view(torch.int32)
-    scale = weight.scale.contiguous()
-    zero = scale if weight.zero is None else weight.zero.contiguous()
     n = len(codes)
-    # A run of rows within one plane is made of as many byte rows, any other of all.
-    start, end = (first % n, (last - 1) % n + 1) if first // n == (last - 1) // n else (0, n)
+    start, end = product.byte_rows(n, first, last)
     grid = (-(-(end - start) // given["BLOCK_N"]) * (columns // (given["BLOCK_K"] * given["STEPS"])),)
     options = {} if interpret else {"num_warps": WARPS, "enable_fp_fusion": False}
-    with torch.cuda.device(codes.device) if codes.device.type == "cuda" else contextlib.nullcontext():
+    with product.current(codes.device):
         unpack_kernel[grid](codes, scale, zero, out, columns, n // 8, first, last, start, **given, **options)
 
 

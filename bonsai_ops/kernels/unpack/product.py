@@ -7,6 +7,7 @@ empties torch's cache frees it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -17,10 +18,14 @@ from ...weights.packed_weight import SCHEMES, PackedWeight
 from .. import eager, machine
 from ..call import refuse_residual
 from ..failure import BackendError
-from ..rows import chunks
+from ..rows import chunks, readable
 
 SCRATCH_BYTES = 128 << 20
 """Bound on the scratch. The largest layers of FLUX.2 Klein 4B take it in two halves, all others whole."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CODECS = {scheme.name: scheme.codecs for scheme in SCHEMES.values()}
+"""What is unpacked in one launch: every weight, for a product in one of these dtypes."""
 
 PROBE_ROWS = {"cuda": 643, "cpu": 83}
 """Rows of the weight that a kernel is tried with, by type of device: ragged, on a GPU several tiles."""
@@ -46,7 +51,8 @@ def multiply(
     """
     refuse_residual(weight)
     tables = [table.dtype for table in weight.tables().values()]
-    kind = (x.device, x.dtype, weight.scheme, weight.codec, weight.group_size, *tables)
+    # Triton compiles a kernel of its own for columns that 16 divides
+    kind = (x.device, x.dtype, weight.scheme, weight.codec, weight.group_size, weight.shape[1] % 16 == 0, *tables)
     try:
         if kind not in verified:
             if machine.capturing():
@@ -58,6 +64,22 @@ def multiply(
         if isinstance(error, BackendError) or is_the_devices(error):
             raise
         raise explained(error) from error
+
+
+def operands(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes, scale, zero) as kernels read them; the scale again where a scheme has no zero."""
+    scale = readable(weight.scale)
+    return readable(weight.codes), scale, scale if weight.zero is None else readable(weight.zero)
+
+
+def byte_rows(n: int, first: int, last: int) -> tuple[int, int]:
+    """(first, last + 1) of the byte rows, of n, that hold the rows first .. last-1: a run of them within one plane."""
+    return (first % n, (last - 1) % n + 1) if first // n == (last - 1) // n else (0, n)
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within the block kernels are started on `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, write: Write) -> torch.Tensor:
@@ -88,6 +110,7 @@ def _compare(write: Write, weight: PackedWeight, dtype: torch.dtype) -> None:
     """
     device, group = weight.codes.device, weight.group_size
     rows, columns = PROBE_ROWS[device.type], max(2 * group, 256 // group * group)
+    columns += group if weight.shape[1] % 16 and columns % 16 == 0 else 0
     middle = rows // 3
     levels = SCHEMES[weight.scheme].levels or get_codec(weight.codec).radix
     codes = (torch.arange(rows * columns, device=device) * 37 % 257 % levels).to(torch.uint8).view(rows, columns)
