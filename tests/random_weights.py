@@ -43,3 +43,8 @@ def truth(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
         "zero_point": lambda: (codes - weight.zero.unsqueeze(2).double()) * scale.double(),
     }[weight.scheme]()
     return values.flatten(1)
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """Floats as integers, for comparisons that tell -0 from 0."""
+    return values.view({2: torch.int16, 4: torch.int32}[values.dtype.itemsize])

@@ -1,7 +1,7 @@
 """Which backend multiplies a packed weight: the first in order that does not decline, and why the others did.
 
-Order: fused kernels, the CPU's own path, unpacking in one launch, then the eager reference, which takes everything in
-mode exact.
+Order: fused kernels, the CPU's own path, unpacking in one launch by Triton or by CUDA C++, then the eager reference,
+which takes everything in mode exact.
 `use_backend("eager")` forces one within a block, the environment variable BONSAI_BACKEND for a whole process. A backend
 that raises is out for that device and mode from then on: one line in the log with the cure, and the next one takes
 over. Where memory ran out or the device's context is lost, or while a CUDA graph is recorded, which an error ends, the
@@ -28,13 +28,13 @@ from ..weights.packed_weight import PackedWeight
 from . import cpu, eager, machine, triton
 from .call import EXACT, Backend, Call, Choice, call_of, check_mode
 from .failure import BackendError
-from .unpack import by_triton
+from .unpack import by_nvrtc, by_triton
 
 logger = logging.getLogger(__name__)
 
 OVERRIDE = "BONSAI_BACKEND"
 
-BACKENDS: tuple[Backend, ...] = (triton, cpu, by_triton, eager)
+BACKENDS: tuple[Backend, ...] = (triton, cpu, by_triton, by_nvrtc, eager)
 """In the order in which they are asked. A new one is a module with the names of call.Backend and a word here; the tests
 of the protocol walk this list."""
 

@@ -100,7 +100,7 @@ def _forced(backend: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor
 
 def _trials(x: torch.Tensor, copies: list[PackedWeight], scratch: torch.Tensor, planes: list[str]) -> Ways:
     """Unpacking in one launch with and without the product after it, and the plane kernels."""
-    from ....kernels.unpack import by_triton
+    from ....kernels.unpack import by_nvrtc, by_triton
     from . import candidates
 
     rows, columns = copies[0].shape
@@ -109,6 +109,7 @@ def _trials(x: torch.Tensor, copies: list[PackedWeight], scratch: torch.Tensor, 
     ways: Ways = {
         "unpack": [lambda w=w: _forced("unpack", x, w) for w in copies],
         "unpack only": [lambda w=w: by_triton.write(w, 0, rows, whole) for w in copies],
+        "unpack_nvrtc only": [lambda w=w: by_nvrtc.write(w, 0, rows, whole) for w in copies],
     }
     for name in planes:
         ways[name] = [
