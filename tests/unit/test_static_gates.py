@@ -1,4 +1,4 @@
-"""Every shipped Triton kernel, compiled for every target without a GPU: no spills, tensor cores, few other steps.
+"""Every shipped kernel, compiled for every target without a GPU: no spills, tensor cores, few other steps.
 
 The gates are in bonsai_ops/tools/bench/static.py (Row.failures); what is counted is explained there.
 """
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -42,12 +43,18 @@ def test_fewer_instructions_than_gemlite(target: int) -> None:
 
 @pytest.mark.parametrize("target", [75, 86, 90, "gfx942"], ids=static.label)
 def test_unpacking_passes_its_gates(target: int | str) -> None:
-    """No spills and no shared memory, stores of 16 bytes, few instructions, hardly more bytes than the values have."""
-    assert {row.name: row.failures() for row in static_unpack.show((target,)) if row.failures()} == {}
+    """No spills and no shared memory, stores of 16 bytes, few instructions, hardly more bytes than the values have.
+
+    Compiled by Triton and, for NVIDIA GPUs, by NVRTC.
+    """
+    rows = static_unpack.show((target,))
+    assert {(row.name, row.compiler): row.failures() for row in rows if row.failures()} == {}
+    compilers = {"triton"} if isinstance(target, str) or torch.version.cuda is None else {"triton", "nvrtc"}
+    assert {row.compiler for row in rows} == compilers
 
 
 def test_a_kernel_that_unpacks_badly_fails() -> None:
-    good = static_unpack.Row("unpack_trit5_bf16", "sm_86", 0, 0, 56, 6.0, ["STG.E.128"], 2.216)
+    good = static_unpack.Row("unpack_trit5_bf16", "triton", "sm_86", 0, 0, 56, 6.0, ["STG.E.128"], 2.216)
     assert not good.failures()
     bad = {"spills": 2, "smem": 4096, "steps": 7.4, "stores": ["STG.E.64"], "bytes": 3.0}
     assert len(dataclasses.replace(good, **bad).failures()) == 5

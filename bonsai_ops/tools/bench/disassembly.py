@@ -52,6 +52,11 @@ def disassembled(compiled: Any, target: int | str) -> tuple[dict[str, int], list
     return {"registers": registers, "spills": spills, "smem": compiled.metadata.shared}, instructions, loops
 
 
+def shared_memory(cubin: bytes) -> int:
+    """Bytes of shared memory that the kernels of NVIDIA's machine code take, the most of one."""
+    return max(int(n) for n in re.findall(r"SHARED:(\d+)", _nvidia_tool("cuobjdump", "--dump-resource-usage", cubin)))
+
+
 def opcode(instruction: str) -> str:
     """The opcode without braces and the predicate before it."""
     words = instruction.lstrip("{ ").split()
