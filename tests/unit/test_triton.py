@@ -23,7 +23,6 @@ from typing import Any
 
 import pytest
 import torch
-from random_weights import random_weight
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import BackendError, Call, dispatch, eager, triton
