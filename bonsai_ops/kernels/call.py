@@ -79,7 +79,8 @@ class Backend(Protocol):
         """y = x W^T + bias for a call that it did not decline: x [.., K] -> [.., N] in x's dtype.
 
         The weight comes without a residual, which `linear` adds; a backend that would leave it out refuses it. Raises
-        BackendError where the backend is broken.
+        BackendError where the backend is broken. A backend of dispatch.TRANSPOSING has `multiply_transposed(grad,
+        weight)` too, y W in mode exact.
         """
 
 

@@ -1,4 +1,4 @@
-"""The CPU: unpack some rows of the weight into a buffer, multiply them, go on.
+"""The CPU: unpack some rows of the weight into a buffer, multiply them, go on; for y W, some columns.
 
 Codes become t = -1, 0 or 1 by integer operations on 16 bits, a run of byte rows of one plane at a time. With b the
 byte (trit5: b 3^plane modulo 256), 0x7FFF minus the code in the two top bits and whatever follows it, shifted right by
@@ -37,6 +37,8 @@ VALUE_BYTES = 28_400_000
 """Of that, the buffer of values: few large products are faster than many small ones."""
 PIECE_BYTES = 2 << 20
 """Bound on what unpacking takes beside it. Smaller pieces would stay in the fastest cache, but have more operations."""
+COLUMN_STEP = 32
+"""Granularity of the columns of y W within a group, the smallest group that a packed weight has."""
 
 LEVELS = 127
 INPUT_BYTES = 18 << 20
@@ -83,6 +85,47 @@ def multiply(
     if bias is not None:
         out += bias.to(x.dtype)
     return out.view(*x.shape[:-1], rows)
+
+
+def multiply_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x = y W for y [.., N] bf16 or fp32; x [.., K] in y's dtype: the values of W in that dtype, fp32 sums.
+
+    Raises ValueError for a weight with a residual.
+    """
+    refuse_residual(weight)
+    rows, columns = weight.shape
+    flat = grad.reshape(-1, rows)
+    out = torch.empty(flat.shape[0], columns, dtype=grad.dtype, device="cpu")
+    parts = list(_by_columns(weight, VALUE_BYTES // (grad.dtype.itemsize * rows)))
+    reuse.next_turn()
+    buffer = reuse.empty(rows, max(part.shape[1] for _, part in parts), grad.dtype).view(-1)
+    write, piece = (_write_bf16, PIECE_BYTES) if grad.dtype == torch.bfloat16 else (_write_fp32, PIECE_BYTES // 4)
+    for first, part in parts:
+        values = buffer[: rows * part.shape[1]].view(part.shape)
+        write(part, 0, rows, values, piece)
+        torch.mm(flat, values, out=out[:, first : first + part.shape[1]])
+    return out.view(*grad.shape[:-1], columns)
+
+
+def _by_columns(weight: PackedWeight, most: int) -> Iterator[tuple[int, PackedWeight]]:
+    """Yields (first column, the weight of that and the following) of about `most` columns, of whole groups if it can.
+
+    A part of a group is a group too.
+    """
+    group, whole = weight.group_size, most >= weight.group_size
+    step = most // group * group if whole else max(COLUMN_STEP, most // COLUMN_STEP * COLUMN_STEP)
+    for start in range(0, weight.shape[1], weight.shape[1] if whole else group):
+        end = weight.shape[1] if whole else start + group
+        for lo in range(start, end, step):
+            hi = min(lo + step, end)
+            scale = weight.scale[:, lo // group : -(-hi // group)]
+            shape = (weight.shape[0], hi - lo)
+            yield (
+                lo,
+                PackedWeight(
+                    weight.codes[:, lo:hi], scale, shape, weight.scheme, weight.codec, group if whole else hi - lo
+                ),
+            )
 
 
 def _exact(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from ..weights.packed_weight import PackedWeight
-from . import dispatch, eager
+from . import dispatch
 from .call import EXACT
 
 NAMESPACE = "bonsai"
@@ -129,7 +129,7 @@ def _linear_transposed(
     group_size: int,
 ) -> torch.Tensor:
     weight = PackedWeight(codes, scale, (rows, codes.shape[1]), scheme, codec, group_size, zero)
-    return eager.multiply_transposed(grad, weight)
+    return dispatch.multiply_transposed(grad, weight)
 
 
 def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ import contextvars
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -37,6 +37,9 @@ OVERRIDE = "BONSAI_BACKEND"
 BACKENDS: tuple[Backend, ...] = (triton, cpu, by_triton, by_nvrtc, eager)
 """In the order in which they are asked. A new one is a module with the names of call.Backend and a word here; the tests
 of the protocol walk this list."""
+
+TRANSPOSING = (cpu, eager)
+"""Those that have `multiply_transposed` too; where another is the best, the reference stands in."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("bonsai_backend", default=None)
 
@@ -145,12 +148,33 @@ def multiply(
     A backend that breaks is replaced, not raised. Raises what says that memory ran out or that the device is lost,
     what the reference raises, and whatever is raised while a CUDA graph is recorded.
     """
+    return _by_the_best(BACKENDS, x, weight, mode, lambda backend, mode: backend.multiply(x, weight, bias, mode))
+
+
+def multiply_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x = y W, the gradient of `multiply` with respect to x, exact in every mode; y [.., N] -> [.., K] in y's dtype.
+
+    The weight comes without a residual. Raises as `multiply` does.
+    """
+    return _by_the_best(TRANSPOSING, grad, weight, EXACT, lambda backend, _: backend.multiply_transposed(grad, weight))
+
+
+def _by_the_best(
+    among: tuple[Backend, ...],
+    x: torch.Tensor,
+    weight: PackedWeight,
+    mode: str,
+    product: Callable[[Backend, str], torch.Tensor],
+) -> torch.Tensor:
+    """product(backend, mode) of the first backend that neither declines nor breaks; of the reference if that is none of
+    `among`."""
     while True:
         choice = _choice(x, weight, mode)
+        backend = choice.backend if choice.backend in among else eager
         try:
-            return choice.backend.multiply(x, weight, bias, choice.mode)
+            return product(backend, choice.mode)
         except Exception as error:  # a compiler that breaks at its first launch may raise anything
-            if choice.backend is eager or is_the_devices(error) or machine.capturing():
+            if backend is eager or is_the_devices(error) or machine.capturing():
                 raise
             _failures.record(choice, x.device, error)
 

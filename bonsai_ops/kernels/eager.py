@@ -30,12 +30,15 @@ def multiply(
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
-    scratch = SCRATCH_BYTES if x.device.type == "cpu" else GPU_SCRATCH_BYTES
-    for first, last, values in weight.pieces(x.dtype, scratch):
+    for first, last, values in weight.pieces(x.dtype, _scratch(x)):
         torch.mm(flat, values.t(), out=out[:, first:last])
     if bias is not None:
         out += bias.to(x.dtype)
     return out.view(*x.shape[:-1], rows)
+
+
+def _scratch(x: torch.Tensor) -> int:
+    return SCRATCH_BYTES if x.device.type == "cpu" else GPU_SCRATCH_BYTES
 
 
 def multiply_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
@@ -46,6 +49,6 @@ def multiply_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tenso
     rows, columns = weight.shape
     flat = grad.reshape(-1, rows)
     out = torch.zeros(flat.shape[0], columns, dtype=torch.float32, device=grad.device)
-    for first, last, values in weight.pieces(grad.dtype):
+    for first, last, values in weight.pieces(grad.dtype, _scratch(grad)):
         out += torch.mm(flat[:, first:last], values)
     return out.to(grad.dtype).view(*grad.shape[:-1], columns)

@@ -67,6 +67,7 @@ def test_no_product_waits(scheme: str, codec: str) -> None:
                 for mode in name.MODES:
                     if name is eager or name.declines(call_of(x.device, dtype, weight, mode)) is None:
                         name.multiply(x, weight, bias, mode)
+            dispatch.multiply_transposed(torch.ones(3, 136, dtype=dtype), weight)
             eager.multiply_transposed(torch.ones(3, 136, dtype=dtype), weight)
             for _ in range(2):
                 dispatch.multiply(x, weight, bias)
