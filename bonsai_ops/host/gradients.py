@@ -121,7 +121,7 @@ def _blocks(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The members of ModuleLists that are made of layers."""
     for module in transformer.modules():
         if isinstance(module, torch.nn.ModuleList):
-            members = (getattr(member, "_orig_mod", member) for member in module)  # what torch.compile wraps
+            members = (getattr(m, "_orig_mod", m) for m in module if m is not None)  # what torch.compile wraps
             yield from (m for m in members if not isinstance(m, CONTAINERS) and next(m.children(), None) is not None)
 
 

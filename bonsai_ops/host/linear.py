@@ -7,6 +7,7 @@ ComfyUI's manual_cast operations.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import kernels
 from ..weights.packed_weight import SCRATCH_BYTES, PackedWeight
+from .adapters import branches
 from .kept import Kept
 from .layout import device_of, is_packed, mode_of, owned, unwrap
 from .lora import LOWVRAM_PATCH, LayerPatches, hand_over, made_of, patches_of, plain_terms
@@ -130,17 +132,20 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         keep: Kept | None = None,
     ) -> torch.Tensor:
         """x W^T + bias with patches and wrappers; the packed weight lies on x's device. keep: as for add_to."""
-        if wrappers or any(patch.terms is None for patch in patches):
+        trained = branches(wrappers) if wrappers else []
+        if trained is None or any(patch.terms is None for patch in patches):
             # a gradient needs all of the weight later on; a compiled graph would have a copy of the code for each piece
             whole = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
             if not (wrappers or whole) and all(patch.by_rows for patch in patches):
                 return self._product_by_rows(x, unwrap(weight), bias, patches, keep)
             dense = self.patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
             return torch.nn.functional.linear(x, dense.to(x.dtype), bias)
-        y = kernels.linear(x, unwrap(weight), bias, mode_of(weight))
+        y = kernels.linear(x, unwrap(weight), None if trained else bias, mode_of(weight))
         for patch in patches:
             y = patch.add_to(y, x, keep)
-        return y
+        for branch in trained:
+            y = branch(x, y)
+        return y + bias if trained and bias is not None else y
 
     def _product_by_rows(
         self,
@@ -281,7 +286,9 @@ class PackedLinear(_PackedModule):
     def _packed_forward(self, x: torch.Tensor, packed: QuantizedTensor) -> torch.Tensor:
         patches, wrappers = self._layer_patches(), self._wrappers()
         in_place, bias = device_of(packed) == x.device, self.bias
-        if torch.compiler.is_compiling() and in_place and not (patches or wrappers):
+        if not torch.compiler.is_compiling():
+            x = _in_autocast(x)
+        elif in_place and not (patches or wrappers):
             return torch.nn.functional.linear(x, packed, bias)
         # an offloaded layer keeps none: ComfyUI left no room for more than its weight
         keep = self.kept_loras if in_place or self._dynamic_patch is not None else None
@@ -343,6 +350,18 @@ class PackedEmbedding(_PackedModule):
             rows = torch.nn.functional.embedding(index, weight, self.padding_idx).to(dtype)
         comfy.ops.uncast_bias_weight(self, weight, None, stream)
         return rows
+
+
+_may_autocast = functools.cache(torch.amp.is_autocast_available)
+"""Asked by every call of a layer."""
+
+
+def _in_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that torch's own linear computes in here: within autocast, as while ComfyUI trains, in another."""
+    kind = x.device.type
+    if not _may_autocast(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _leave_inference(tensor: torch.Tensor) -> torch.Tensor:

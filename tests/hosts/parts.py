@@ -52,6 +52,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         f"{MODEL}/test_hooks.py::test_hooks_on_an_offloaded_model",
         f"{MODEL}/test_gradients.py::test_a_loaded_pack",
         f"{MODEL}/test_gradients.py::test_train_lora_at_every_depth",
+        f"{MODEL}/test_train_lora.py::test_training_goes_on_and_the_file_loads",
     ),
     "offload": (
         f"{MODEL}/test_offload.py",

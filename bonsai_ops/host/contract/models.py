@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .need import BASE_MODEL, CONFIGURATION, MISFIT, PARAMS, PATCHER, SLOW_LORAS, TENSOR, Need
+from .need import BASE_MODEL, CONFIGURATION, MISFIT, PARAMS, PATCHER, SLOW_LORAS, SLOW_TRAINING, TENSOR, Need
 
 NEEDS = (
     # one layer
@@ -137,6 +137,22 @@ NEEDS = (
     Need("host/gradients.py", BASE_MODEL, "to find its blocks", words="diffusion_model"),
     Need("host/gradients.py", "comfy.patcher_extension.CallbacksMP", "to follow clones", "ON_CLONE"),
     Need("host/gradients.py", "comfy.ops.CastWeightBiasOp", "to know what is trained", "weight_function"),
+    Need(
+        "host/adapters.py",
+        "comfy.weight_adapter.lora.LoraDiff",
+        "to train beside packed weights",
+        words="lora_up lora_down lora_mid alpha rank",
+        costs=SLOW_TRAINING,
+    ),
+    Need(
+        "host/adapters.py",
+        "comfy.weight_adapter.lokr.LokrDiff",
+        "to train beside packed weights",
+        "w1 w2",
+        "use_tucker",
+        costs=SLOW_TRAINING,
+    ),
+    Need("host/adapters.py", "comfy.weight_adapter.oft.OFTDiff", "to train beside packed weights", costs=SLOW_TRAINING),
     # steps
     Need(
         "host/sampling.py", "comfy.sample", "to sample", "fix_empty_latent_channels prepare_noise sample sample_custom"

@@ -39,3 +39,6 @@ MISFIT = "to tell what belongs to another model"
 SAVED = "to say what a saved text encoder is"
 NO_ENCODER = "no pack's text encoder is loaded; CLIPLoader with qwen_3_4b.safetensors and type flux2 serves as well"
 SLOW_LORAS = "LoRAs on packed layers are exact but slow: each call unpacks the layer"
+SLOW_TRAINING = (
+    "Train LoRA unpacks packed layers in weight mode: right, but slower and with more memory than bypass_mode"
+)
