@@ -251,6 +251,24 @@ def test_a_broken_token_leaves_the_others_alone(mode: str) -> None:
 
 
 @interpreter
+@pytest.mark.parametrize(
+    ("mode", "target"), [("exact", 86), ("exact", 90), ("fp16_accumulate", 86), ("a8", 86), ("a8", 90)]
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_what_fp16_cannot_hold_is_infinite(mode: str, target: int) -> None:
+    """As a dense product is: ComfyUI's blocks clamp it where they clamp that. The sums themselves go on beyond it."""
+    codes = torch.zeros(24, 256, dtype=torch.uint8)
+    codes[8:16] = 2
+    codes[16:, 128:] = 2  # up and down again
+    weight = PackedWeight(codecs.encode("crumb", codes), torch.ones(24, 2), (24, 256), "ternary", "crumb", 128)
+    x = torch.full((2, 256), 30000.0, dtype=torch.float16)
+    x[1] = 127
+    signs = torch.tensor([1.0, -1.0, 0.0]).repeat_interleave(8)
+    expected = (x.double().sum(1, keepdim=True) * signs).to(torch.float16)
+    assert torch.equal(launch_poisoned(x, weight, target, mode), expected)
+
+
+@interpreter
 @pytest.mark.parametrize(("mode", "codec", "tokens"), [("exact", "crumb", 20_000), ("a8", "crumb", 2_000)])
 def test_many_tokens(mode: str, codec: str, tokens: int) -> None:
     weight = make_weight(9, 128, codec)
