@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .tools.environment import relaunch_if_needed
+from .tools.environment import ending_by_exception, relaunch_if_needed
 from .weights.errors import PackError
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 BAR_WIDTH = 40
 
@@ -38,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     relaunch_if_needed("bonsai_ops.convert", sys.argv[1:] if argv is None else argv, arguments.yes)
     started = time.perf_counter()
     try:
-        with _ending_by_exception():
+        with ending_by_exception():
             target = _convert(arguments.source, arguments.target, arguments.overwrite)
     except PackError as error:
         print(f"\n{_without_page(error)}", file=sys.stderr)
@@ -59,26 +52,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
     return 0
-
-
-@contextlib.contextmanager
-def _ending_by_exception() -> Iterator[None]:
-    """Within it a signal that ends a program raises SystemExit, so that nothing half-written stays."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-    ours = []
-    if threading.current_thread() is threading.main_thread():  # signals are set there only
-        ours = [number for number in known if signal.getsignal(number) == signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _without_page(error: PackError) -> PackError:

@@ -263,7 +263,6 @@ class TestSteps:
     @pytest.mark.parametrize(
         ("output", "cure"),
         [
-            ("OSError: [Errno 28] No space left on device", "free 7 GB"),
             ("ERROR: No matching distribution found for torch==2.14.1", "64-bit Python"),
             ("NewConnectionError: Failed to establish a new connection", "network"),
             ("something else", "see the lines above"),

@@ -29,7 +29,14 @@ from .places import (
 )
 from .plugin_link import link_plugin
 from .prepare import ensure, ensure_or_exit, relaunch_if_needed, relaunch_in_own
-from .processes import clean_environment, inherited_environment, module_command, run_attached, tail_of
+from .processes import (
+    clean_environment,
+    ending_by_exception,
+    inherited_environment,
+    module_command,
+    run_attached,
+    tail_of,
+)
 
 __all__ = [
     "COMFYUI_VERSIONS",
@@ -41,6 +48,7 @@ __all__ = [
     "clean_environment",
     "comfyui_path",
     "comfyui_version",
+    "ending_by_exception",
     "ensure",
     "ensure_or_exit",
     "environment_path",

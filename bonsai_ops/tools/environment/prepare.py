@@ -31,7 +31,7 @@ from .places import (
     interpreter,
     newest_packages_path,
 )
-from .processes import clean_environment, module_command, run_attached, say
+from .processes import clean_environment, ending_by_exception, module_command, run_attached, say
 from .steps import Step, folder_step, perform, pip_step, venv_step
 
 MINIMUM_PYTHON = (3, 10)
@@ -74,14 +74,18 @@ def ensure(tests: bool = False, comfyui: Path | None = None, versions: Sequence[
 def ensure_or_exit(
     tests: bool = False, comfyui: Path | None = None, versions: Sequence[str] = (NEWEST,)
 ) -> Environment:
-    """`ensure` for command-line entries: ends the program with a message instead of a SetupError or an interrupt."""
+    """`ensure` for command-line entries: ends the program with a message instead of a SetupError or an interrupt.
+
+    A signal that ends the program ends pip too, and gives the lock back.
+    """
     try:
-        return ensure(tests, comfyui, versions)
+        with ending_by_exception():
+            return ensure(tests, comfyui, versions)
     except SetupError as error:
         raise SystemExit(str(error)) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
         say("Stopped. Run the same command again to go on from here.")
-        raise SystemExit(130) from None
+        raise SystemExit(130 if isinstance(end, KeyboardInterrupt) else end.code) from None
 
 
 def relaunch_if_needed(module: str, argv: Sequence[str], yes: bool = False) -> None:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from .places import PLUGIN
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 Tick = Callable[[], None]
 _LOG_TAIL_LINES = 30
@@ -74,10 +86,16 @@ def call_quietly(command: Sequence[str]) -> int:
         return -1
 
 
-def run_logged(command: Sequence[str], log: Path, tick: Tick) -> int:
-    """Run a command with its output appended to a file and return its exit code; `tick` is called each second."""
+def run_logged(command: Sequence[str], log: Path, tick: Tick, clear: Path | None = None) -> int:
+    """Run a command with its output appended to a file and return its exit code; `tick` is called each second.
+
+    clear: a folder that is deleted first. Waits for a command that an ended run left behind with this log.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
+        _lock_log(output)
+        if clear is not None and clear.exists():
+            shutil.rmtree(clear)
         output.write(f"\n$ {' '.join(command)}\n".encode())
         output.flush()
         with subprocess.Popen(
@@ -91,6 +109,38 @@ def run_logged(command: Sequence[str], log: Path, tick: Tick) -> int:
             except BaseException:
                 process.terminate()
                 raise
+
+
+def _lock_log(output: BinaryIO) -> None:
+    """Locks a log for as long as this process or a command that writes into it has it open: killing us ends no pip."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError):  # a folder that knows no locks
+        try:
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f" waiting for what an ended run left running (it writes {output.name})", end="")
+            fcntl.flock(output, fcntl.LOCK_EX)
+
+
+@contextlib.contextmanager
+def ending_by_exception() -> Iterator[None]:
+    """Within it a signal that ends a program raises SystemExit, so that nothing half-done stays."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    ours = []
+    if threading.current_thread() is threading.main_thread():  # signals are set there only
+        ours = [number for number in known if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def show_tail(log: Path) -> str:

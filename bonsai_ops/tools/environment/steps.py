@@ -16,6 +16,9 @@ from .places import SetupError, environment_path, home, interpreter
 from .processes import Tick, call_quietly, run_logged, say, show_tail
 
 FOUND_NOTHING = re.compile(r"No matching distribution|Could not find a version")
+FULL = r"No space left|not enough space|Errno 28|WinError 112|File too large|Disk quota exceeded"
+FREE = "the disk is full; free 7 GB or name another folder in the environment variable BONSAI_HOME"
+LEAST_FREE = 1_000_000
 UNREACHABLE = (
     "the package index could not be reached; check the network and proxy settings and run again, it goes on where it "
     "stopped"
@@ -82,17 +85,13 @@ def _venv_is_done() -> bool:
 
 
 def _create_venv(tick: Tick) -> None:
-    env = environment_path()
-    if env.exists():  # half made, moved, or its base Python is gone
-        shutil.rmtree(env)
-    log = home() / "venv.log"
+    env, log = environment_path(), home() / "venv.log"
     command = [sys.executable, "-m", "venv", str(env)]
-    if run_logged(command, log, tick) != 0:
-        show_tail(log)
-        raise SetupError(
-            f"{sys.executable} could not create a virtual environment (see {log}): install its venv and "
-            f"pip modules (on Debian: python3-venv) or use another Python."
-        )
+    if run_logged(command, log, tick, clear=env) != 0:  # it was half made or moved, or its base Python is gone
+        cure = "install its venv and pip modules (on Debian: python3-venv) or use another Python"
+        if _is_full(show_tail(log)):
+            cure = FREE
+        raise SetupError(f"{sys.executable} could not create a virtual environment (see {log}): {cure}.")
     _write_stamp("venv", f"{env}\n")
 
 
@@ -152,8 +151,16 @@ def pip(arguments: Sequence[str], tick: Tick) -> None:
     ]
     if run_logged(command, log, tick) != 0:
         tail = show_tail(log)
-        cause = UNREACHABLE if FOUND_NOTHING.search(tail) and not _reaches_index(log, tick) else explain(tail)
+        if _is_full(tail):
+            cause = FREE
+        else:
+            cause = UNREACHABLE if FOUND_NOTHING.search(tail) and not _reaches_index(log, tick) else explain(tail)
         raise SetupError(f"pip {arguments[0]} failed: {cause} (whole log: {log}).")
+
+
+def _is_full(tail: str) -> bool:
+    """Whether a command failed for want of room, by the end of its log or where there was no room for that either."""
+    return bool(re.search(FULL, tail)) or shutil.disk_usage(home()).free < LEAST_FREE
 
 
 def _reaches_index(log: Path, tick: Tick) -> bool:
@@ -172,10 +179,6 @@ def _reaches_index(log: Path, tick: Tick) -> bool:
 def explain(tail: str) -> str:
     """The cause of a failed pip and its cure, from the last lines of its output."""
     causes = (
-        (
-            r"No space left|not enough space|Errno 28|WinError 112",
-            "the disk is full; free 7 GB or name another folder in the environment variable BONSAI_HOME",
-        ),
         (
             r"THESE PACKAGES DO NOT MATCH THE HASHES",
             "a download is not the expected file; delete the downloads folder "

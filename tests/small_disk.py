@@ -1,0 +1,35 @@
+"""A disk that is full soon: a tmpfs where this process may mount one, or a limit on the length of files."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+KINDS = ("disk", "limit")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, nbytes: int, kind: str) -> Iterator[Callable[[], None]]:
+    """Makes the folder; children started with the result as `preexec_fn` find no room in it beyond `nbytes`.
+
+    kind: "disk", a file system of that size, which skips the test where nobody may mount one; "limit", no file may be
+    longer, as a quota does it.
+    """
+    resource = pytest.importorskip("resource")
+    folder.mkdir()
+    if kind == "limit":
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
+        return
+    options = ["-t", "tmpfs", "-o", f"size={nbytes}", "bonsai-small-disk", str(folder)]
+    with contextlib.suppress(OSError):
+        if subprocess.run(["mount", *options], capture_output=True, check=False).returncode == 0:
+            try:
+                yield lambda: None
+            finally:
+                subprocess.run(["umount", "--lazy", str(folder)], check=False)
+            return
+    pytest.skip("this process may not mount a small disk")
