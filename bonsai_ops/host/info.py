@@ -41,6 +41,7 @@ def describe(model: ModelPatcher, found: Inventory | None = None) -> list[Line]:
         ("backend", f"{found.backend}, {found.mode}"),
     ]
     lines += [(f"not {name}", reason) for name, reason in found.declined.items()]
+    lines += [("timed", f"{products}: {found.timed[products]}") for products in found.timed]
     lines.append(("patched layers", str(len(model.patches))))
     if found.origin is not None:
         lines.append(("file", f"{found.origin.format}, {Path(found.origin.path).name}"))

@@ -53,6 +53,8 @@ class Inventory:
     declined: Mapping[str, str]
     """{backend, mode or dtype that would be faster: why it is not used}."""
     origin: Origin | None = None
+    timed: Mapping[str, str] = field(default_factory=dict)
+    """{class of products: which of two backends was faster}, of those that were timed here."""
 
     @property
     def scheme(self) -> str:
@@ -102,6 +104,7 @@ def take_inventory(patcher: ModelPatcher, origin: Origin | None = None) -> Inven
         mode=choice.mode,
         declined=choice.declined,
         origin=origin,
+        timed=kernels.timed_choices(patcher.load_device, dtype, {w.shape for w in packed}),
     )
 
 

@@ -2,12 +2,14 @@
 
 call.py        Call, Choice and the Backend protocol
 dispatch.py    which backend multiplies a call, and why the others do not
+contest.py     which of two is faster for a card and a shape; choices.py keeps that in a file
 custom_op.py   the product as an operator of torch: `linear`, for everyone outside
 eager.py       the reference; cpu.py, triton/, unpack/: the fast ones
 """
 
 from ..weights.device_errors import is_the_devices
 from .call import EXACT, MODES, Call, Choice, call_of, check_mode
+from .contest import told as timed_choices
 from .custom_op import linear
 from .dispatch import (
     backend_names,
@@ -19,7 +21,7 @@ from .dispatch import (
     resolve,
     use_backend,
 )
-from .failure import BackendError
+from .failure import BackendError, LostDeviceError
 from .machine import capturing, cpu_has_fast_bf16
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "BackendError",
     "Call",
     "Choice",
+    "LostDeviceError",
     "backend_names",
     "call_of",
     "capturing",
@@ -41,5 +44,6 @@ __all__ = [
     "linear",
     "release_memory",
     "resolve",
+    "timed_choices",
     "use_backend",
 ]

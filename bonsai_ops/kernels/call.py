@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -92,11 +92,16 @@ def refuse_residual(weight: PackedWeight) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """What multiplies a call, in which mode, and {backend, mode or dtype that would be faster: why not}."""
+    """What multiplies a call, in which mode, and {backend, mode or dtype that would be faster: why not}.
+
+    rival: what may be faster from contest.LEAST_TOKENS tokens on. settled: {tokens of contest.TOKENS: the faster one}.
+    """
 
     backend: Backend
     mode: str
     declined: dict[str, str]
+    rival: Choice | None = None
+    settled: dict[int, Choice] = field(default_factory=dict, compare=False)
 
 
 def call_of(device: torch.device, dtype: torch.dtype, weight: PackedWeight, mode: str = EXACT) -> Call:

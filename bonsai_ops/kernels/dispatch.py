@@ -5,7 +5,9 @@ which takes everything in mode exact.
 `use_backend("eager")` forces one within a block, the environment variable BONSAI_BACKEND for a whole process. A backend
 that raises is out for that device and mode from then on: one line in the log with the cure, and the next one takes
 over. Where memory ran out or the device's context is lost, or while a CUDA graph is recorded, which an error ends, the
-error is the caller's, and nothing is out.
+error is the caller's, and nothing is out; a lost context is said to be one, with the cure.
+
+Where a fused kernel takes a call with many tokens and unpacking could too, contest.py tells which is faster.
 
 A mode other than exact is a wish: where no backend offers it for a call, the call is exact, and the reason is kept
 under the mode's name beside those of the backends.
@@ -23,11 +25,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..weights.device_errors import is_the_devices
+from ..weights.device_errors import is_lost, is_the_devices
 from ..weights.packed_weight import PackedWeight
-from . import cpu, eager, machine, triton
+from . import contest, cpu, eager, machine, triton
 from .call import EXACT, Backend, Call, Choice, call_of, check_mode
-from .failure import BackendError
+from .choices import FUSED, UNPACK
+from .failure import BackendError, LostDeviceError
 from .unpack import by_nvrtc, by_triton
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,9 @@ of the protocol walk this list."""
 
 TRANSPOSING = (cpu, eager)
 """Those that have `multiply_transposed` too; where another is the best, the reference stands in."""
+
+CONTESTED, RIVALS = (triton,), (by_triton, by_nvrtc)
+"""What one of the first multiplies, the first of the second that takes it in mode exact may multiply faster."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("bonsai_backend", default=None)
 
@@ -119,21 +125,33 @@ def resolve(call: Call) -> Choice:
         call, declined = replace(call, mode=EXACT), {call.mode: why, **others}
     if call.device.type == "cpu" and call.dtype == torch.float32 and not machine.cpu_has_fast_bf16():
         declined = {**declined, "bf16": cpu.NO_BF16}
-    return Choice(backend, call.mode, declined)
+    return Choice(backend, call.mode, declined, _rival(call, backend))
+
+
+def _rival(call: Call, backend: Backend) -> Choice | None:
+    """What may be faster than a backend for some numbers of tokens; None where nothing is or another one is forced."""
+    if backend not in CONTESTED or call.device.type not in contest.timers or (_forced.get() or _override()) is not None:
+        return None
+    call = replace(call, mode=EXACT)
+    others = (one for one in BACKENDS if one in RIVALS and _reason(one, call) is None)
+    return next((Choice(one, EXACT, {}) for one in others), None)
+
+
+def _reason(backend: Backend, call: Call) -> str | None:
+    """Why a backend does not take a call as it is, None if it does."""
+    reason = _failures.reasons.get((backend.NAME, str(call.device), call.mode))
+    if reason is None and (_forced.get() or _override()) not in (None, backend.NAME) and backend is not eager:
+        reason = f"{_forced.get() or _override()} is asked for"
+    if reason is None and call.mode not in backend.MODES:
+        reason = f"it has no mode {call.mode}"
+    return backend.declines(call) if reason is None else reason
 
 
 def _first(call: Call) -> tuple[Backend | None, dict[str, str]]:
     """(the first backend that takes a call as it is, or None; {name of each one before it: why it declined})."""
-    wanted = _forced.get() or _override()
     declined: dict[str, str] = {}
     for backend in BACKENDS:
-        reason = _failures.reasons.get((backend.NAME, str(call.device), call.mode))
-        if reason is None and wanted not in (None, backend.NAME) and backend is not eager:
-            reason = f"{wanted} is asked for"
-        if reason is None and call.mode not in backend.MODES:
-            reason = f"it has no mode {call.mode}"
-        if reason is None:
-            reason = backend.declines(call)
+        reason = _reason(backend, call)
         if reason is None:
             return backend, declined
         declined[backend.NAME] = reason
@@ -145,8 +163,8 @@ def multiply(
 ) -> torch.Tensor:
     """y = x W^T + bias by the best backend; x [.., K] -> [.., N] in x's dtype. Arguments as `linear` checks them.
 
-    A backend that breaks is replaced, not raised. Raises what says that memory ran out or that the device is lost,
-    what the reference raises, and whatever is raised while a CUDA graph is recorded.
+    A backend that breaks is replaced, not raised. Raises what says that memory ran out, LostDeviceError where the
+    device is lost, what the reference raises, and whatever is raised while a CUDA graph is recorded.
     """
     return _by_the_best(BACKENDS, x, weight, mode, lambda backend, mode: backend.multiply(x, weight, bias, mode))
 
@@ -170,13 +188,68 @@ def _by_the_best(
     `among`."""
     while True:
         choice = _choice(x, weight, mode)
-        backend = choice.backend if choice.backend in among else eager
+        if choice.rival is not None and choice.backend in among:
+            choice = _faster(choice, x, weight, product)
+            if choice is None:
+                continue
+        elif choice.backend not in among:
+            choice = Choice(eager, choice.mode, {})
         try:
-            return product(backend, choice.mode)
+            return product(choice.backend, choice.mode)
         except Exception as error:  # a compiler that breaks at its first launch may raise anything
-            if backend is eager or is_the_devices(error) or machine.capturing():
-                raise
-            _failures.record(choice, x.device, error)
+            _raise_or_record(choice, x.device, error)
+
+
+def _raise_or_record(choice: Choice, device: torch.device, error: Exception) -> None:
+    """Retires what failed where another backend makes it good; else raises as `multiply` does."""
+    if is_lost(error):
+        raise LostDeviceError(str(device), error) from error
+    if choice.backend is eager or is_the_devices(error) or machine.capturing():
+        raise error
+    _failures.record(choice, device, error)
+
+
+def _faster(
+    choice: Choice, x: torch.Tensor, weight: PackedWeight, product: Callable[[Backend, str], torch.Tensor]
+) -> Choice | None:
+    """The choice or its rival, as contest.py tells for the tokens of x; None where one of them broke."""
+    tokens = contest.bucket(x.numel() // weight.shape[1])
+    if tokens is None:
+        return choice
+    settled = choice.settled.get(tokens)
+    if settled is None:
+        key = contest.key_of(call_of(x.device, x.dtype, weight, choice.mode), tokens)
+        side = contest.known(key)
+        if side is None:
+            if not contest.can_time(x):
+                return choice
+            side = _timed(key, choice, x.device, product)
+            if side is None:
+                return None
+        settled = choice.settled[tokens] = choice.rival if side == UNPACK else choice
+    return settled
+
+
+def _timed(
+    key: contest.Key, choice: Choice, device: torch.device, product: Callable[[Backend, str], torch.Tensor]
+) -> str | None:
+    """The faster side, timed now; None where one of the two broke. Where memory runs out it is the fused one."""
+    sides = {FUSED: choice, UNPACK: choice.rival}
+    try:
+        for one in sides.values():
+            try:
+                product(one.backend, one.mode)
+            except Exception as error:
+                _raise_or_record(one, device, error)
+                return None
+        calls = {side: functools.partial(product, one.backend, one.mode) for side, one in sides.items()}
+        return contest.decide(key, device, calls)
+    except Exception as error:
+        if isinstance(error, LostDeviceError):
+            raise
+        if is_lost(error):
+            raise LostDeviceError(str(device), error) from error
+        return FUSED
 
 
 def _choice(x: torch.Tensor, weight: PackedWeight, mode: str) -> Choice:

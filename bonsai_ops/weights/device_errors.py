@@ -35,5 +35,14 @@ def is_the_devices(error: BaseException) -> bool:
     known = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError), MemoryError)
     if isinstance(error, known):
         return True
+    return isinstance(error, RuntimeError) and _says(error, (*OUT_OF_MEMORY, *LOST_DEVICE))
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the device's context is lost: every further call on it fails, until the process ends."""
+    return isinstance(error, RuntimeError) and _says(error, LOST_DEVICE) and not _says(error, OUT_OF_MEMORY)
+
+
+def _says(error: BaseException, words: tuple[str, ...]) -> bool:
     text = str(error).lower().replace("_", " ")
-    return isinstance(error, RuntimeError) and any(words in text for words in (*OUT_OF_MEMORY, *LOST_DEVICE))
+    return any(some in text for some in words)

@@ -38,8 +38,8 @@ class Benchmark:
 
     measure: prints its table and returns its figures. at_the_top: the figures are keys of the whole JSON, not of one
     table. csv: --csv writes them. panel: what --plot draws of them, None for nothing. alone: it writes --json itself,
-    returns the exit code, and no other runs beside it. finds_python: it takes ComfyUI's Python where this one has no
-    torch, not that of the private environment.
+    returns the exit code, and no other runs beside it. finds_python: where this Python has no torch it looks for
+    ComfyUI's or asks for it, and takes none from the private environment.
     """
 
     name: str
@@ -140,6 +140,20 @@ def _static(run: Run) -> int:
     return _call("static", "run_static", run.arguments.json)
 
 
+def _forget_choices(run: Run) -> int:
+    try:
+        from ...kernels.choices import choices, file_path
+    except ModuleNotFoundError as error:
+        print(f"This Python has no {error.name}: run this with the Python of your ComfyUI.")
+        return 1
+    try:
+        print(f"removed {file_path()}" if choices.forget() else f"nothing to remove: there is no {file_path()}")
+    except OSError as error:
+        print(f"{file_path()} cannot be removed ({error.strerror}): remove it by hand.")
+        return 1
+    return 0
+
+
 def _gpu_check(run: Run) -> int:
     return _call("gpu_check.drive", "run", run.arguments, run.given)
 
@@ -221,6 +235,14 @@ BENCHMARKS = (
         _static,
         csv=False,
         alone=True,
+    ),
+    Benchmark(
+        "forget-choices",
+        "no measurement: removes what was timed of this machine's GPUs, so that each kind of product is timed again",
+        _forget_choices,
+        csv=False,
+        alone=True,
+        finds_python=True,
     ),
     Benchmark(
         "gpu-check",

@@ -110,6 +110,30 @@ def test_a_declined_mode_is_explained(load: Callable[..., Any], caplog: pytest.L
     assert lines["backend"] == "cpu, exact" and reason in lines["not fp16_accumulate"]
 
 
+@pytest.mark.processor
+def test_what_was_timed_is_told(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bonsai Model Info names the faster one for layers of the model's shapes, and for no others."""
+    from bonsai_ops.host.info import describe, draw
+    from bonsai_ops.host.inventory import take_inventory
+    from bonsai_ops.kernels import contest
+    from bonsai_ops.kernels.choices import FUSED, UNPACK, Choices, Timed
+
+    model = load()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(contest, "choices", Choices())
+    monkeypatch.setitem(contest.timers, "cpu", lambda calls: [1.0 for _ in calls])
+    before = describe(model)
+    rows, columns = model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight.shape
+    for shape in ((columns, rows), (columns + 128, rows)):
+        key = contest.Key("cpu", "", take_inventory(model).dtype, "ternary", "trit5", "exact", *shape, 1536)
+        contest.choices.add(key.text, Timed(UNPACK, {FUSED: 2.0, UNPACK: 1.0}))
+    lines = describe(model)
+    assert [line for line in lines if line not in before] == [
+        ("timed", f"{columns} to {rows}, 1536 tokens, trit5 exact: unpack is faster (fused 2 ms, unpack 1 ms)")
+    ]
+    assert draw(take_inventory(model), lines).shape[1] > draw(take_inventory(model), before).shape[1]
+
+
 @pytest.mark.parametrize("option", ["mode", "layout", "memory"])
 def test_an_unknown_option_is_refused(load: Callable[..., Any], option: str) -> None:
     with pytest.raises(ValueError, match=f"{option}.* 'best' is unknown, expected"):
