@@ -1,15 +1,19 @@
-// Opens ComfyUI's page in Chromium, loads one graph, may run it, takes a picture, prints one JSON line.
+// Opens ComfyUI's page in Chromium; for each job loads one graph, may run it, takes a picture, prints one JSON line.
 //
-//   node drive.cjs job.json      job: {url, chromium, graph, run, screenshot, size: [w, h], vue, locale, timeout}
+//   node drive.cjs CHROMIUM      stdin: paths of jobs, one a line
+//   job.json: {url, graph, run, screenshot, size: [w, h], vue, locale, search, timeout}
 //
 // url: the running server. graph: path of a workflow in UI format. run: queue it once and wait. screenshot: path of a
 // .png, or null. size: of the window. vue: nodes drawn as HTML instead of on the canvas. locale: such as "en".
-// search: what is typed into the search for nodes, or null.
+// search: what is typed into the search for nodes, or null. The page stays open between jobs that see the same one, as
+// a user's does who opens one workflow after the other.
 // Answer: {types: unknown node types, widgets: {id: values}, missing: [{node, name, url, directory}], media: [names],
 // errors: what failed (page, validation, execution), outputs: {id: output}, titles: [as shown], found: [titles that the
 // search offers], shown: {id: {width, pictures: how many the node draws, texts: those of its read-only widgets}}}
+// or {failed: what drive.cjs itself could not do}
 
 const fs = require('fs')
+const readline = require('readline')
 const { chromium } = require('playwright-core')
 
 const FLAGS = [
@@ -23,6 +27,8 @@ const FLAGS = [
 async function openPage(browser, job) {
   const [width, height] = job.size || [1800, 1000]
   const page = await browser.newPage({ viewport: { width, height } })
+  const failures = []
+  page.on('pageerror', (error) => failures.push(`page: ${error.message}`))
   const settings = {
     'Comfy.Locale': job.locale || 'en',
     'Comfy.VueNodes.Enabled': Boolean(job.vue),
@@ -43,7 +49,7 @@ async function openPage(browser, job) {
     { timeout: job.timeout }
   )
   await page.waitForTimeout(1000)
-  return page
+  return { page, failures }
 }
 
 // Runs in the page.
@@ -72,13 +78,21 @@ async function load(graph) {
 async function run(timeout) {
   const api = window.app.api ?? window.comfyAPI.api.api
   const outputs = {}
+  const listeners = []
+  const listen = (event, listener) => {
+    api.addEventListener(event, listener)
+    listeners.push([event, listener])
+  }
   const ended = new Promise((resolve) => {
-    const finish = (errors) => resolve({ outputs, errors })
+    const finish = (errors) => {
+      for (const [event, listener] of listeners) api.removeEventListener(event, listener)
+      resolve({ outputs, errors })
+    }
     setTimeout(() => finish([`no end of the prompt within ${timeout / 1000} s`]), timeout)
-    api.addEventListener('executed', ({ detail }) => (outputs[detail.node] = detail.output))
-    api.addEventListener('execution_success', () => finish([]))
-    api.addEventListener('execution_interrupted', () => finish(['interrupted']))
-    api.addEventListener('execution_error', ({ detail }) =>
+    listen('executed', ({ detail }) => (outputs[detail.node] = detail.output))
+    listen('execution_success', () => finish([]))
+    listen('execution_interrupted', () => finish(['interrupted']))
+    listen('execution_error', ({ detail }) =>
       finish([`node ${detail.node_id} (${detail.node_type}): ${detail.exception_type}: ${detail.exception_message}`])
     )
   })
@@ -122,32 +136,52 @@ async function search(page, words) {
   return (await offered.allInnerTexts()).map((text) => text.trim())
 }
 
-async function main() {
-  const job = { timeout: 300000, ...JSON.parse(fs.readFileSync(process.argv[2], 'utf8')) }
-  const browser = await chromium.launch({ executablePath: job.chromium, args: FLAGS })
-  try {
-    const page = await openPage(browser, job)
-    const failures = []
-    page.on('pageerror', (error) => failures.push(`page: ${error.message}`))
-    const answer = await page.evaluate(load, JSON.parse(fs.readFileSync(job.graph, 'utf8')))
-    if (job.run) {
-      const { outputs, errors } = await page.evaluate(run, job.timeout)
-      answer.outputs = outputs
-      answer.errors.push(...errors)
-      await page.waitForTimeout(500)
-      answer.shown = await drawn(page, outputs)
-    }
-    if (job.screenshot) {
-      await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
-      await page.waitForTimeout(1500)
-      await page.screenshot({ path: job.screenshot })
-    }
-    if (job.search) answer.found = await search(page, job.search)
-    answer.errors.push(...failures)
-    process.stdout.write(`${JSON.stringify(answer)}\n`)
-  } finally {
-    await browser.close()
+async function drive(page, failures, job) {
+  failures.length = 0
+  const answer = await page.evaluate(load, JSON.parse(fs.readFileSync(job.graph, 'utf8')))
+  if (job.run) {
+    const { outputs, errors } = await page.evaluate(run, job.timeout)
+    answer.outputs = outputs
+    answer.errors.push(...errors)
+    await page.waitForTimeout(500)
+    answer.shown = await drawn(page, outputs)
   }
+  if (job.screenshot) {
+    await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
+    await page.waitForTimeout(1000)
+    await page.screenshot({ path: job.screenshot })
+  }
+  if (job.search) {
+    answer.found = await search(page, job.search)
+    await page.keyboard.press('Escape')
+  }
+  answer.errors.push(...failures)
+  return answer
+}
+
+async function main() {
+  const browser = await chromium.launch({ executablePath: process.argv[2], args: FLAGS })
+  let open = null
+  let seen = null
+  for await (const path of readline.createInterface({ input: process.stdin })) {
+    let answer
+    try {
+      const job = { timeout: 300000, ...JSON.parse(fs.readFileSync(path, 'utf8')) }
+      const sees = JSON.stringify([job.url, job.size, job.vue, job.locale])
+      if (sees !== seen) {
+        await open?.page.close()
+        seen = null
+        open = await openPage(browser, job)
+        seen = sees
+      }
+      answer = await drive(open.page, open.failures, job)
+    } catch (error) {
+      seen = null // the next job gets a page of its own
+      answer = { failed: `${error.stack || error}` }
+    }
+    process.stdout.write(`${JSON.stringify(answer)}\n`)
+  }
+  await browser.close()
 }
 
 main().catch((error) => {

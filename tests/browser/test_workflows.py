@@ -1,5 +1,7 @@
 """The shipped workflows in ComfyUI's real page: loaded, checked, queued and watched in Chromium (drive.cjs).
 
+Tests that see the same page (canvas, HTML nodes, a language) stand together: between them it stays open.
+
 The published weights cannot be had in a test, so every run uses the files of tiny_files.py. A workflow as shipped, with
 its own loaders, is only loaded and compared: the page must name exactly the missing files, with the addresses they can
 be downloaded from.
@@ -13,6 +15,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,40 +41,33 @@ each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path
 
 @dataclass(frozen=True)
 class Page:
-    """Runs drive.cjs against one server."""
+    """Has drive.cjs, in `process`, use the page of one server."""
 
     server: ComfyServer
-    node: str
-    chromium: str
+    process: subprocess.Popen[str]
     folder: Path
     pictures: Path
 
     def drive(self, name: str, graph: dict[str, Any], **job: object) -> dict[str, Any]:
         """What drive.cjs answers for `graph`; the job's file and the picture of the page are called `name`."""
         workflow, order = self.folder / f"{name}.workflow.json", self.folder / f"{name}.job.json"
+        screenshot = self.pictures / f"{name}.png"
         workflow.write_text(json.dumps(graph), encoding="utf-8")
-        order.write_text(
-            json.dumps(
-                {
-                    "url": self.server.url,
-                    "chromium": self.chromium,
-                    "graph": str(workflow),
-                    "screenshot": str(self.pictures / f"{name}.png"),
-                    **job,
-                }
-            ),
-            encoding="utf-8",
-        )
-        done = subprocess.run(
-            [self.node, str(Path(__file__).with_name("drive.cjs")), str(order)],
-            capture_output=True,
-            encoding="utf-8",
-            timeout=DRIVE_SECONDS,
-        )
-        assert done.returncode == 0, f"{done.stderr}\n{self.server.log_tail()}"
-        with Image.open(self.pictures / f"{name}.png") as picture:
+        given = {"url": self.server.url, "graph": str(workflow), "screenshot": str(screenshot), **job}
+        order.write_text(json.dumps(given), encoding="utf-8")
+        watch = threading.Timer(DRIVE_SECONDS, self.process.kill)
+        watch.start()
+        try:
+            print(order, file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        finally:
+            watch.cancel()
+        assert line, f"drive.cjs ended or took more than {DRIVE_SECONDS} s\n{self.server.log_tail()}"
+        answer = json.loads(line)
+        assert "failed" not in answer, f"{answer['failed']}\n{self.server.log_tail()}"
+        with Image.open(screenshot) as picture:
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 100, "the page is empty"
-        return json.loads(done.stdout)
+        return answer
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +94,14 @@ def page(
     folder = tmp_path_factory.mktemp("page")
     pictures = Path(os.environ.get("BONSAI_SCREENSHOTS") or folder)
     pictures.mkdir(parents=True, exist_ok=True)
-    with tiny_files.written(server.base_directory):
-        yield Page(server, *tools, folder, pictures)
+    node, chromium = tools
+    command = [node, str(Path(__file__).with_name("drive.cjs")), chromium]
+    with (
+        tiny_files.written(server.base_directory),
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as process,
+    ):
+        yield Page(server, process, folder, pictures)
+        process.stdin.close()
 
 
 def read(path: Path) -> dict[str, Any]:

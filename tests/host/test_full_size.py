@@ -35,14 +35,14 @@ def test_size_and_memory(figures: dict, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", LIMITS)
 def test_one_step(figures: dict, work: Path, variant: str, comfyui_path: Path) -> None:
-    """One 256x256 step is finite and does not unpack the model: its size stays what it was."""
+    """One step, of few tokens, is finite and does not unpack the model: its size stays what it was."""
     from bonsai_ops.host.loader import load_bonsai_model
     from bonsai_ops.host.sampling import sample_official
 
     with torch.inference_mode():
         model = load_bonsai_model(work / variant / "native.safetensors")
-        embeds = torch.randn(1, 512, 7680, generator=torch.Generator().manual_seed(0))
-        empty = {"samples": torch.zeros(1, 128, 16, 16)}
+        embeds = torch.randn(1, 32, 7680, generator=torch.Generator().manual_seed(0))
+        empty = {"samples": torch.zeros(1, 128, 4, 8)}
         latent = sample_official(model, [[embeds, {"pooled_output": None}]], empty, 0, 1, 1.0)["samples"]
     assert bool(torch.isfinite(latent).all())
     assert float(latent.std()) > 0

@@ -19,8 +19,8 @@ def tokenizer_folder(comfyui_path: Path) -> Path:
     return comfyui_path / "comfy" / "text_encoders" / "qwen25_tokenizer"
 
 
-@pytest.fixture(scope="session", params=[(v, g) for g in GEOMETRIES for v in VARIANTS], ids="-".join)
+@pytest.fixture(scope="session", params=list(zip(VARIANTS, GEOMETRIES, strict=True)), ids="-".join)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Family:
-    """Binary and ternary, two widths and depths; the single blocks' second layer looks square when packed to 2 bits."""
+    """Each variant in its own width and depth; the single blocks' second layer looks square when packed to 2 bits."""
     variant, geometry = request.param
     return make_family(tmp_path_factory.mktemp(f"{variant}-{geometry}"), variant, geometry, tokenizer_folder)

@@ -51,11 +51,11 @@ def test_cpu_backend_in_many_products(name: str, mode: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("mode", ["exact", "a8"])
 @pytest.mark.parametrize("name", SCHEME)
-@pytest.mark.parametrize(("dtype", "rows", "columns"), [(torch.bfloat16, 4608, 3072), (torch.float32, 1024, 12288)])
+@pytest.mark.parametrize(("dtype", "rows", "columns"), [(torch.bfloat16, 1600, 3072), (torch.float32, 400, 12288)])
 def test_cpu_backend_stays_within_its_scratch(
     name: str, mode: str, dtype: torch.dtype, rows: int, columns: int
 ) -> None:
-    """Real widths, 1536 tokens, each dtype with one of them."""
+    """Real widths, 1536 tokens, each dtype with one of them; rows of more than one product, for which time grows."""
     weight, x = random_weight(SCHEME[name], name, rows, columns), torch.ones(1536, columns, dtype=dtype)
     found, nbytes = run_with_scratch(lambda: cpu.multiply(x, weight, mode=mode), "cpu")
     assert found.shape == (1536, rows)
