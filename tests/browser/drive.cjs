@@ -9,7 +9,8 @@
 // a user's does who opens one workflow after the other.
 // Answer: {types: unknown node types, widgets: {id: values}, missing: [{node, name, url, directory}], media: [names],
 // errors: what failed (page, validation, execution), outputs: {id: output}, titles: [as shown], found: [titles that the
-// search offers], shown: {id: {width, pictures: how many the node draws, texts: those of its read-only widgets}}}
+// search offers], shown: {id: {width, pictures: how many the node draws, texts: those of its read-only widgets}},
+// zoom: at which the whole graph is seen, outside: [titles of nodes that reach out of their group]}
 // or {failed: what drive.cjs itself could not do}
 
 const fs = require('fs')
@@ -117,6 +118,26 @@ function shown() {
   )
 }
 
+// Runs in the page. How the graph lies in the window; a node belongs to the group in which its upper left corner is.
+function seen() {
+  const { ds, canvas } = window.app.canvas
+  const view = canvas.getBoundingClientRect()
+  const whole = (node) => {
+    const html = document.querySelector(`[data-node-id="${node.id}"]`)
+    if (!html) return [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]
+    const { x, y, width, height } = html.getBoundingClientRect()
+    return [(x - view.x) / ds.scale - ds.offset[0], (y - view.y) / ds.scale - ds.offset[1], width / ds.scale, height / ds.scale]
+  }
+  const outside = window.app.graph.nodes.filter((node) => {
+    const [x, y, width, height] = whole(node)
+    const group = window.app.graph.groups.find(
+      ({ pos, size }) => x >= pos[0] && y >= pos[1] && x < pos[0] + size[0] && y < pos[1] + size[1]
+    )
+    return group && (x + width > group.pos[0] + group.size[0] || y + height > group.pos[1] + group.size[1])
+  })
+  return { zoom: ds.scale, outside: outside.map((node) => node.getTitle()) }
+}
+
 // What the nodes show, once each picture that a node gave is there; as it is after ten seconds.
 async function drawn(page, outputs) {
   const awaited = Object.keys(outputs).filter((id) => outputs[id]?.images?.length)
@@ -150,6 +171,7 @@ async function drive(page, failures, job) {
     await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
     await page.waitForTimeout(1000)
     await page.screenshot({ path: job.screenshot })
+    Object.assign(answer, await page.evaluate(seen))
   }
   if (job.search) {
     answer.found = await search(page, job.search)

@@ -35,6 +35,8 @@ LANGUAGES = ("en", "zh", "ar")
 """A sample; the page has no German yet. tests/unit/test_locales.py reads them all."""
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 DRIVE_SECONDS = 400
+ZOOM = 8 / 14 * 1000 / 768
+"""At which a whole workflow is seen in the window of drive.cjs, if its text can be read on a screen of 1366 x 768."""
 
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
@@ -129,6 +131,7 @@ def test_workflow_runs(path: Path, page: Page) -> None:
     assert answer["errors"] == [], page.server.log_tail()
     assert answer["types"] == [] and answer["missing"] == [] and answer["media"] == []
     assert answer["widgets"] == values_of(graph)
+    assert answer["outside"] == []
     (file,) = saved_pictures(graph, answer, page.server)
     with Image.open(file) as picture:
         assert picture.width % 32 == 0 and picture.height % 32 == 0
@@ -148,6 +151,7 @@ def test_workflow_as_shipped_names_its_files(path: Path, page: Page) -> None:
     assert answer["widgets"] == values_of(graph)
     shipped = [{"node": str(n["id"]), **model} for n in graph["nodes"] for model in n["properties"].get("models", ())]
     assert sorted(answer["missing"], key=str) == sorted(shipped, key=str)
+    assert answer["outside"] == [] and answer["zoom"] >= ZOOM
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

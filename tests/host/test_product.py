@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 import urllib.request
@@ -239,16 +240,40 @@ def test_no_path_of_a_machine(path: Path) -> None:
     assert [text for text in strings(read(path)) if MACHINE_PATH.search(text)] == []
 
 
-@each_workflow
-def test_nodes_do_not_overlap(path: Path) -> None:
-    boxes = [
+def boxes_of(path: Path) -> list[tuple[float, float, float, float, str]]:
+    """(left, top, right, bottom, type) of each node with its title."""
+    return [
         (n["pos"][0], n["pos"][1] - TITLE_HEIGHT, n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1], n["type"])
         for n in read(path)["nodes"]
     ]
-    for i, a in enumerate(boxes):
-        for b in boxes[:i]:
-            apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-            assert apart, f"{a[4]} covers {b[4]}"
+
+
+def cover(a: tuple, b: tuple) -> bool:
+    return a[2] > b[0] and b[2] > a[0] and a[3] > b[1] and b[3] > a[1]
+
+
+@each_workflow
+def test_nodes_do_not_overlap(path: Path) -> None:
+    """Each but the note lies in one group; groups do not overlap."""
+    boxes = boxes_of(path)
+    groups = [(x, y, x + w, y + h) for x, y, w, h in (group["bounding"] for group in read(path)["groups"])]
+    for found in (boxes, groups):
+        assert not any(cover(a, b) for a, b in itertools.combinations(found, 2))
+    for box in boxes:
+        over = [group for group in groups if cover(box, group)]
+        assert len(over) == (box[4] != "MarkdownNote"), box
+        assert all(g[0] <= box[0] and g[1] <= box[1] and box[2] <= g[2] and box[3] <= g[3] for g in over), box
+
+
+@each_workflow
+def test_text_can_be_read_on_a_small_screen(path: Path) -> None:
+    """The page opens a template so that the nodes, with 10 around them, take three quarters of the window.
+
+    On the canvas it leaves out text of less than 8 pixels, and that of a node has 14.
+    """
+    boxes = boxes_of(path)
+    width, height = (max(b[i + 2] for b in boxes) - min(b[i] for b in boxes) + 20 for i in (0, 1))
+    assert 0.75 * min(1366 / width, 768 / height) >= 8 / 14
 
 
 @each_workflow
