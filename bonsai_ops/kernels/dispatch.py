@@ -31,20 +31,21 @@ from . import contest, cpu, eager, machine, triton
 from .call import EXACT, Backend, Call, Choice, call_of, check_mode
 from .choices import FUSED, UNPACK
 from .failure import BackendError, LostDeviceError
+from .triton import by_plane
 from .unpack import by_nvrtc, by_triton
 
 logger = logging.getLogger(__name__)
 
 OVERRIDE = "BONSAI_BACKEND"
 
-BACKENDS: tuple[Backend, ...] = (triton, cpu, by_triton, by_nvrtc, eager)
+BACKENDS: tuple[Backend, ...] = (by_plane, triton, cpu, by_triton, by_nvrtc, eager)
 """In the order in which they are asked. A new one is a module with the names of call.Backend and a word here; the tests
 of the protocol walk this list."""
 
 TRANSPOSING = (cpu, eager)
 """Those that have `multiply_transposed` too; where another is the best, the reference stands in."""
 
-CONTESTED, RIVALS = (triton,), (by_triton, by_nvrtc)
+CONTESTED, RIVALS = (by_plane, triton), (by_triton, by_nvrtc)
 """What one of the first multiplies, the first of the second that takes it in mode exact may multiply faster."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("bonsai_backend", default=None)

@@ -365,7 +365,7 @@ def test_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_after_triton_before_the_reference(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes what Triton has no code for, and everything where Triton is missing."""
     choice = kernels.resolve(TAKEN)
-    assert choice.backend is by_nvrtc and set(choice.declined) == {"triton", "cpu", "unpack"}
+    assert choice.backend is by_nvrtc and set(choice.declined) == {"plane", "triton", "cpu", "unpack"}
     monkeypatch.setattr(fused, "unavailable", lambda: "Triton is not installed; to use it, pip install triton")
     newer = dataclasses.replace(TAKEN, capability=(7, 5))
     assert by_triton.declines(newer) is not None and kernels.resolve(newer).backend is by_nvrtc

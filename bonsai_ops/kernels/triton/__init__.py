@@ -2,6 +2,7 @@
 
 backend.py   imports Triton and launches        half.py      kernels with 16-bit activations
 configs.py   the sizes they run with            int8.py      kernels of mode a8
+probe.py     compares them before their use     plane.py     the kernel of by_plane.py, a backend of its own
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -19,15 +20,15 @@ from .. import eager, machine
 from ..call import EXACT, refuse_residual
 from ..failure import BackendError
 from ..rows import readable
-from . import configs, probe
+from . import assembler, configs, probe
 from .configs import GROUP, Config
 
 try:
     import triton
 
-    from . import half, int8
+    from . import half, int8, plane
 except Exception as error:  # a half-installed Triton raises nearly anything: ImportError, OSError, RuntimeError
-    triton = half = int8 = None
+    triton = half = int8 = plane = None
     _IMPORT_ERROR: Exception | None = error
 else:
     _IMPORT_ERROR = None
@@ -125,11 +126,22 @@ def _target(device: torch.device) -> int | str:
 def multiply(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT
 ) -> torch.Tensor:
+    """y = x W^T + bias by the kernel of CONFIGS, as `run` computes and raises."""
+    return run(x, weight, bias, mode, lambda flat: config(_target(flat.device), weight.codec, mode))
+
+
+def run(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    mode: str,
+    choose: Callable[[torch.Tensor], Config],
+) -> torch.Tensor:
     """y = x W^T + bias: x [.., K] fp16 or bf16 -> [.., N] in x's dtype, for a call that was not declined.
 
-    Raises BackendError, which names the cure, when Triton is unavailable and when a kernel cannot be built or started
-    or computes wrong values; ValueError for a weight with a residual. Errors of the device (memory, a lost
-    context) are raised as they are.
+    choose(x [M, K]) is the configuration. Raises BackendError, which names the cure, when Triton is unavailable and
+    when a kernel cannot be built or started or computes wrong values; ValueError for a weight with a residual. Errors
+    of the device (memory, a lost context) are raised as they are.
 
     A kernel that was not compared yet, which takes a wait, leaves what a CUDA graph records to the reference.
     """
@@ -140,14 +152,15 @@ def multiply(
     flat = x.reshape(-1, columns)
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
     if flat.shape[0]:
-        chosen = config(_target(x.device), weight.codec, mode)
+        chosen = choose(flat)
         try:
-            kind = probe.kind_of(flat, weight, bias, mode)
+            kind = (*probe.kind_of(flat, weight, bias, mode), chosen)
             if kind not in _verified and machine.capturing():
                 return eager.multiply(x, weight, bias)
             if kind not in _verified:
                 size = probe.SMALL if interpreting() else probe.SIZE
-                probe.verify(launch, flat, weight, bias, chosen, mode, size)
+                with contextlib.nullcontext() if interpreting() else assembler.of(chosen):
+                    probe.verify(launch, flat, weight, bias, chosen, mode, size)
                 _verified.add(kind)
             launch(flat, weight, bias, out, chosen, mode)
         except Exception as error:  # what a broken Triton raises at first launch has no common class
@@ -155,6 +168,18 @@ def multiply(
                 raise
             raise explained(error) from error
     return out.view(*x.shape[:-1], rows)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; those of an H100 for Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def plane_config(x: torch.Tensor, weight: PackedWeight) -> Config:
+    """The configuration of plane_kernel for x [M, K]."""
+    target = _target(x.device) if x.device.type == "cuda" else 90
+    return configs.plane_tile(target, weight.codec, x.shape[0], weight.shape[0], _processors(x.device))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -185,7 +210,8 @@ def launch(
     n = get_codec(weight.codec).byte_rows(rows)
     constants = _constants(chosen, weight.codec, mode, bias is not None, interpret)
     options = {} if interpret else {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    grid = (-(-x.shape[0] // chosen.block_m) * -(-n // chosen.block_n) * chosen.parts,)
+    tiles = -(-x.shape[0] // chosen.block_m) * -(-n // chosen.block_n)
+    grid = (tiles, get_codec(weight.codec).fields) if chosen.plane else (tiles * chosen.parts,)
     scale = weight.scale.contiguous()
     shift = out if bias is None else bias.contiguous()
     with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
@@ -201,14 +227,15 @@ def launch(
         if mode == "fp16_accumulate":
             x, tokens = _bounded(x, chosen.block_k)
         x = _aligned(x)
-        if chosen.weight_first and constants["ASM"]:
-            codes = codes.view(torch.int16)
-        kernel = half.weight_first_kernel if chosen.weight_first else half.input_first_kernel
-        kernel[grid](
-            *(x, codes, scale, tokens, out, x.shape[0], rows, columns, n // 8, x.stride(0), out.stride(0)),
-            **constants,
-            **options,
-        )
+        sizes = (x.shape[0], rows, columns, n // 8, x.stride(0), out.stride(0))
+        if chosen.plane:
+            compiled = plane.plane_kernel[grid](x, codes, scale, out, *sizes, **constants, **options)
+            assembler.check(compiled, chosen)
+        else:
+            if chosen.weight_first and constants["ASM"]:
+                codes = codes.view(torch.int16)
+            kernel = half.weight_first_kernel if chosen.weight_first else half.input_first_kernel
+            kernel[grid](x, codes, scale, tokens, out, *sizes, **constants, **options)
     if bias is not None:  # in these kernels it would cost registers that they lack
         out += bias.to(out.dtype)
 

@@ -5,6 +5,7 @@ Needs no Triton, so that a machine without it can be told what it would run.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,41 @@ ASM_INT8 = {
 }
 
 
+def _lanes(radix: int, target: str, source: str, low: bool) -> str:
+    """PTX: two bytes of `source`, the low or the high ones -> a register of two 16-bit lanes, as plane.py has them."""
+    if radix == 3:
+        return (
+            f"prmt.b32 t, {source}, 0, {'0x4140' if low else '0x4342'}; mul.lo.u32 t, t, p; and.b32 t, t, 0x00FF00FF; "
+            f"mul.lo.u32 t, t, 192; lop3.b32 {target}, t, 0xC000C000, 0x40004000, 0x6A; "
+        )
+    spread = f"prmt.b32 t, {source}, 0, {'0x1404' if low else '0x3424'}; "
+    if radix == 2:
+        return f"{spread}shl.b32 {target}, t, p; "
+    return f"{spread}shl.b32 t, t, p; lop3.b32 {target}, t, 0xC000C000, 0x40004000, 0x6A; "
+
+
+_PLANE = {
+    # radix: PTX that sets p to the bits before the plane, or to 3^plane
+    2: ".reg .b32 t, p; mov.u32 p, %ctaid.y; ",
+    4: ".reg .b32 t, p; mov.u32 p, %ctaid.y; shl.b32 p, p, 1; ",
+    3: ".reg .b32 t, p; .reg .b64 l; mov.u32 p, %ctaid.y; shl.b32 p, p, 3; mov.b64 l, 0x511B090301; "
+    "shr.u64 l, l, p; cvt.u32.u64 p, l; and.b32 p, p, 255; ",
+}
+ASM_PLANE = {
+    # (radix, bytes at once): bytes -> lanes of this program's plane
+    **{(radix, 2): f"{{ {_PLANE[radix]}{_lanes(radix, '$0', '$1', True)}}}" for radix in _PLANE},
+    **{
+        (radix, 4): f"{{ {_PLANE[radix]}{_lanes(radix, '$0', '$2', True)}{_lanes(radix, '$1', '$2', False)}}}"
+        for radix in _PLANE
+    },
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """One way to run a kernel. Block sizes in x rows, byte rows and columns; `parts`: programs that share the planes
     of a byte tile; `weight_first`: which kernel; `asm`: PTX decoding, else plain Triton; `tile_m`: x rows of one
-    multiplication, in a8 mode."""
+    multiplication, in a8 mode; `plane`: bytes that plane_kernel decodes at once, 0 for the others."""
 
     block_m: int
     block_n: int
@@ -39,6 +70,7 @@ class Config:
     weight_first: bool = True
     asm: bool = True
     tile_m: int = 0
+    plane: int = 0
 
 
 CONFIGS = {
@@ -70,6 +102,32 @@ CONFIGS = {
 """Chosen from compiled instruction counts, registers and shared memory; never tuned on the user's machine."""
 
 
+PLANE_TILES = {
+    # family: those of plane_kernel in mode exact, for every codec: the wide one, the narrow one
+    "sm_90": (Config(256, 128, 64, 8, 4, plane=2), Config(128, 128, 64, 8, 4, plane=2)),
+    "sm_100": (Config(256, 128, 64, 8, 4, plane=4), Config(128, 128, 64, 8, 4, plane=4)),
+}
+NARROW_COST = 1.15
+"""What the narrow tile is taken to cost a token beside the wide one: it decodes each weight twice as often. Chosen, not
+measured."""
+
+
+@functools.lru_cache(1024)
+def plane_tile(target: int, codec: str, tokens: int, rows: int, processors: int) -> Config:
+    """The tile of plane_kernel for `tokens` by a weight of `rows` on a GPU with so many multiprocessors.
+
+    A processor that has nothing to do in the last round costs as much as one that has: fewest rounds first.
+    """
+    n, planes = get_codec(codec).byte_rows(rows), get_codec(codec).fields
+    wide, narrow = PLANE_TILES[family(target)]
+
+    def cost(tile: Config) -> float:
+        tiles = -(-tokens // tile.block_m) * -(-n // tile.block_n) * planes
+        return -(-tiles // processors) * tile.block_m
+
+    return narrow if cost(narrow) * NARROW_COST < cost(wide) else wide
+
+
 QUANTIZED_ROWS = 16
 """Rows of x that one program of quantize_kernel takes; divides every block_m of a8."""
 
@@ -94,14 +152,12 @@ def family(target: int | str) -> str:
 def constants(config: Config, codec: str, mode: str, bias: bool, interpret: bool = False) -> dict[str, Any]:
     """The constexpr arguments of a kernel, the same for a launch and for the static report. bias: a8 only."""
     coder = get_codec(codec)
-    shared = {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "PARTS": config.parts,
-        "RADIX": coder.radix,
-    }
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "RADIX": coder.radix}
     asm = config.asm and not interpret
+    if config.plane:
+        decoder = ASM_PLANE[coder.radix, config.plane] if asm else ""
+        return {**blocks, "DECODER": decoder, "PLACES": config.plane, "INTERPRET": interpret}
+    shared = {**blocks, "PARTS": config.parts}
     if mode == "a8":
         decode = ASM_INT8[coder.radix, config.parts] if asm else ""
         return {**shared, "TILE_M": config.tile_m, "WEIGHT_FIRST": config.weight_first, "ASM": decode, "BIAS": bias}
