@@ -5,8 +5,10 @@
     registers   registers a thread
     mma         the tensor-core instructions in the code
     ovh         instructions of the main loop that are not tensor-core ones, per 2048 multiply-adds (one HMMA.16816)
+    mmas        of them in an iteration of the main loop
+    flight, bars, use, ahead   what that loop waits for: in_flight, barriers, distance and ahead of static_loop.py
 
-ovh is blind to latency, occupancy, bank conflicts and DRAM: it compares kernels, it predicts no time. gemlite's kernel
+All are blind to occupancy, bank conflicts and DRAM: they compare kernels, they predict no time. gemlite's kernel
 (2 bits for ternary, 1 for binary; the better of GEMLITE_BLOCKS) is compiled and counted the same way, where gemlite is
 installed; beside a8 too it is the one with 16-bit activations, which the published packs run.
 """
@@ -23,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.triton import configs
-from . import static_unpack
+from . import static_loop, static_unpack
 from .disassembly import compile_kernel, disassembled, label, opcode
 from .gemlite_import import import_gemlite
 
 TARGETS: tuple[int | str, ...] = (80, 86, 87, 89, 90, 100, 120, "gfx1100", "gfx1201", "gfx942")
 DTYPES = ("fp16", "bf16")
 SMEM_LIMIT = 99 << 10
-SMEM_LIMIT_SM90 = 227 << 10
+SMEM_LIMIT_LARGE = 227 << 10
+"""Of sm_90 and sm_100."""
 SMEM_LIMIT_AMD = 64 << 10
 OVERHEAD_LIMITS = {
     # (codec, mode, dtype): (sm_80 .. sm_120, sm_90)
@@ -40,6 +43,25 @@ OVERHEAD_LIMITS = {
     ("bit", "a8", "bf16"): (2.1, 2.1),
     ("crumb", "a8", "bf16"): (2.1, 2.1),
 }
+PLANE_OVERHEAD_LIMITS = {"trit5": (1.85, 3.5), "crumb": (1.6, 2.9), "bit": (1.45, 2.75)}
+"""Of the wide and the narrow tile of plane_kernel; an H100 has four slots."""
+PLANE_PRODUCTS = 4
+"""Tensor-core instructions of one tl.dot over 64 columns."""
+WAITS = {
+    # (family, mode): most barriers, fewest products in flight, instructions from load to use and iterations ahead
+    ("registers", "exact"): (2, None, 40, 0),
+    ("registers", "fp16_accumulate"): (2, None, 100, 0),
+    ("registers", "a8"): (3, None, 0, 0),
+    ("sm_90", "plane"): (2, 1, 40, 2),
+    ("sm_90", "exact"): (11, 0, 0, 0),
+    ("sm_90", "a8"): (3, None, 0, 0),
+    ("sm_100", "plane"): (4, 1, 30, 2),
+    ("sm_100", "exact"): (12, 1, 0, 0),
+    ("sm_100", "a8"): (3, None, 0, 0),
+    ("amd", "exact"): (10, None, 0, None),
+    ("amd", "a8"): (4, None, 0, None),
+}
+"""What the main loops may wait for; None where there is nothing of the kind."""
 NAMES = {"trit5": "ternary_trit5", "crumb": "ternary_2bit", "bit": "binary_1bit"}
 """Codec -> how the report calls its kernels."""
 GEMLITE_BLOCKS = ((64, 128, 64, 4, 2), (128, 128, 64, 8, 2))
@@ -51,7 +73,8 @@ _AMD_MMA = re.compile(r"v_(?:wmma|mfma)\w+")
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel. `ovh_per_hmma` and `gemlite_ovh_per_hmma`: see the module; None where not measured."""
+    """One compiled kernel. `ovh_per_hmma` and `gemlite_ovh_per_hmma`: see the module; None where not measured. What
+    follows: see static_loop.py. mode: "plane" is plane_kernel, which computes in mode exact."""
 
     name: str
     mode: str
@@ -62,6 +85,12 @@ class Row:
     mma: list[str]
     ovh_per_hmma: float | None
     gemlite_ovh_per_hmma: float | None = None
+    products: int = 0
+    in_flight: int | None = None
+    barriers: int = 0
+    distance: int | None = None
+    ahead: float | None = None
+    overwritten: int = 0
 
     @property
     def codec(self) -> str:
@@ -76,15 +105,42 @@ class Row:
         found = []
         if self.spills:
             found.append(f"{self.spills} spills")
-        limit = {"sm_90": SMEM_LIMIT_SM90}.get(self.target, SMEM_LIMIT if self.target[0] == "s" else SMEM_LIMIT_AMD)
+        small = SMEM_LIMIT if self.target[0] == "s" else SMEM_LIMIT_AMD
+        limit = SMEM_LIMIT_LARGE if self.target in ("sm_90", "sm_100") else small
         if self.smem > limit:
             found.append(f"{self.smem} bytes of shared memory, limit {limit}")
         if not self.mma:
             found.append("no tensor-core instruction")
-        if (self.codec, self.mode, self.dtype) in OVERHEAD_LIMITS and self.target.startswith("sm_"):
-            allowed = OVERHEAD_LIMITS[self.codec, self.mode, self.dtype][self.target == "sm_90"]
-            if self.ovh_per_hmma is None or self.ovh_per_hmma > allowed:
-                found.append(f"{self.ovh_per_hmma} other instructions per HMMA, limit {allowed}")
+        allowed = self._most_overhead()
+        if allowed is not None and (self.ovh_per_hmma is None or self.ovh_per_hmma > allowed):
+            found.append(f"{self.ovh_per_hmma} other instructions per HMMA, limit {allowed}")
+        return [*found, *self._waits_missed()]
+
+    def _most_overhead(self) -> float | None:
+        if not self.target.startswith("sm_"):
+            return None
+        if self.mode == "plane":
+            return PLANE_OVERHEAD_LIMITS[self.codec]["narrow" in self.name]
+        limits = OVERHEAD_LIMITS.get((self.codec, self.mode, self.dtype))
+        return None if limits is None else limits[self.target == "sm_90"]
+
+    def _waits_missed(self) -> list[str]:
+        target = int(self.target[3:]) if self.target.startswith("sm_") else self.target
+        barriers, *least = WAITS[configs.family(target), self.mode]
+        found = [f"{self.barriers} barriers an iteration, limit {barriers}"] if self.barriers > barriers else []
+        if self.mode == "plane" and self.products != PLANE_PRODUCTS:
+            found.append(f"{self.products} tensor-core instructions an iteration, expected {PLANE_PRODUCTS}")
+        if self.overwritten:
+            found.append(f"{self.overwritten} registers are overwritten while a product reads them")
+        names = {
+            "in_flight": "products in flight at a wait",
+            "distance": "instructions from a load to its use",
+            "ahead": "iterations between a copy and its use",
+        }
+        for (name, text), wanted in zip(names.items(), least, strict=True):
+            measured = getattr(self, name)
+            if wanted is not None and (measured is None or measured < wanted):
+                found.append(f"{measured} {text}, expected {wanted}")
         return found
 
 
@@ -98,6 +154,34 @@ def shipped(target: int | str) -> Iterator[tuple[str, str, str]]:
             if (configs.family(target), codec, mode) in configs.CONFIGS:
                 for dtype in {"fp16_accumulate": ("fp16",), "a8": ("bf16",)}.get(mode, DTYPES):
                     yield codec, mode, dtype
+
+
+def planes(target: int | str) -> Iterator[tuple[str, str, int]]:
+    """(codec, dtype, 0 for the wide tile or 1 for the narrow one) of each plane_kernel that a user can run."""
+    for codec in NAMES:
+        for tile in range(len(configs.PLANE_TILES.get(configs.family(target), ()))):
+            for dtype in DTYPES:
+                yield codec, dtype, tile
+
+
+@cache
+def measure_plane(target: int, codec: str, dtype: str, tile: int) -> Row:
+    """Compiles plane_kernel by the ptxas that runs it and counts. Arguments as `planes` yields them."""
+    from ...kernels.triton import assembler, plane
+
+    config = configs.PLANE_TILES[configs.family(target)][tile]
+    types = {"codes_ptr": "*u8", "scale_ptr": "*bf16", "x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    aligned = {*types, "N", "K", "stride_xm", "stride_ym"}
+    types |= dict.fromkeys(("M", "N", "K", "n8", "stride_xm", "stride_ym"), "i32")
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    constants = configs.constants(config, codec, "exact", bias=False)
+    with assembler.of(config):
+        compiled = compile_kernel(plane.plane_kernel, types, constants, aligned, target, **options)
+    assembler.check(compiled, config)
+    macs = config.block_m * config.block_n * config.block_k
+    counted = _count(compiled, target, macs / config.warps / 2048)
+    name = f"{NAMES[codec]}_plane_{('wide', 'narrow')[tile]}_{dtype}"
+    return Row(name=name, mode="plane", target=label(target), **counted)
 
 
 @cache
@@ -130,16 +214,18 @@ def measure(target: int | str, codec: str, mode: str, dtype: str) -> Row:
 
 
 def _count(compiled: Any, target: int | str, hmma: float) -> dict:
-    """Registers, spills, shared memory, MMA kinds and overhead. `hmma`: HMMA.16816 a warp does in one iteration."""
+    """All columns of Row that are counted. `hmma`: HMMA.16816 a warp does in one iteration."""
     usage, instructions, loops = disassembled(compiled, target)
     pattern = _AMD_MMA if isinstance(target, str) else _NVIDIA_MMA
     kinds = sorted({opcode(text) for text in instructions if pattern.match(opcode(text))})
-    overhead = None
+    found: dict = {"ovh_per_hmma": None}
     if loops and kinds:
-        counted = [([pattern.match(opcode(text)) is not None for text in loop]) for loop in loops]
-        main = max(counted, key=lambda flags: (sum(flags), -len(flags)))
-        overhead = round((len(main) - sum(main)) / hmma, 2) if any(main) else None
-    return {**usage, "mma": kinds, "ovh_per_hmma": overhead}
+        counted = [sum(pattern.match(opcode(text)) is not None for text in loop) for loop in loops]
+        products, main = max(zip(counted, loops, strict=True), key=lambda pair: (pair[0], -len(pair[1])))
+        if products:
+            found |= {"products": products, "ovh_per_hmma": round((len(main) - products) / hmma, 2)}
+            found |= asdict(static_loop.look_at(main))
+    return {**usage, "mma": kinds, **found}
 
 
 @cache
@@ -218,6 +304,8 @@ def report(targets: tuple[int | str, ...] = TARGETS, *, gemlite: bool = True) ->
             row = measure(target, codec, mode, dtype)
             peer = gemlite_overhead(target, 1 if codec == "bit" else 2, dtype) if gemlite else None
             yield Row(**{**asdict(row), "gemlite_ovh_per_hmma": peer})
+        for codec, dtype, tile in planes(target):
+            yield measure_plane(target, codec, dtype, tile)
 
 
 def run_static(json_path: Path | None = None, targets: tuple[int | str, ...] = TARGETS) -> int:
@@ -227,18 +315,31 @@ def run_static(json_path: Path | None = None, targets: tuple[int | str, ...] = T
     if backend.triton is None:
         print(f"{backend.unavailable()}. The static report compiles Triton kernels.")
         return 1
-    columns = ("kernel", "target", "ovh", "gemlite", "regs", "spills", "smem", "mma")
-    print("{:34}{:9}{:>6}{:>9}{:>6}{:>8}{:>8}  {}".format(*columns))
+    columns = (
+        "kernel",
+        "target",
+        "ovh",
+        "gemlite",
+        "mmas",
+        "flight",
+        "bars",
+        "use",
+        "ahead",
+        "regs",
+        "spills",
+        "smem",
+        "mma",
+    )
+    form = "{:34}{:9}{:>6}{:>9}{:>6}{:>8}{:>6}{:>5}{:>7}{:>6}{:>8}{:>8}  {}"
+    print(form.format(*columns))
     rows, failed = [], 0
     for row in report(targets):
         rows.append(row)
-        peer = "-" if row.gemlite_ovh_per_hmma is None else f"{row.gemlite_ovh_per_hmma:.2f}"
-        overhead = "-" if row.ovh_per_hmma is None else f"{row.ovh_per_hmma:.2f}"
-        print(
-            f"{row.name:34}{row.target:9}{overhead:>6}{peer:>9}{row.registers:>6}{row.spills:>8}{row.smem:>8}  "
-            f"{', '.join(row.mma)}",
-            flush=True,
-        )
+        figures = (row.ovh_per_hmma, row.gemlite_ovh_per_hmma, row.products)
+        figures += (row.in_flight, row.barriers, row.distance, row.ahead)
+        shown = ["-" if figure is None else f"{figure:.2f}".rstrip("0").rstrip(".") for figure in figures]
+        last = (row.registers, row.spills, row.smem, ", ".join(row.mma))
+        print(form.format(row.name, row.target, *shown, *last), flush=True)
         for failure in row.failures():
             failed += 1
             print(f"    misses a gate: {failure}", flush=True)
