@@ -44,7 +44,6 @@ LONG_FUNCTIONS = {
     "bonsai_ops/kernels/triton/half.py:weight_first_kernel": "a kernel is one function: pointers, strides, one loop",
     "bonsai_ops/kernels/triton/int8.py:a8_kernel": "a kernel is one function: pointers, strides, one loop",
     "bonsai_ops/kernels/unpack/kernel.py:unpack_kernel": "a kernel is one function: pointers, tables, planes",
-    "bonsai_ops/tools/bench/gpu_check/candidates.py:plane_kernel": "a kernel is one function",
     "nodes/patch_linear.py:define_schema": "a schema: every input of the node and its tooltip",
 }
 """{"file:function": why it is longer than MOST_LINES_OF_A_FUNCTION}"""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 
 import torch
 
 from .... import kernels
-from ....kernels.triton import backend
+from ....kernels.triton import assembler, backend, configs
 from ....kernels.triton.configs import Config
 from ...synthetic import random_weight
 from .check import Check, relative
@@ -40,11 +41,7 @@ def run(check: Check, part: str) -> None:
         return
     worst: dict[str, float] = {}
     bad: list[list] = []
-    for family, target in _families(check, mode).items():
-        try:
-            chosen = backend.config(target, codec, mode)
-        except ValueError:
-            continue
+    for family, chosen in _chosen(check, codec, mode).items():
         for shape in _shapes(check, codec, mode):
             if family == "geforce" and shape[0] > TALL:
                 continue
@@ -72,6 +69,17 @@ def run(check: Check, part: str) -> None:
     if check.on_gpu:
         with check.guarded("offered"):
             _through_dispatch(check, codec, mode)
+
+
+def _chosen(check: Check, codec: str, mode: str) -> dict[str, Config]:
+    """{name: configuration} of the kernels that this device can run in a mode, plane_kernel in both tiles too."""
+    found = {}
+    for name, target in _families(check, mode).items():
+        with contextlib.suppress(ValueError):  # it has none
+            found[name] = backend.config(target, codec, mode)
+        if name == "own" and mode == "exact" and check.on_gpu:
+            found |= dict(zip(("wide", "narrow"), configs.PLANE_TILES.get(configs.family(target), ()), strict=False))
+    return found
 
 
 def _families(check: Check, mode: str) -> dict[str, int | str]:
@@ -107,7 +115,8 @@ def _compare(
     whole = torch.full((tokens + 2, rows + 32), float("nan"), dtype=dtype, device=check.device)
     out = whole[1:-1, 16:-16]
     begun = time.perf_counter()
-    backend.launch(x, weight, None, out, chosen, mode)
+    with assembler.of(chosen) if check.on_gpu else contextlib.nullcontext():
+        backend.launch(x, weight, None, out, chosen, mode)
     check.synchronise()
     if shape == SMALL[0]:
         check.note(f"{kind} first_launch_s", round(time.perf_counter() - begun, 2))

@@ -21,7 +21,7 @@ CODECS = ("trit5", "crumb", "bit")
 FEW = 512
 """With fewer tokens the reference is not worth its time."""
 KEPT = 2
-"""Plane kernels that go on after the first number of tokens."""
+"""Tiles of plane_kernel that go on after the first number of tokens."""
 GEMLITE_SHAPE = 4
 
 Ways = dict[str, list[Callable[[], object]]]
@@ -69,7 +69,7 @@ def _plane_names(check: Check) -> list[str]:
         return []
     from . import candidates
 
-    return list(candidates.PLANE_CONFIGS)
+    return list(candidates.plane_tiles(check.device))
 
 
 def _ways(
@@ -99,23 +99,22 @@ def _forced(backend: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor
 
 
 def _trials(x: torch.Tensor, copies: list[PackedWeight], scratch: torch.Tensor, planes: list[str]) -> Ways:
-    """Unpacking in one launch with and without the product after it, and the plane kernels."""
+    """Unpacking in one launch with and without the product after it, and plane_kernel in each tile."""
     from ....kernels.unpack import by_nvrtc, by_triton
     from . import candidates
 
     rows, columns = copies[0].shape
     whole = scratch[: rows * columns].view(rows, columns)
-    turned = [candidates.turned(w) for w in copies]
     ways: Ways = {
         "unpack": [lambda w=w: _forced("unpack", x, w) for w in copies],
         "unpack only": [lambda w=w: by_triton.write(w, 0, rows, whole) for w in copies],
         "unpack_nvrtc only": [lambda w=w: by_nvrtc.write(w, 0, rows, whole) for w in copies],
     }
+    tiles = candidates.plane_tiles(x.device)
+    if tiles:
+        ways["triton"] = [lambda w=w: _forced("triton", x, w) for w in copies]
     for name in planes:
-        ways[name] = [
-            lambda w=w, scale=scale, name=name: candidates.planes_linear(x, w, scale, name)
-            for w, scale in zip(copies, turned, strict=True)
-        ]
+        ways[name] = [lambda w=w, name=name: candidates.plane_linear(x, w, tiles[name]) for w in copies]
     return ways
 
 

@@ -1,10 +1,11 @@
-"""The trial kernels (candidates.py) against the reference."""
+"""The trial kernels and tiles (candidates.py) against the reference."""
 
 from __future__ import annotations
 
 import torch
 
 from ....kernels.triton import backend
+from ....kernels.triton.configs import Config
 from ...synthetic import random_weight
 from .check import Check, relative
 
@@ -22,16 +23,17 @@ def run(check: Check, _: str) -> None:
     from . import candidates
 
     shapes = SHAPES if check.on_gpu else TINY
+    tiles = candidates.plane_tiles(check.device) if check.on_gpu else {}
     for codec in candidates.FIELDS:
         for dtype in (torch.bfloat16, torch.float16):
             kind = f"{codec} {str(dtype)[6:]}"
             with check.guarded(f"unpack {kind}"):
                 wrong = max(_wrong_share(check, codec, dtype, *shape[1:]) for shape in shapes)
                 check.note(f"unpack {kind} wrong share", wrong, show=wrong > 0)
-            for name in candidates.PLANE_CONFIGS if check.on_gpu else ():
-                with check.guarded(f"planes {kind} {name}"):
-                    error = max(_plane_error(check, codec, dtype, name, *shape) for shape in shapes)
-                    check.note(f"planes {kind} {name} error", error, show=not error < LIMIT)
+            for name, tile in tiles.items():
+                with check.guarded(f"{name} {kind}"):
+                    error = max(_plane_error(check, codec, dtype, tile, *shape) for shape in shapes)
+                    check.note(f"{name} {kind} error", error, show=not error < LIMIT)
     check.note("done", True)
 
 
@@ -48,11 +50,11 @@ def _wrong_share(check: Check, codec: str, dtype: torch.dtype, rows: int, column
 
 
 def _plane_error(
-    check: Check, codec: str, dtype: torch.dtype, name: str, tokens: int, rows: int, columns: int
+    check: Check, codec: str, dtype: torch.dtype, tile: Config, tokens: int, rows: int, columns: int
 ) -> float:
     from . import candidates
 
     weight = random_weight(codec, rows, columns, check.device)
     x = torch.randn(tokens, columns, device=check.device).to(dtype)
-    y = candidates.planes_linear(x, weight, candidates.turned(weight), name)
+    y = candidates.plane_linear(x, weight, tile)
     return relative(y, x.double() @ weight.dequantize(dtype).double().t())
