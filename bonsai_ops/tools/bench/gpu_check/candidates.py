@@ -87,11 +87,10 @@ def unpack(
 
 
 PLANE_TILES = {
-    # tiles of plane_kernel: the two that are shipped, and others
+    # tiles of plane_kernel: the two that are shipped, and another depth of copies
     "plane wide": Config(256, 128, 64, 8, 4),
     "plane narrow": Config(128, 128, 64, 8, 4),
     "plane wide s3": Config(256, 128, 64, 8, 3),
-    "plane tall": Config(128, 256, 64, 8, 3),
 }
 
 _compiled: set[tuple] = set()
