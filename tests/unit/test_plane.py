@@ -18,13 +18,12 @@ from random_weights import random_weight
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import BackendError, Call, dispatch, eager, triton
-from bonsai_ops.kernels.triton import assembler, backend, by_plane, configs
+from bonsai_ops.kernels.triton import assembler, backend, by_plane, configs, probe
 from bonsai_ops.weights import codec as codecs
 from bonsai_ops.weights.packed_weight import PackedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SCHEME = {"trit5": "ternary", "crumb": "ternary", "bit": "binary"}
-TILES = [(family, tile) for family in configs.PLANE_TILES for tile in (0, 1)]
 CALL = Call(torch.device("cuda", 0), torch.bfloat16, 9216, 3072, "ternary", "trit5", 128, (9, 0))
 
 pytestmark = pytest.mark.skipif(backend.half is None, reason="Triton is not installed")
@@ -102,6 +101,19 @@ def test_the_tile_with_fewer_rounds(tokens: int, rows: int, wide: bool) -> None:
     """By an H100's 132 multiprocessors; a narrow tile where the wide one leaves most of the last round idle."""
     for family, target in (("sm_90", 90), ("sm_100", 100), ("sm_100", 103)):
         assert configs.plane_tile(target, "trit5", tokens, rows, 132) is configs.PLANE_TILES[family][not wide]
+
+
+@compiled
+@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("codec", SCHEME)
+def test_the_self_check_has_several_tiles_and_edges(codec: str, tile: int) -> None:
+    chosen, coder = configs.PLANE_TILES["sm_90"][tile], codecs.get_codec(codec)
+    weight, x = random_weight(SCHEME[codec], codec, 83, 128), torch.zeros(3, 128)
+    inputs, made, _ = probe.make(x, weight, None, chosen)
+    n = len(made.codes)
+    assert len(inputs) > 2 * chosen.block_m and len(inputs) % chosen.block_m
+    assert n > 2 * chosen.block_n and n % chosen.block_n and made.shape[0] % (8 * coder.fields)
+    assert made.shape[1] >= 8 * chosen.block_k * (chosen.stages - 2)
 
 
 @compiled
