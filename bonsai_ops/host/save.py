@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def base_weights(model: ModelPatcher) -> dict[str, PackedWeight | torch.Tensor]:
+def base_weights(model: ModelPatcher, progress: Progress | None = None) -> dict[str, PackedWeight | torch.Tensor]:
     """{ComfyUI's name: packed (compact) or dense weight} of a ModelPatcher's transformer as loaded, patches undone.
 
-    Persistent buffers are among them.
+    Persistent buffers are among them. progress(0, 1) is called before a weight is made compact: for its Cancel.
 
     Raises ValueError if no layer of it is packed, or if it is a merge, whose layers are dense.
     """
@@ -39,6 +39,8 @@ def base_weights(model: ModelPatcher) -> dict[str, PackedWeight | torch.Tensor]:
     weights: dict[str, PackedWeight | torch.Tensor] = {}
     for name, tensor in base_tensors(model).items():
         if is_packed(tensor):
+            if progress is not None:
+                progress(0, 1)
             weights[name] = at_density(unwrap(tensor), "compact")
         else:
             weights[name] = narrow_exact(tensor.detach()) if tensor.dtype == torch.float32 else tensor.detach()
@@ -75,7 +77,7 @@ def save_bonsai_model(
     all); what it raises ends the save and leaves nothing behind. extra: further metadata, as of workflow_metadata.
     Raises ValueError before anything is written, PackError, or OSError from the disk.
     """
-    weights, said = base_weights(model), ""
+    weights, said = base_weights(model, progress), ""
     if include_loras:
         weights, folded = fold_loras(model, weights)
         said = str(folded)

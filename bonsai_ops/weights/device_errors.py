@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-OUT_OF_MEMORY = ("out of memory", "cudaerrormemoryallocation", "alloc failed", "defaultcpuallocator")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "cannot allocate memory",
+    "cudaerrormemoryallocation",
+    "alloc failed",
+    "defaultcpuallocator",
+)
 LOST_DEVICE = (
     "illegal memory access",
     "illegal address",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -10,6 +11,13 @@ from .errors import PackError
 
 GONE = "Put the pack under models/bonsai and refresh the page."
 NO_ACCESS = "Allow the user that runs ComfyUI to read it: the file itself may be whole."
+MACHINES = {
+    errno.ENOMEM: "Close other programs, or free ComfyUI's memory, and try again: the file itself may be whole.",
+    errno.EMFILE: "Restart ComfyUI, or allow its user more open files: the file itself may be whole.",
+    errno.ENFILE: "Close other programs: the file itself may be whole.",
+    errno.EIO: "Check the disk or the network folder, and copy the file to another: what was read may be damaged.",
+}
+"""{what the system answers when the fault is none of the file's: what helps}."""
 KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -48,9 +56,21 @@ def file_size(path: Path) -> int:
 
 def unreadable(path: Path, error: OSError) -> PackError:
     """The error for a file that the system does not hand over."""
+    return not_its_fault(path, error) or PackError(path, f"cannot be read ({error.strerror or error})", NO_ACCESS)
+
+
+def not_its_fault(path: Path, error: BaseException) -> PackError | None:
+    """The error for a file that is gone or where memory, handles or the disk failed, None for all else.
+
+    Libraries hand on what the system answered as text alone.
+    """
     if isinstance(error, FileNotFoundError):
         return PackError(path, "does not exist", GONE)
-    return PackError(path, f"cannot be read ({error.strerror or error})", NO_ACCESS)
+    for number, cure in MACHINES.items():
+        said = os.strerror(number)
+        if getattr(error, "errno", None) == number or said in str(error):
+            return PackError(path, f"cannot be read ({said})", cure)
+    return None
 
 
 def _status(path: Path) -> os.stat_result:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 
 from ..errors import PackError
-from ..files import file_size, unreadable
+from ..files import file_size, not_its_fault, unreadable
 from ..releases import Census
 from ..stand_in import refuse_stand_ins
 
@@ -69,6 +69,12 @@ class PackFile:
         if done < size:
             raise self.error("ends here, and did not when it was opened", "Wait until it is all there.", name)
         return held
+
+    def unopened(self, error: Exception, found: str, cure: str) -> PackError:
+        """The error for a file that a library could not open, `found` where neither machine nor place is to blame."""
+        if isinstance(error, OSError):
+            return unreadable(self.path, error)
+        return not_its_fault(self.path, error) or self.error(found, cure)
 
     def error(self, found: str, cure: str, key: str | None = None) -> PackError:
         """The error to raise for this file, or for its tensor `key`."""

@@ -64,7 +64,7 @@ class GgufFile(PackFile):
             self._data = np.memmap(path, dtype=np.uint8, mode="c") if mapped else None
             self._view = memoryview(self._stream.read(MAX_HEADER))
         except (OSError, ValueError) as error:  # it went away or shrank to nothing
-            raise self.error(f"cannot be mapped ({error})", DOWNLOAD_AGAIN) from error
+            raise self.unopened(error, f"cannot be mapped ({error})", DOWNLOAD_AGAIN) from error
         self._at, self._values = 0, 0
         self.metadata: dict[str, float | str] = {}
         self.counts: dict[str, int] = {}

@@ -100,11 +100,9 @@ class SafetensorsFile(PackFile):
             else:
                 self._stream = path.open("rb", buffering=0)
         except SafetensorError as error:
-            raise self.error(f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
-        except OSError as error:
-            raise unreadable(path, error) from error
-        except RuntimeError as error:  # torch: it has become shorter
-            raise self.error(f"cannot be mapped ({error})", DOWNLOAD_AGAIN) from error
+            raise self.unopened(error, f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
+        except (MemoryError, OSError, RuntimeError) as error:  # torch: it has become shorter
+            raise self.unopened(error, f"cannot be mapped ({error})", DOWNLOAD_AGAIN) from error
 
     def _require_places(self, at: int) -> None:
         """Raises PackError unless tensors lie one after another from byte `at` on, as long as dtype and shape say."""

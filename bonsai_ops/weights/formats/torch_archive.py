@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import PackError
+from ..files import not_its_fault
 from .file import MAX_TENSORS
 
 ENCRYPTED = 1
@@ -63,7 +64,8 @@ def read_archive(path: Path, size: int, refuse: Refuse, download_again: str) -> 
     except PackError:
         raise
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError, RuntimeError) as error:
-        raise refuse(f"is not a readable torch file ({str(error).rstrip('. ')})", download_again) from error
+        found = f"is not a readable torch file ({str(error).rstrip('. ')})"
+        raise not_its_fault(path, error) or refuse(found, download_again) from error
 
 
 def _checked(

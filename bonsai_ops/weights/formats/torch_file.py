@@ -13,6 +13,7 @@ import torch
 
 from ..device_errors import is_the_devices
 from ..errors import PackError
+from ..files import not_its_fault
 from ..releases import Census, count
 from .file import PackFile
 from .torch_archive import read_archive
@@ -47,6 +48,8 @@ class TorchFile(PackFile):
             name = re.search(r"GLOBAL (\S+)", str(error))
             raise self._foreign(name[1] if name else "") from error
         except Exception as error:  # damaged bytes surface as any exception of the unpickler
+            if (fault := not_its_fault(path, error)) is not None:
+                raise fault from error
             if is_the_devices(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]

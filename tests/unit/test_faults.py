@@ -1,0 +1,167 @@
+"""Faults of the machine while a file is read or made: no memory, no handles, no room, an end without warning."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small_disk import KINDS, small_disk
+
+from bonsai_ops.tools import synthetic
+from bonsai_ops.tools.environment import PLUGIN as REPOSITORY
+from bonsai_ops.weights import files, flux2
+from bonsai_ops.weights.errors import PackError
+from bonsai_ops.weights.formats import open_pack
+from bonsai_ops.weights.packed_weight import PackedWeight
+
+resource = pytest.importorskip("resource")
+
+LARGE = flux2.Geometry(hidden=512, context=384, in_channels=128, double_blocks=1, single_blocks=2)
+"""About 14 MB packed: more than the memory that a process has lying about."""
+
+
+FILES: dict[str, Callable[[Path], None]] = {
+    "model.safetensors": lambda path: synthetic.write_mlx(path, "ternary", LARGE),
+    "state_dict.pt": lambda path: synthetic.write_gemlite(path, "ternary", LARGE),
+}
+
+
+@pytest.fixture(scope="module", params=FILES)
+def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("faults") / request.param
+    FILES[request.param](path)
+    return path
+
+
+def values(path: Path) -> dict[str, torch.Tensor]:
+    weights = {name: entry.weight() for name, entry in open_pack(path).entries.items()}
+    return {name: w.codes if isinstance(w, PackedWeight) else w for name, w in weights.items()}
+
+
+@pytest.fixture
+def limited() -> Iterator[Callable[[int, int], None]]:
+    """A function that lowers a limit of this process, until the test ends."""
+    kept: dict[int, tuple[int, int]] = {}
+
+    def lower(kind: int, most: int) -> None:
+        kept.setdefault(kind, resource.getrlimit(kind))
+        resource.setrlimit(kind, (most, kept[kind][1]))
+
+    yield lower
+    for kind, limits in kept.items():
+        resource.setrlimit(kind, limits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not say what a process has")
+def test_no_memory_is_no_damage(pack: Path, limited: Callable[[int, int], None]) -> None:
+    """It was told as a damaged download."""
+    expected = values(pack)
+    gc.collect()
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limited(resource.RLIMIT_AS, held + (4 << 20))
+    try:
+        with pytest.raises(PackError) as found:
+            open_pack(pack)
+    finally:
+        limited(resource.RLIMIT_AS, resource.RLIM_INFINITY)
+    assert str(found.value).startswith(f"{pack}: cannot be read (Cannot allocate memory). Close other programs")
+    again = values(pack)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_no_handles_are_no_damage(pack: Path, limited: Callable[[int, int], None]) -> None:
+    """Whichever of the files that are opened for it is the first without one; none stays open."""
+    values(pack)
+    gc.collect()
+    used, said, lowest = len(os.listdir("/dev/fd")), [], os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    for more in range(8):
+        limited(resource.RLIMIT_NOFILE, lowest + more)
+        try:
+            open_pack(pack)
+        except PackError as error:
+            said.append(str(error))
+        else:
+            break
+        finally:
+            limited(resource.RLIMIT_NOFILE, lowest + 100)
+    assert said and set(said) == {
+        f"{pack}: cannot be read (Too many open files). {files.MACHINES[errno.EMFILE]}",
+    }
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) <= used
+
+
+def converted(*arguments: str, script: str | None = None, **options: object) -> subprocess.Popen[str]:
+    code = script or "import sys; from bonsai_ops import convert; raise SystemExit(convert.main(sys.argv[1:]))"
+    line = [sys.executable, "-c", code, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(line, cwd=REPOSITORY, text=True, **pipes, **options)
+
+
+SLOW = """
+import sys, time
+from bonsai_ops import convert
+from bonsai_ops.weights.formats import native
+seconds = float(sys.argv.pop(1))
+native.os.fsync = lambda handle: time.sleep(seconds)
+raise SystemExit(convert.main(sys.argv[1:]))
+"""
+"""Takes so many seconds between the last byte and the name."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("source") / "diffusion_pytorch_model.safetensors"
+    synthetic.write_mlx(path, "ternary", synthetic.TINY)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_room_for_a_conversion(kind: str, source: str, tmp_path: Path) -> None:
+    """On a small disk it is told before anything is written, of a quota at its end; nothing is left there."""
+    with small_disk(tmp_path / "disk", 200_000, kind) as limit:
+        target = tmp_path / "disk" / "w.safetensors"
+        run = converted(source, str(target), preexec_fn=limit)
+        _, said = run.communicate(timeout=120)
+        assert run.returncode == 1, said
+        assert said.strip().startswith(f"{target}: needs ") and said.rstrip().endswith("or choose another folder.")
+        assert "MB" in said and len(said.strip().splitlines()) == 1 and list(target.parent.iterdir()) == []
+
+
+def test_two_conversions_to_one_target_and_one_that_is_killed(source: str, tmp_path: Path) -> None:
+    """One gets it and the other says so; what the killed one left is no model, and is taken away by a later run."""
+    from bonsai_ops.weights.release import holds_transformer
+
+    target = tmp_path / "w.safetensors"
+    runs = [converted("1.5", source, str(target), script=SLOW) for _ in range(2)]
+    killed = converted("60", source, str(tmp_path / "k.safetensors"), script=SLOW)
+    until = time.monotonic() + 120
+    while not (len(list(tmp_path.glob(".*.part"))) == 1 and target.exists()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    said = [run.communicate(timeout=120)[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1], said
+    assert sum("exists" in text and "hoose another name" in text for text in said) == 1
+    expected = target.read_bytes()
+
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    (left,) = tmp_path.glob(".*.part")
+    assert left.stat().st_size == len(expected) and not (tmp_path / "k.safetensors").exists()
+    assert not holds_transformer(tmp_path) or left.name not in str(open_pack(target).path)
+    old = time.time() - 3600
+    os.utime(left, (old, old))
+    again = converted(source, str(tmp_path / "k.safetensors"))
+    assert again.wait(120) == 0 and again.communicate() is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["k.safetensors", "w.safetensors"]
+    assert (tmp_path / "k.safetensors").read_bytes() == expected
