@@ -62,6 +62,12 @@ class ComfyServer:
         """Address of the server, without a slash at the end."""
         return f"http://{HOST}:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        """Id of the process that runs. Raises RuntimeError when none does."""
+        self._check_alive()
+        return self._process.pid
+
     def __enter__(self) -> ComfyServer:
         self.start()
         return self

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/benchmarks.md", "docs/architecture.md")
+PAGES = (
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
+    *("docs/benchmarks.md", "docs/architecture.md", "docs/trust.md"),
+)
 ROOT = {
     *("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"),
     *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -224,6 +225,12 @@ class TestSteps:
         titles = [[step.title for step in prepare._steps(tests, (pins.NEWEST,))] for tests in (False, True)]
         assert [any("newer packages" in title for title in found) for found in titles] == [False, True]
 
+    def test_what_the_tests_install_is_pinned(self) -> None:
+        """By version; what decodes packs by its hash too, which pip then demands of all in the same file."""
+        assert all("==" in line for line in (*pins.TEST_REQUIREMENTS, *pins.NEWEST_PACKAGES))
+        for line in pins.TEST_REQUIREMENTS_WITHOUT_DEPENDENCIES:
+            assert re.fullmatch(r"[\w-]+==[\w.]+(; .+)? --hash=sha256:[0-9a-f]{64}", line), line
+
     def test_failed_step_leaves_no_stamp(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(arguments: list[str], tick: object) -> None:
             raise environment.SetupError("no network")
@@ -328,6 +335,8 @@ class TestRelaunch:
             "tests",
             "tests.guards",
             "tests.hosts",
+            "tests.soak",
+            "tests.renew_pins",
             "training",
         ],
     )

@@ -39,6 +39,11 @@ NAMES_COMFYUI = (
     "bonsai_ops/tools/bench/gpu_check/",
 )
 """The folders in which a file may import them."""
+NETWORK = {
+    *("socket", "socketserver", "ssl", "http", "urllib", "ftplib", "smtplib", "poplib", "imaplib", "xmlrpc", "asyncio"),
+    *("requests", "httpx", "aiohttp", "urllib3", "websockets", "websocket", "huggingface_hub", "webbrowser"),
+}
+"""What could open a connection."""
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 LONG_FUNCTIONS = {
     "bonsai_ops/kernels/triton/half.py:weight_first_kernel": "a kernel is one function: pointers, strides, one loop",
@@ -155,6 +160,17 @@ def test_only_the_host_names_comfyui() -> None:
         roots = {parts[0] for parts in imports(file.read_text(encoding="utf-8"), name.split("/")[:-1]) if parts}
         if roots & COMFYUI and not name.startswith(NAMES_COMFYUI) and wing(name) != "entry":
             found[name] = roots & COMFYUI
+    assert found == {}
+
+
+def test_only_the_workshop_knows_the_network() -> None:
+    """What ComfyUI runs, and the commands themselves, connect to nothing."""
+    found = {}
+    for file in files():
+        name = name_of(file)
+        roots = {parts[0] for parts in imports(file.read_text(encoding="utf-8"), name.split("/")[:-1]) if parts}
+        if roots & NETWORK and wing(name) != "tools":
+            found[name] = roots & NETWORK
     assert found == {}
 
 

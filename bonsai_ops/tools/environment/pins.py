@@ -30,22 +30,24 @@ TORCH_REQUIREMENTS = ("torch==2.14.1", "torchvision==0.29.1")
 # installed without dependencies.
 TORCHAUDIO_REQUIREMENTS = ("torchaudio==2.11.0",)
 TEST_REQUIREMENTS = (
-    "pytest",
-    "pytest-xdist",
-    "ruff",
+    "pytest==9.2.0",
+    "pytest-xdist==3.8.0",
+    "ruff==0.17.6",
     "diffusers==0.42.1",
-    "accelerate",
+    "accelerate==1.15.0",
     'mlx[cpu]==0.32.4; sys_platform == "linux"',
     'mlx==0.32.4; sys_platform == "darwin" and platform_machine == "arm64"',
 )
-# Their declared dependencies would replace the torch above.
+# Their declared dependencies would replace the torch above. What decodes the packs that the readers are compared with
+# is taken by its hash; `python -m tests.renew_pins` prints newer lines.
 TEST_REQUIREMENTS_WITHOUT_DEPENDENCIES = (
-    'gemlite==0.6.0.post2; sys_platform == "linux"',
-    'hqq==0.2.8.post1; sys_platform == "linux"',
-    "termcolor",
-    "gguf==0.19.0",
+    'gemlite==0.6.0.post2; sys_platform == "linux" '
+    "--hash=sha256:95c32b3d5ff10f6b08673ad08af1940d615fac01350be3e3c21b74eae01260e9",
+    'hqq==0.2.8.post1; sys_platform == "linux" '
+    "--hash=sha256:8fa34c074df43b32acf10173abbc7dfdeff1ae529b673acfc2628a1c9c61fc8a",
+    "termcolor==3.3.0 --hash=sha256:cf642efadaf0a8ebbbf4bc7a31cec2f9b5f21a9f726f4ccbb08192c9c26f43a5",
+    "gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd",
 )
-
 
 # Newer than what the newest ComfyUI of SOURCES asks for: what a user has who updates the packages alone. They lie in a
 # folder of their own, which comes before those of the environment. Without dependencies, which would bring a second
