@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..bonsai_ops.host import comfyui
 from ..bonsai_ops.host.loader import CHOICES, LoadOptions
 from ..bonsai_ops.host.patch.report import Report
+from ..bonsai_ops.host.text_encoder import TEXT_DTYPES
 
 CATEGORY = "Bonsai"
 ESSENTIALS = "Image Generation"
@@ -44,6 +45,19 @@ def _compute_dtype() -> io.Combo.Input:
         default=LoadOptions.compute_dtype,
         tooltip="Number format of the activations. auto: ComfyUI's choice for this GPU; bf16 on a CPU that has it in "
         "hardware, else fp32. The packed weights stay the same in every format.",
+        **_advanced(),
+    )
+
+
+def text_dtype(name: str) -> io.Combo.Input:
+    """The number format of a text encoder, as an input called `name`."""
+    return io.Combo.Input(
+        name,
+        options=list(TEXT_DTYPES),
+        default="auto",
+        optional=True,
+        tooltip="Number format in which the text encoder multiplies. auto: bf16 or fp16 on a GPU that is fast in it, "
+        "fp32 on a CPU. fp32: the most exact, also on a GPU. The packed weights stay the same in every format.",
         **_advanced(),
     )
 

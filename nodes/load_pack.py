@@ -10,6 +10,8 @@ from ..bonsai_ops.host.pack import load_pack
 from ..bonsai_ops.host.progress import comfyui_bar
 from . import inputs
 
+TEXT_DTYPE = "text_compute_dtype"
+
 
 class LoadBonsaiPack(io.ComfyNode):
     @classmethod
@@ -26,6 +28,7 @@ class LoadBonsaiPack(io.ComfyNode):
                     tooltip="A folder in models/bonsai that holds a whole Bonsai repository: MLX, gemlite or unpacked.",
                 ),
                 *inputs.loading(),
+                inputs.text_dtype(TEXT_DTYPE),
             ],
             outputs=[
                 io.Model.Output(tooltip="An ordinary MODEL: use it with any sampler."),
@@ -45,5 +48,5 @@ class LoadBonsaiPack(io.ComfyNode):
 
     @classmethod
     def execute(cls, pack_name: str, **options: str) -> io.NodeOutput:
-        embeddings = folder_paths.get_folder_paths("embeddings")
-        return io.NodeOutput(*load_pack(folders.pack_path(pack_name), options, embeddings, comfyui_bar()))
+        embeddings, of_text = folder_paths.get_folder_paths("embeddings"), options.pop(TEXT_DTYPE, "auto")
+        return io.NodeOutput(*load_pack(folders.pack_path(pack_name), options, embeddings, comfyui_bar(), of_text))

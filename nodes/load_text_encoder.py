@@ -28,6 +28,7 @@ class LoadBonsaiTextEncoder(io.ComfyNode):
                     tooltip="The text encoder: model.safetensors of an MLX pack or of mlx-community/Qwen3-4B-4bit (the "
                     "same file), or qmodel.pt of a gemlite pack, in models/bonsai or models/text_encoders.",
                 ),
+                inputs.text_dtype("compute_dtype"),
             ],
             outputs=[io.Clip.Output(tooltip="Connect it to CLIP Text Encode.")],
             **inputs.found_as(
@@ -46,7 +47,7 @@ class LoadBonsaiTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, text_encoder_name: str) -> io.NodeOutput:
+    def execute(cls, text_encoder_name: str, **options: str) -> io.NodeOutput:
         path = folders.text_encoder_path(text_encoder_name)
         embeddings = folder_paths.get_folder_paths("embeddings")
-        return io.NodeOutput(load_bonsai_text_encoder(path, embeddings, progress=comfyui_bar()))
+        return io.NodeOutput(load_bonsai_text_encoder(path, embeddings, progress=comfyui_bar(), **options))

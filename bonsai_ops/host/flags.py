@@ -46,8 +46,8 @@ FLAGS = (
     # number formats: text encoder, VAE
     Flag(
         "fp8_e4m3fn-text-enc fp8_e5m2-text-enc fp16-text-enc bf16-text-enc fp32-text-enc",
-        "the linear layers of an unpacked text encoder are kept in that dtype; packed ones stay packed. Both compute "
-        "in fp32, as ComfyUI's text encoders do",
+        "the linear layers of an unpacked text encoder are kept in that dtype; packed ones stay packed. On a GPU auto "
+        "multiplies both in it, but for fp8; all else of a text encoder is computed in fp32, as in ComfyUI's",
         "host/flags.py",
     ),
     Flag("fp16-vae fp32-vae bf16-vae", "as for every VAE: comfy.sd.VAE chooses"),
@@ -105,6 +105,15 @@ def maps_files() -> bool:
 
 def kept_as_asked(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, PackedWeight | torch.Tensor]:
     """The weights of a text encoder, matrices of unpacked linear layers in the dtype that the command line asks for."""
+    asked, kept = asked_text_dtype(), dict(weights)
+    for name, weight in weights.items() if asked is not None else ():
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and "embed" not in name:
+            kept[name] = weight.to(asked)
+    return kept
+
+
+def asked_text_dtype() -> torch.dtype | None:
+    """The dtype that the command line asks of text encoders, None if it does not."""
     asked = (
         args.fp8_e4m3fn_text_enc
         or args.fp8_e5m2_text_enc
@@ -112,8 +121,4 @@ def kept_as_asked(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[st
         or args.bf16_text_enc
         or args.fp32_text_enc
     )
-    kept = dict(weights)
-    for name, weight in weights.items() if asked else ():
-        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and "embed" not in name:
-            kept[name] = weight.to(comfy.model_management.text_encoder_dtype())
-    return kept
+    return comfy.model_management.text_encoder_dtype() if asked else None

@@ -20,9 +20,9 @@ from ..weights import qwen3
 from ..weights.read import open_text_encoder, read_weights
 from .flags import kept_as_asked, maps_files
 from .layout import wrapped
-from .linear import make_bonsai_ops
 from .lora import merges_models
 from .patcher import adopt
+from .precision import make_text_ops
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def generating(base: type, path: Path) -> type:
-    """ComfyUI's class of a Klein text encoder, for one that was loaded from `path` with its first layers only."""
+def generating(base: type, path: Path, compute_dtype: str = "auto") -> type:
+    """ComfyUI's class of a Klein text encoder, for one that was loaded from `path` with its first layers only.
+
+    compute_dtype: as for make_text_ops.
+    """
 
     class PackTextEncoder(base):
         _whole: _Whole | None = None
@@ -40,7 +43,7 @@ def generating(base: type, path: Path) -> type:
             """As ComfyUI's. Raises PackError if the file does not hold all layers, ValueError for a merge."""
             _refuse_merge(self)
             if self._whole is None:
-                self._whole = _Whole(self, base, path)
+                self._whole = _Whole(self, base, path, compute_dtype)
             return self._whole.on(self.qwen3_4b.execution_device).generate(tokens, *args, **kwargs)
 
     return PackTextEncoder
@@ -63,11 +66,11 @@ class _Whole:
     It is no module of `part`, so it is neither saved nor counted with that.
     """
 
-    def __init__(self, part: torch.nn.Module, base: type, path: Path) -> None:
+    def __init__(self, part: torch.nn.Module, base: type, path: Path, compute_dtype: str) -> None:
         pack, sizes = open_text_encoder(path, maps_files(), whole=True)
         first = qwen3.expected_shapes(sizes | {"num_hidden_layers": qwen3.LAYERS})
         rest = replace(pack, entries={name: e for name, e in pack.entries.items() if name not in first})
-        options = {"custom_operations": make_bonsai_ops(), "qwen3_4b_model_config": sizes}
+        options = {"custom_operations": make_text_ops(compute_dtype), "qwen3_4b_model_config": sizes}
         self.model = base(device="cpu", dtype=torch.float32, model_options=options)
         own, shared = self.model.qwen3_4b.transformer.model, part.qwen3_4b.transformer.model
         own.embed_tokens = shared.embed_tokens

@@ -1,7 +1,8 @@
 """A whole release -> MODEL, CLIP and VAE: one progress over its files, and nothing loaded that is still there.
 
-MODEL depends on how it is to be computed, CLIP and VAE on their files alone. While ComfyUI still has what a node gave
-before, the same CLIP and VAE serve the next choice of mode, layout or dtype too. Nothing is kept for that here.
+MODEL depends on how it is to be computed, CLIP on its dtype and files, VAE on its files alone. While ComfyUI still has
+what a node gave before, the same CLIP and VAE serve the next choice of mode, layout or dtype of MODEL too. Nothing is
+kept for that here.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def load_pack(
     options: Mapping[str, str] | None = None,
     embedding_directory: Sequence[str] = (),
     progress: Progress | None = None,
+    text_compute_dtype: str = "auto",
 ) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """The three parts of a pack folder; arguments as of `load_bonsai_model` and `load_bonsai_text_encoder`.
 
@@ -44,8 +46,10 @@ def load_pack(
     model = load_bonsai_model(folder, options, progress=of_model)
     beside = [*{file.parent for file in encoders}, *tokenizers_beside(encoders[0])]
     clip = _again(
-        ("clip", tuple(embedding_directory), *_seen(beside)),
-        lambda: load_bonsai_text_encoder(folder, list(embedding_directory), progress=of_clip),
+        ("clip", text_compute_dtype, tuple(embedding_directory), *_seen(beside)),
+        lambda: load_bonsai_text_encoder(
+            folder, list(embedding_directory), compute_dtype=text_compute_dtype, progress=of_clip
+        ),
     )
     of_clip(1, 1)
     return model, clip, vae

@@ -29,8 +29,8 @@ from . import comfyui
 from .flags import kept_as_asked, maps_files
 from .generation import generating
 from .layout import wrapped
-from .linear import make_bonsai_ops
 from .patcher import adopt, refuse_patched
+from .precision import DTYPES, make_text_ops, text_dtype
 from .progress import Progress
 from .record import saved_text_record
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 512
+TEXT_DTYPES = ("auto", *DTYPES)
+"""What compute_dtype may be."""
 ASKED_FOR_WEIGHTS = "comfy.model_patcher.ModelPatcher.model_state_dict_for_saving"
 KLEIN, KLEIN_TOKENIZER = "comfy.text_encoders.flux.klein_te", "comfy.text_encoders.flux.KleinTokenizer"
 TEMPLATE_IDS = {
@@ -75,24 +77,29 @@ def load_bonsai_text_encoder(
     path: str | Path,
     embedding_directory: list[str] | None = None,
     *,
+    compute_dtype: str = "auto",
     disable_dynamic: bool = False,
     progress: Progress | None = None,
 ) -> comfy.sd.CLIP:
     """Loads the text encoder of a pack folder, or a file: MLX, HQQ, unpacked, or one that ComfyUI saved from such.
 
-    embedding_directory: folders of textual inversions, as ComfyUI's own loaders get them. progress(weights done,
-    weights in all) is called a layer. Raises PackError for a file that cannot be used, MissingNameError in a ComfyUI
-    that does not know Klein's text encoder.
+    embedding_directory: folders of textual inversions, as ComfyUI's own loaders get them. compute_dtype: auto or one
+    of DTYPES, for `text_dtype`. progress(weights done, weights in all) is called a layer. Raises PackError for a file
+    that cannot be used, MissingNameError in a ComfyUI that does not know Klein's text encoder, ValueError for an
+    unknown compute_dtype.
     """
     started = time.perf_counter()
+    if compute_dtype not in TEXT_DTYPES:
+        raise ValueError(f"compute_dtype {compute_dtype!r} is unknown, expected one of {', '.join(TEXT_DTYPES)}")
     comfyui.needed(KLEIN_TOKENIZER)
     pack, sizes = open_text_encoder(path, maps_files())
     weights = kept_as_asked(read_weights(pack, progress))
     packed = [w for w in weights.values() if isinstance(w, PackedWeight)]
     resident = sum(w.nbytes for w in weights.values())
     # fp32: ComfyUI feeds text encoders fp32; packed and dense matrices keep their own bytes whatever stands here.
-    options = {"custom_operations": make_bonsai_ops(), "qwen3_4b_model_config": sizes, "dtype": torch.float32}
-    encoder = generating(comfyui.needed(KLEIN)(), Path(path))
+    operations = make_text_ops(compute_dtype)
+    options = {"custom_operations": operations, "qwen3_4b_model_config": sizes, "dtype": torch.float32}
+    encoder = generating(comfyui.needed(KLEIN)(), Path(path), compute_dtype)
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(pack.path), encoder)
     clip = comfy.sd.CLIP(
         target,
@@ -103,16 +110,17 @@ def load_bonsai_text_encoder(
     )
     adopt(clip.patcher)
     clip.tokenizer.encoder = weakref.ref(clip.cond_stage_model)
-    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (str(path), embedding_directory))
+    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (str(path), embedding_directory, compute_dtype))
     held, should = pack.counts["layers"], pack.counts["layers in all"]
     if held < should:
         logger.info("Bonsai text encoder: %s has %d of %d layers, enough for prompts", pack.path, held, should)
     logger.info(
-        "Bonsai text encoder: %s, %d layers, %d matrices packed, %.1f MB, %.1f s from %s, %s",
+        "Bonsai text encoder: %s, %d layers, %d matrices packed, %.1f MB, multiplies in %s, %.1f s from %s, %s",
         pack.format,
         qwen3.LAYERS,
         len(packed),
         resident / 1e6,
+        str(text_dtype(compute_dtype, clip.patcher.load_device)).removeprefix("torch."),
         time.perf_counter() - started,
         pack.path,
         pack.release,
@@ -121,10 +129,12 @@ def load_bonsai_text_encoder(
 
 
 def load_text_encoder_patcher(
-    path: str, embedding_directory: list[str] | None = None, disable_dynamic: bool = False
+    path: str, embedding_directory: list[str] | None = None, compute_dtype: str = "auto", disable_dynamic: bool = False
 ) -> ModelPatcher:
     """The ModelPatcher alone, for ComfyUI's clones through `cached_patcher_init`."""
-    return load_bonsai_text_encoder(path, embedding_directory, disable_dynamic=disable_dynamic).patcher
+    return load_bonsai_text_encoder(
+        path, embedding_directory, compute_dtype=compute_dtype, disable_dynamic=disable_dynamic
+    ).patcher
 
 
 def _tokenizer_class(path: Path) -> type:

@@ -386,10 +386,16 @@ def test_a_search_finds_each_node(name: str, every_comfy_server: ComfyServer) ->
 
 
 def test_what_a_newcomer_need_not_choose_is_folded_away(every_comfy_server: ComfyServer) -> None:
-    for name in ("LoadBonsaiModel", "LoadBonsaiPack"):
-        inputs = inputs_of(nodes_of(every_comfy_server)[name])
-        folded = [key for key, spec in inputs.items() if options_of(spec).get("advanced")]
-        assert folded == ["compute_dtype", "memory", "mode", "layout"]
+    loading = ["compute_dtype", "memory", "mode", "layout"]
+    expected = {
+        "LoadBonsaiModel": loading,
+        "LoadBonsaiPack": [*loading, "text_compute_dtype"],
+        "LoadBonsaiTextEncoder": ["compute_dtype"],
+    }
+    for name, inputs in expected.items():
+        specs = inputs_of(nodes_of(every_comfy_server)[name])
+        assert [key for key, spec in specs.items() if options_of(spec).get("advanced")] == inputs
+        assert list(specs)[-len(inputs) :] == inputs
 
 
 # What the template browser shows

@@ -19,7 +19,7 @@ from waits import Waits, recording
 from bonsai_ops import kernels
 from bonsai_ops.kernels import BackendError, dispatch, eager
 from bonsai_ops.kernels.triton import backend as fused
-from bonsai_ops.kernels.unpack import by_triton, product
+from bonsai_ops.kernels.unpack import by_nvrtc, by_triton, product
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
 PAIRS = [(scheme.name, codec) for scheme in SCHEMES.values() for codec in scheme.codecs]
@@ -241,6 +241,22 @@ def test_takes_every_weight_on_a_gpu() -> None:
             for group in (32, 96, 128, 3072):
                 call = dataclasses.replace(TAKEN, scheme=pair[0], codec=pair[1], dtype=dtype, group_size=group)
                 assert by_triton.declines(call) is None
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (9, 0), (12, 0)])
+@pytest.mark.parametrize("scheme", ["affine", "zero_point"])
+def test_text_encoders_are_unpacked_in_one_launch(scheme: str, capability: tuple[int, int], dtype: torch.dtype) -> None:
+    """The largest layer of Qwen3-4B in 4 bits as MLX and HQQ pack it; without Triton it is the other one's."""
+    call = dataclasses.replace(
+        TAKEN, rows=9728, columns=2560, scheme=scheme, dtype=dtype, group_size=64, capability=capability
+    )
+    choice = kernels.resolve(call)
+    assert (choice.backend, choice.mode) == (by_triton, "exact") and list(choice.declined) == ["triton", "cpu"]
+    assert (
+        by_nvrtc.LIMITS.unmet(call) is None and by_nvrtc.LIMITS.unmet(dataclasses.replace(call, group_size=128)) is None
+    )
 
 
 @pytest.mark.parametrize(

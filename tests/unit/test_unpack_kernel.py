@@ -56,6 +56,15 @@ def test_values(pair: tuple[str, str], shape: tuple) -> None:
 
 
 @interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("scheme", "table"), [("affine", torch.bfloat16), ("zero_point", torch.float16)])
+def test_text_encoders(scheme: str, table: torch.dtype, dtype: torch.dtype) -> None:
+    """In 4 bits and groups of 64 columns, as MLX and HQQ have them."""
+    weight = random_weight(scheme, "nibble", 40, 192, 64, table)
+    assert torch.equal(write_poisoned(weight, 0, 40, dtype), weight.dequantize(dtype))
+
+
+@interpreter
 def test_codes_and_tables_anywhere_in_memory() -> None:
     """At odd addresses, with strides, and as views of something larger."""
     weight = random_weight("affine", "nibble", 39, 128, 32)

@@ -33,6 +33,12 @@ NEEDS = (
         "to choose the dtype",
         "force_fp32 fp32_unet fp64_unet bf16_unet fp16_unet",
     ),
+    Need(
+        "host/precision.py",
+        "comfy.model_management",
+        "to choose the dtype of a text encoder",
+        "should_use_bf16 should_use_fp16",
+    ),
     Need("host/flags.py", "comfy.cli_args.args", "to leave no file mapped where that is asked for", "disable_mmap"),
     Need("host/progress.py", "comfy.utils.ProgressBar", "to show progress", "update_absolute"),
     Need("host/progress.py", "comfy.model_management.throw_exception_if_processing_interrupted", "to be cancelled"),

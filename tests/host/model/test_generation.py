@@ -61,7 +61,7 @@ def ours(comfy: Any, folder: Path) -> Any:
     from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
 
     comfy.model_management.unload_all_models()
-    return load_bonsai_text_encoder(folder)
+    return load_bonsai_text_encoder(folder, compute_dtype="fp32")
 
 
 def generate(clip: Any, prompt: str, sampling: dict | None = None) -> str:

@@ -247,7 +247,7 @@ def text_encoders(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("pack") / "tiny"
     synthetic.write_pipeline(folder)
     stock = stock_text_encoder(folder / "text_encoder-mlx-4bit" / "model.safetensors", synthetic.TINY_TEXT)
-    return text_encoder.load_bonsai_text_encoder(folder), stock
+    return text_encoder.load_bonsai_text_encoder(folder, compute_dtype="fp32"), stock
 
 
 def test_text_encoder_lora(pair: Pair, text_encoders: tuple[Any, Any], lora_file: LoraFile) -> None:

@@ -142,7 +142,7 @@ class Table:
         from bonsai_ops.host.vae import load_vae
 
         self.files, self.nodes = files, all_nodes()
-        ours = load_bonsai_text_encoder(files["folder"])
+        ours = load_bonsai_text_encoder(files["folder"], compute_dtype="fp32")
         self.clips = (ours, stock_text_encoder(files["folder"] / "text_encoder-mlx-4bit" / "model.safetensors", TEXT))
         self.vae = load_vae(SHIPPED_PACK)
         self.vae.first_stage_model = Pixels()

@@ -74,7 +74,7 @@ def test_only_the_transformer_is_loaded_again(folder: Path, caplog: pytest.LogCa
 
 
 def test_other_files_are_loaded_again(folder: Path) -> None:
-    """A file that was downloaded again in its place, and other folders of embeddings."""
+    """A file that was downloaded again in its place, and a CLIP for other folders of embeddings or another dtype."""
     from bonsai_ops.host.pack import load_pack
 
     packs = [load_pack(folder)]
@@ -82,7 +82,9 @@ def test_other_files_are_loaded_again(folder: Path) -> None:
         os.utime(folder / changed, ns=(1, 1))
         packs.append(load_pack(folder))
     packs.append(load_pack(folder, embedding_directory=[str(folder)]))
-    first, new_encoder, new_vae, elsewhere = ((id(clip), id(vae)) for _, clip, vae in packs)
+    packs.append(load_pack(folder, embedding_directory=[str(folder)], text_compute_dtype="bf16"))
+    first, new_encoder, new_vae, elsewhere, other_dtype = ((id(clip), id(vae)) for _, clip, vae in packs)
     assert new_encoder[0] != first[0] and new_encoder[1] == first[1]
     assert new_vae[0] == new_encoder[0] and new_vae[1] != first[1]
     assert elsewhere[0] != new_vae[0] and elsewhere[1] == new_vae[1]
+    assert other_dtype[0] != elsewhere[0] and other_dtype[1] == elsewhere[1]

@@ -72,7 +72,7 @@ def paint(check: Check, sizes: tuple[tuple[int, int], ...], dtype: str) -> dict[
     begun = time.perf_counter()
     found, seconds = {}, []
     with torch.inference_mode():
-        clip, vae = load_bonsai_text_encoder(folder), load_vae(folder)
+        clip, vae = load_bonsai_text_encoder(folder, compute_dtype=dtype), load_vae(folder)
         model = load_bonsai_model(folder, {"compute_dtype": dtype})
         check.note(f"{dtype} load_s", time.perf_counter() - begun, show=False)
         for prompt in PROMPTS:
