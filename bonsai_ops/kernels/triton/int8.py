@@ -9,6 +9,13 @@ bit OR 0x40 is +-64 as int8, without a zero point; the 64 is taken out of the to
 scale s one fma gives s sum (1.5 2^23 s is exact for s of 16 bits, else off by 2^-25 of it), a second multiplies by the
 token's scale and adds: no conversion to float, and fp32 rounds twice a group. wgmma and tcgen05 cannot start from a
 constant for free, so sm_90 and sm_100 keep to mma.sync, for which tiles of TILE_M = 32 first are small enough.
+
+x is rounded at each product. In FLUX.2 that is once an activation: q, k, v are one layer, in single blocks with the
+first half of the MLP, and no two packed layers read the same tensor. In models whose q, k and v are apart it could be
+kept for the next layer, if that knew that nobody wrote into x since; but ComfyUI samples in inference mode, where
+tensors have no version, and to look at x again costs two thirds of rounding it (two bytes a value of three).
+The SwiGLU before a layer is no part of it either: it is code of ComfyUI's blocks, and the single ones join its result
+with that of the attention before a layer of ours sees it.
 """
 
 # ruff: noqa: N803, N806 (Triton: constants of a kernel are upper case)

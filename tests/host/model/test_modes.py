@@ -50,6 +50,23 @@ def test_two_models_in_two_modes(load: Callable[..., Any], lora_file: Callable[.
     assert [dict(describe(m))["backend"] for m in (exact, rounded)] == ["cpu, exact", "cpu, a8"]
 
 
+@pytest.mark.processor
+def test_every_activation_is_rounded_once(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two packed layers of FLUX.2 read one tensor: a8 has nothing to share between them (kernels/triton/int8.py)."""
+    from bonsai_ops.host.layout import is_packed
+    from bonsai_ops.kernels import cpu
+
+    model, read, rounded = load(mode="a8"), [], []
+    layers = [m for m in model.model.modules() if is_packed(getattr(m, "weight", None))]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0]))
+    multiply = cpu.multiply
+    monkeypatch.setattr(cpu, "multiply", lambda x, *rest: (rounded.append(rest[2]), multiply(x, *rest))[1])
+    draw(model, steps=1)
+    assert len(layers) == len(read) == len(rounded) and set(rounded) == {"a8"}
+    assert len({id(x) for x in read}) == len({(x.data_ptr(), x.shape) for x in read}) == len(read)
+
+
 def test_layouts_draw_the_same(load: Callable[..., Any], tmp_path: Path) -> None:
     """fast takes more memory; a saved file is compact again and loads in either."""
     from bonsai_ops.host.save import save_bonsai_model
