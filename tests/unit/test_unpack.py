@@ -253,7 +253,7 @@ def test_text_encoders_are_unpacked_in_one_launch(scheme: str, capability: tuple
         TAKEN, rows=9728, columns=2560, scheme=scheme, dtype=dtype, group_size=64, capability=capability
     )
     choice = kernels.resolve(call)
-    assert (choice.backend, choice.mode) == (by_triton, "exact") and list(choice.declined) == ["triton", "cpu"]
+    assert (choice.backend, choice.mode) == (by_triton, "exact") and by_triton.NAME not in choice.declined
     assert (
         by_nvrtc.LIMITS.unmet(call) is None and by_nvrtc.LIMITS.unmet(dataclasses.replace(call, group_size=128)) is None
     )
