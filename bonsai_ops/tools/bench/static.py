@@ -49,7 +49,7 @@ PLANE_PRODUCTS = 4
 """Tensor-core instructions of one tl.dot over 64 columns."""
 WAITS = {
     # (family, mode): most barriers, fewest products in flight, instructions from load to use and iterations ahead
-    ("registers", "exact"): (2, None, 40, 0),
+    ("registers", "exact"): (2, None, 30, 0),
     ("registers", "fp16_accumulate"): (2, None, 100, 0),
     ("registers", "a8"): (3, None, 0, 0),
     ("sm_90", "plane"): (2, 1, 40, 2),
