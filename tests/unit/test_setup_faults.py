@@ -201,7 +201,7 @@ def test_without_network_then_ended_then_two_at_once(home: Path, index: tuple[In
     assert [code for code, *_ in ended] == [0, 0], ended
     assert held.asked.count(file) <= before + 1, "both installed it"
     (python,) = {out.strip() for _, out, _ in ended}
-    assert sum("waiting" in said for _, _, said in ended) == 2 and all("Trace" not in said for *_, said in ended)
+    assert any("waiting" in said for *_, said in ended) and all("Traceback" not in said for *_, said in ended)
     assert not (home / "lock").exists() and (home / f"comfyui-{NEWEST}" / "main.py").exists()
     assert subprocess.run([python, "-c", f"import {','.join(WHEELS)}"], check=False).returncode == 0
     code, out, said = Run(home, held, address).end()
