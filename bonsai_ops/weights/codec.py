@@ -143,6 +143,21 @@ def planes(name: str, packed: torch.Tensor) -> Iterator[torch.Tensor]:
         rest.bitwise_and_(255)
 
 
+def fractions(name: str, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """What is left of `packed` (uint8 [i, K], a run of byte rows) at the planes first .. last-1: uint8 [planes, i, K].
+
+    It begins with the code of its plane, code = radix * fraction >> 8: r^plane B modulo 256, one operation a plane. For
+    plane 0 alone it is `packed` itself.
+    """
+    radix = get_codec(name).radix
+    if (first, last) == (0, 1):
+        return packed.unsqueeze(0)
+    out = torch.empty(last - first, *packed.shape, dtype=torch.uint8, device=packed.device)
+    for plane in range(first, last):
+        torch.mul(packed, radix**plane % 256, out=out[plane - first])
+    return out
+
+
 def decode_plane(name: str, packed: torch.Tensor, plane: int) -> torch.Tensor:
     """The codes of one plane of `packed` (uint8 [i, K], any run of byte rows): uint8 [i, K]."""
     radix = get_codec(name).radix

@@ -14,6 +14,7 @@ A weight may have a low-rank residual, matrices up [N, r] and down [r, K]: then 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -30,16 +31,21 @@ Formula = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype
 """(integer codes [.., g], scale [.., 1], zero [.., 1] or None, dtype) -> values [.., g] in that dtype."""
 
 
+Unpack = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor]
+"""(fractions of codec.fractions [.., g], radix, scale [.., 1], zero [.., 1] or None, dtype) -> the same values."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What codes mean. codecs: those it may have, the smallest first. levels: of a group, None where the codec decides.
 
-    has_zero: whether a zero table belongs to it.
+    unpack: the formula in as few operations as can be. has_zero: whether a zero table belongs to it.
     """
 
     name: str
     codecs: tuple[str, ...]
     formula: Formula
+    unpack: Unpack
     levels: int | None = None
     has_zero: bool = False
 
@@ -65,13 +71,54 @@ def _zero_point(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dt
     return codes.to(torch.float32).sub_(zero.to(torch.float32)).mul_(scale.to(torch.float32)).to(dtype)
 
 
+def _unpack_binary(
+    fractions: torch.Tensor, radix: int, scale: torch.Tensor, zero: None, dtype: torch.dtype
+) -> torch.Tensor:
+    return (fractions.view(torch.int8) >> 7).bitwise_or_(1).mul(scale.to(dtype))
+
+
+def _unpack_ternary(
+    fractions: torch.Tensor, radix: int, scale: torch.Tensor, zero: None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The high byte of 511 - radix * fraction is 1 - code."""
+    top = torch.full((1,), 511, dtype=torch.int16, device=fractions.device)
+    both = torch.sub(top, fractions, alpha=radix).view(torch.int8).unflatten(-1, (-1, 2))
+    return both[..., HIGH_BYTE].mul(scale.to(dtype))
+
+
+def _unpack_affine(
+    fractions: torch.Tensor, radix: int, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    values = _codes(fractions, radix).mul(scale.float())
+    return torch.add(values, zero.float(), out=_room(values, dtype))
+
+
+def _unpack_zero_point(
+    fractions: torch.Tensor, radix: int, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    values = _codes(fractions, radix).sub(zero.float())
+    return torch.mul(values, scale.float(), out=_room(values, dtype))
+
+
+def _codes(fractions: torch.Tensor, radix: int) -> torch.Tensor:
+    """uint8, for a radix that is a power of two."""
+    return fractions if radix == 256 else fractions >> (9 - radix.bit_length())
+
+
+def _room(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where float32 values become those of a dtype as they are written."""
+    return values if dtype == values.dtype else torch.empty_like(values, dtype=dtype)
+
+
+HIGH_BYTE = 1 if sys.byteorder == "little" else 0
+
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("binary", ("bit",), _signed(2), levels=2),
-        Scheme("ternary", ("trit5", "crumb"), _signed(1), levels=3),
-        Scheme("affine", ("bit", "crumb", "nibble", "byte"), _affine, has_zero=True),
-        Scheme("zero_point", ("nibble",), _zero_point, has_zero=True),
+        Scheme("binary", ("bit",), _signed(2), _unpack_binary, levels=2),
+        Scheme("ternary", ("trit5", "crumb"), _signed(1), _unpack_ternary, levels=3),
+        Scheme("affine", ("bit", "crumb", "nibble", "byte"), _affine, _unpack_affine, has_zero=True),
+        Scheme("zero_point", ("nibble",), _zero_point, _unpack_zero_point, has_zero=True),
     )
 }
 
@@ -158,21 +205,40 @@ class PackedWeight:
             self, codes=self.codes.to(device), **{name: table.to(device) for name, table in self.tables().items()}
         )
 
-    def pieces(self, dtype: torch.dtype, scratch_bytes: int = SCRATCH_BYTES) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def pieces(self, dtype: torch.dtype, scratch_bytes: int | None = None) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yields (first row, last row + 1, values [rows, K] in `dtype`) until every row was seen once.
 
-        Each piece is valid until the next is asked for; temporaries stay below `scratch_bytes`.
+        Each piece is valid until the next is asked for; temporaries stay below `scratch_bytes`, by default
+        SCRATCH_BYTES.
         """
         rows, columns = self.shape
-        coder = codecs.get_codec(self.codec)
-        n = coder.byte_rows(rows)
-        step = max(8, scratch_bytes // ((4 + 2 * max(4, dtype.itemsize)) * columns) // 8 * 8)
-        for lo in range(0, n, step):
-            hi = min(lo + step, n)
-            for plane, codes in enumerate(codecs.planes(self.codec, self.codes[lo:hi])):
-                first, last = min(plane * n + lo, rows), min(plane * n + hi, rows)
-                if first < last:
-                    yield first, last, self._values(codes[: last - first], slice(first, last), dtype)
+        n = codecs.get_codec(self.codec).byte_rows(rows)
+        scratch_bytes = SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
+        most = scratch_bytes // (_working_bytes(self.codes.device, dtype) * columns)
+        whole, step = most // n * n, max(8, most // 8 * 8)
+        first = 0
+        while first < rows:  # some whole planes at a time, or a part of one
+            last = min(first + whole if whole else min(first + step, first // n * n + n), rows)
+            yield first, last, self._unpacked(first, last, dtype)
+            first = last
+
+    def _unpacked(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """The rows first .. last-1, of whole planes or within one."""
+        n = codecs.get_codec(self.codec).byte_rows(self.shape[0])
+        plane, start = divmod(first, n)
+        end = -(-last // n)
+        packed = self.codes if end > plane + 1 else self.codes[start : start + last - first]
+        rest = codecs.fractions(self.codec, packed, plane, end).flatten(0, 1)[: last - first]
+        rows = slice(first, last)
+        if self.up is not None:
+            return self._with_residual(self.without_residual()._of_fractions(rest, rows, torch.float32), rows, dtype)
+        return self._of_fractions(rest, rows, dtype)
+
+    def _of_fractions(self, rest: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        scale = self.scale[rows].unsqueeze(-1)
+        zero = None if self.zero is None else self.zero[rows].unsqueeze(-1)
+        grouped, radix = rest.view(*scale.shape[:-1], self.group_size), codecs.get_codec(self.codec).radix
+        return SCHEMES[self.scheme].unpack(grouped, radix, scale, zero, dtype).view(rest.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """All values [N, K] in `dtype`."""
@@ -189,10 +255,18 @@ class PackedWeight:
     def _values(self, codes: torch.Tensor, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Codes [R, K] of the given rows -> values [R, K], those of the residual included."""
         if self.up is not None:
-            values = self.without_residual()._values(codes, rows, torch.float32)
-            return values.addmm_(self.up[rows].float(), self.down.float()).to(dtype)
+            return self._with_residual(self.without_residual()._values(codes, rows, torch.float32), rows, dtype)
         zero = None if self.zero is None else self.zero[rows]
         return SCHEMES[self.scheme].values(codes, self.scale[rows], zero, dtype)
+
+    def _with_residual(self, values: torch.Tensor, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """float32 values, which are written to, and up down, in `dtype`."""
+        return values.addmm_(self.up[rows].float(), self.down.float()).to(dtype)
+
+
+def _working_bytes(device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes a weight while it is unpacked. A processor converts operands into memory first, a GPU as it reads them."""
+    return (4 if device.type == "cpu" else 0) + max(4, dtype.itemsize) + 4
 
 
 def find_scheme(name: str, codec: str) -> Scheme:

@@ -10,7 +10,8 @@
 
 All are blind to occupancy, bank conflicts and DRAM: they compare kernels, they predict no time. gemlite's kernel
 (2 bits for ternary, 1 for binary; the better of GEMLITE_BLOCKS) is compiled and counted the same way, where gemlite is
-installed; beside a8 too it is the one with 16-bit activations, which the published packs run.
+installed; beside a8 too it is the one with 16-bit activations, which the published packs run. At the end: what is
+unpacked where no such kernel runs, by torch's operators (traffic.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.triton import configs
-from . import static_loop, static_unpack
+from . import static_loop, static_unpack, traffic
 from .disassembly import compile_kernel, disassembled, label, opcode
 from .gemlite_import import import_gemlite
 
@@ -343,9 +344,11 @@ def run_static(json_path: Path | None = None, targets: tuple[int | str, ...] = T
         for failure in row.failures():
             failed += 1
             print(f"    misses a gate: {failure}", flush=True)
-    unpacking = static_unpack.show((75, *targets))
-    failed += sum(len(row.failures()) for row in unpacking)
+    unpacking, plain = static_unpack.show((75, *targets)), traffic.show()
+    failed += sum(len(row.failures()) for row in (*unpacking, *plain))
     if json_path is not None:
-        figures = {"kernels": [asdict(row) for row in rows], "unpack": [asdict(row) for row in unpacking]}
+        figures = {
+            name: list(map(asdict, of)) for name, of in (("kernels", rows), ("unpack", unpacking), ("plain", plain))
+        }
         json_path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return 1 if failed else 0
