@@ -5,12 +5,15 @@
 //
 // url: the running server. graph: path of a workflow in UI format. run: queue it once and wait. screenshot: path of a
 // .png, or null. size: of the window. vue: nodes drawn as HTML instead of on the canvas. locale: such as "en".
-// search: what is typed into the search for nodes, or null. The page stays open between jobs that see the same one, as
-// a user's does who opens one workflow after the other.
+// search: what is typed into the search for nodes, or null. export: whether to use File, Export (API). drop: path of a
+// file that is dropped on the page afterwards, or null. places: {id: [x, y, width]} for a graph in API format, of which
+// the screenshot then shows nothing but the nodes. The page stays open between jobs that see the same one, as a user's
+// does who opens one workflow after the other.
 // Answer: {types: unknown node types, widgets: {id: values}, missing: [{node, name, url, directory}], media: [names],
 // errors: what failed (page, validation, execution), outputs: {id: output}, titles: [as shown], found: [titles that the
 // search offers], shown: {id: {width, pictures: how many the node draws, texts: those of its read-only widgets}},
-// zoom: at which the whole graph is seen, outside: [titles of nodes that reach out of their group]}
+// zoom: at which the whole graph is seen, outside: [titles of nodes that reach out of their group], exported: what the
+// page saved, dropped: the workflow that is open after the drop}
 // or {failed: what drive.cjs itself could not do}
 
 const fs = require('fs')
@@ -34,6 +37,7 @@ async function openPage(browser, job) {
     'Comfy.Locale': job.locale || 'en',
     'Comfy.VueNodes.Enabled': Boolean(job.vue),
     'Comfy.TutorialCompleted': true,
+    'Comfy.PromptFilename': false,
     'Comfy.Workflow.Persist': false,
     'Comfy.Minimap.Visible': false
   }
@@ -148,6 +152,61 @@ async function drawn(page, outputs) {
   }
 }
 
+// Opens a graph in API format, puts its nodes at their places and saves a picture of nothing but them.
+async function portray(page, graph, places, path) {
+  const clip = await page.evaluate(
+    async ([graph, places]) => {
+      await window.app.loadApiJson(graph, 'graph')
+      for (const node of window.app.graph.nodes) {
+        const [x, y, width] = places[node.id]
+        node.setSize([width, node.computeSize()[1]])
+        node.pos = [x, y]
+      }
+      const boxes = window.app.graph.nodes.map((node) => [...node.pos, node.pos[0] + node.size[0], node.pos[1] + node.size[1]])
+      const margin = 24
+      const left = Math.min(...boxes.map((box) => box[0])) - margin
+      const top = Math.min(...boxes.map((box) => box[1])) - 30 - margin
+      const right = Math.max(...boxes.map((box) => box[2])) + margin
+      const bottom = Math.max(...boxes.map((box) => box[3])) + margin
+      const { ds } = window.app.canvas
+      ds.scale = 1
+      ds.offset = [300 - left, 150 - top]
+      window.app.canvas.setDirty(true, true)
+      await new Promise((resolve) => setTimeout(resolve, 1000))
+      const { x, y } = window.app.canvasEl.getBoundingClientRect()
+      return { x: x + 300, y: y + 150, width: right - left, height: bottom - top }
+    },
+    [graph, places]
+  )
+  await page.screenshot({ path, clip })
+  return { clip }
+}
+
+// The file that File, Export (API) saves.
+async function exportGraph(page) {
+  const saved = page.waitForEvent('download')
+  await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.ExportWorkflowAPI'))
+  return JSON.parse(fs.readFileSync(await (await saved).path(), 'utf8'))
+}
+
+// Drops a file on an empty place of the page; resolves to the workflow that it opens.
+async function drop(page, path) {
+  const file = { name: path.split('/').pop(), data: fs.readFileSync(path).toString('base64') }
+  await page.evaluate(async () => window.app.loadGraphData({ nodes: [], links: [], version: 0.4 }))
+  await page.evaluate(async ({ name, data }) => {
+    const transfer = new DataTransfer()
+    const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0))
+    transfer.items.add(new File([bytes], name, { type: 'image/png' }))
+    for (const kind of ['dragenter', 'dragover', 'drop'])
+      window.app.canvasEl.dispatchEvent(
+        new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true, clientX: 600, clientY: 300 })
+      )
+  }, file)
+  await page.waitForFunction(() => window.app.graph.nodes.length, null, { timeout: 15000 })
+  await page.waitForTimeout(500)
+  return page.evaluate(() => window.app.graph.serialize())
+}
+
 async function search(page, words) {
   await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle'))
   await page.waitForTimeout(500)
@@ -159,7 +218,10 @@ async function search(page, words) {
 
 async function drive(page, failures, job) {
   failures.length = 0
-  const answer = await page.evaluate(load, JSON.parse(fs.readFileSync(job.graph, 'utf8')))
+  const graph = JSON.parse(fs.readFileSync(job.graph, 'utf8'))
+  if (job.places) return portray(page, graph, job.places, job.screenshot)
+  const answer = await page.evaluate(load, graph)
+  if (job.export) answer.exported = await exportGraph(page)
   if (job.run) {
     const { outputs, errors } = await page.evaluate(run, job.timeout)
     answer.outputs = outputs
@@ -177,6 +239,7 @@ async function drive(page, failures, job) {
     answer.found = await search(page, job.search)
     await page.keyboard.press('Escape')
   }
+  if (job.drop) answer.dropped = await drop(page, job.drop)
   answer.errors.push(...failures)
   return answer
 }

@@ -26,6 +26,7 @@ import tiny_files
 from PIL import Image
 
 from bonsai_ops.tools.server import ComfyServer
+from bonsai_ops.tools.workflow import to_api
 
 pytestmark = [pytest.mark.browser, pytest.mark.host, pytest.mark.slow]
 
@@ -127,16 +128,33 @@ def saved_pictures(graph: dict[str, Any], answer: dict[str, Any], server: ComfyS
 @each_workflow
 def test_workflow_runs(path: Path, page: Page) -> None:
     graph = tiny_files.instead_of_published(read(path))
-    answer = page.drive(f"{path.stem}-run", graph, run=True)
+    answer = page.drive(f"{path.stem}-run", graph, run=True, export=True)
     assert answer["errors"] == [], page.server.log_tail()
     assert answer["types"] == [] and answer["missing"] == [] and answer["media"] == []
     assert answer["widgets"] == values_of(graph)
     assert answer["outside"] == []
+    exported = {number: {**node, "_meta": None} for number, node in answer["exported"].items()}
+    queued = to_api(graph, page.server.object_info())
+    assert exported == {number: {**node, "_meta": None} for number, node in queued.items()}
     (file,) = saved_pictures(graph, answer, page.server)
     with Image.open(file) as picture:
         assert picture.width % 32 == 0 and picture.height % 32 == 0
         assert 0.8 < picture.width * picture.height / tiny_files.pixels(read(path)) < 1.25
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000, "the picture is flat"
+
+
+def test_a_picture_dropped_on_the_page_opens_its_workflow(page: Page) -> None:
+    """One that Save Image wrote, on an emptied page: nodes, values and links are those that drew it."""
+    graph = read(REPOSITORY / "workflows" / "bonsai_first_run.json")
+    drawn = page.drive("sent", graph, run=True)
+    assert drawn["errors"] == [], page.server.log_tail()
+    (picture,) = saved_pictures(graph, drawn, page.server)
+    answer = page.drive("dropped", graph, run=False, drop=str(picture))
+    assert answer["errors"] == []
+    opened = answer["dropped"]
+    assert {node["id"]: node["type"] for node in opened["nodes"]} == {n["id"]: n["type"] for n in graph["nodes"]}
+    assert values_of(opened) == values_of(graph)
+    assert [link[1:] for link in opened["links"]] == [link[1:] for link in graph["links"]]
 
 
 @each_workflow

@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = (
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
-    *("docs/benchmarks.md", "docs/architecture.md", "docs/trust.md"),
+    *("docs/architecture.md", "docs/benchmarks.md", "docs/scripting.md", "docs/trust.md"),
 )
 ROOT = {
     *("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"),
