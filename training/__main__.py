@@ -1,6 +1,6 @@
 """Makes the seedling: python -m training [--work FOLDER] [--stage NAME] [--minutes M].
 
-Stages, in order; each goes on where it stopped, and all of them but the first run if none is named:
+Stages, in order; each goes on where it stopped, and all but the first and the last run if none is named:
 
     unpack        checkpoints from the shipped files, to go on from them instead of from the beginning
     drawings      pictures and captions, drawn by code
@@ -15,6 +15,7 @@ Stages, in order; each goes on where it stopped, and all of them but the first r
     pack          the files that ship
     measure       prompt following and reconstruction of what is there
     quantize      what post-training quantization does to the dense one
+    badge         icon and banner for the ComfyUI registry, drawn by the seedling that ships; only if it is named
 
 Runs for hours on two processor cores, in the environment of the tests. Everything is kept in the work folder.
 """
@@ -32,7 +33,7 @@ from bonsai_ops.tools.environment import PLUGIN, clean_environment, ensure_or_ex
 
 STEPS = {"ternary": 2900, "binary": 2800, "dense": 300}
 MODELS = PLUGIN / "bonsai_ops" / "models"
-OPTIONAL = "unpack"
+OPTIONAL = ("unpack", "badge")
 _INSIDE = "BONSAI_TRAINING"
 
 
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
     unknown = set(arguments.stage or ()) - set(stages)
     if unknown:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; expected one of {', '.join(stages)}")
-    for name in arguments.stage or [name for name in stages if name != OPTIONAL]:
+    for name in arguments.stage or [name for name in stages if name not in OPTIONAL]:
         print(f"{name} ...", flush=True)
         if stages[name]() is False:
             print(f"{name} is not finished: run the same command again to go on.")
@@ -68,7 +69,7 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
     """{name: function}; a function returns False when its time was over before its work."""
     import torch
 
-    from . import dataset, export, lora, measure, quantizer, text_encoder, transformer, unpack, vae
+    from . import badge, dataset, export, lora, measure, quantizer, text_encoder, transformer, unpack, vae
 
     torch.set_flush_denormal(True)  # Muon's iterations underflow on gradients of low rank
 
@@ -77,7 +78,7 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
         return lambda: transformer.train(work, comfyui, scheme, STEPS[scheme], seconds, first)
 
     return {
-        OPTIONAL: lambda: unpack.unpack(work, target),
+        "unpack": lambda: unpack.unpack(work, target),
         "drawings": lambda: dataset.make(work),
         "vae": lambda: vae.train(work, seconds),
         "latents": lambda: vae.encode_all(work),
@@ -90,6 +91,7 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
         "pack": lambda: export.pack(work, comfyui, target),
         "measure": lambda: measure.show(work, comfyui),
         "quantize": lambda: quantizer.show(work, comfyui),
+        "badge": lambda: badge.make(work, comfyui),
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEFT_OUT = [line.strip("/") for line in (REPOSITORY / ".comfyignore").read_text(encoding="utf-8").split()]
@@ -92,3 +93,20 @@ def test_the_page_for_maintainers_names_what_is_there() -> None:
     assert {"bonsai_ops/weights/", "host/loader.py", "tests/unit/test_walls.py"} <= named
     roots = (REPOSITORY, REPOSITORY / "bonsai_ops", REPOSITORY / "bonsai_ops" / "host")
     assert [name for name in sorted(named) if not any((root / name).exists() for root in roots)] == []
+
+
+def test_the_registry_shows_icon_and_banner() -> None:
+    """Square and 21 : 9, small; at the address of this repository, where a file of it is."""
+    project = pytest.importorskip("tomllib").loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    address = f"{project['project']['urls']['Repository']}/raw/main/"
+    shapes = {"Icon": (400, 400), "Banner": (1260, 540)}
+    for name, size in shapes.items():
+        url = project["tool"]["comfy"][name]
+        assert url.startswith(address)
+        file = REPOSITORY / url.removeprefix(address)
+        with Image.open(file) as picture:
+            assert picture.format == "PNG" and picture.size == size
+        assert file.stat().st_size < 300_000
+        assert url.removeprefix(address) in LEFT_OUT
+    for word in ("Patch to BitLinear", "LoRA", "training", "CPU"):
+        assert word in project["project"]["description"]

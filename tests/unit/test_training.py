@@ -11,7 +11,7 @@ from PIL import ImageFilter
 
 from bonsai_ops.weights.codec import decode, spread_fields
 from bonsai_ops.weights.packed_weight import pack_signs
-from training import captions, text_encoder, transformer, vae
+from training import badge, captions, text_encoder, transformer, vae
 from training.drawing import draw
 from training.export import words
 from training.judge import judge
@@ -136,3 +136,14 @@ def test_errors_count_by_what_they_change_in_the_picture() -> None:
     assert errors[0] > 10 * errors[1] > 10 * errors[2] * 0.9
     every = float(transformer.weighted_error(torch.randn(64, 16, 128, generator=generator), root))
     assert abs(every - 1) < 0.1
+
+
+def test_badges_are_set_the_same_every_time() -> None:
+    """The icon's corners are clear; the banner has its six drawings at the right."""
+    drawings = [draw(random_scene(random.Random(i), None), 256, 256) for i in range(6)]
+    icon = badge.icon(drawings[0]).convert("RGBA")
+    assert icon.size == (400, 400) and icon.getpixel((0, 0))[3] == 0 and icon.getpixel((200, 200))[3] == 255
+    banner = badge.banner(drawings)
+    assert banner.size == (1260, 540) and banner.tobytes() == badge.banner(drawings).tobytes()
+    shown = np.asarray(banner.convert("RGB").crop((450, 270, 720, 540)).resize((256, 256)), np.float32)
+    assert np.abs(shown - np.asarray(drawings[3], np.float32)).mean() < 8
