@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_files
 from PIL import Image
+from released import RELEASED
 
 from bonsai_ops.tools.environment import NEWEST, PLUGIN_NAME
 from bonsai_ops.tools.server import ComfyServer
@@ -28,18 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 HELP, LOCALES = REPOSITORY / "web" / "docs", REPOSITORY / "locales"
 LANGUAGES = sorted(path.name for path in LOCALES.iterdir())
-OURS = (
-    "BonsaiModelInfo",
-    "PatchToBitLinear",
-    "CalibrateBitLinear",
-    "MeasureBitLinear",
-    "BonsaiSampler",
-    "LoadBonsaiModel",
-    "LoadBonsaiPack",
-    "LoadBonsaiTextEncoder",
-    "SaveBonsaiModel",
-    "BonsaiRightGradients",
-)
+OURS = tuple(RELEASED)
 WARNED_OF = ("ConditioningSetArea", "LoraLoaderBypass", "LoraLoaderBypassModelOnly")
 """Nodes of ComfyUI that do not work with FLUX.2, as the help pages say."""
 PAGE_ONLY = ("MarkdownNote", "Note", "Reroute", "PrimitiveNode")
@@ -319,20 +309,6 @@ def give_tiny_files() -> Iterator[Callable[[ComfyServer], ComfyServer]]:
         yield give
 
 
-@pytest.mark.slow
-@each_workflow
-def test_workflow_runs(path: Path, newest: ComfyServer, give_tiny_files: Callable[[ComfyServer], ComfyServer]) -> None:
-    """As the page would queue it, on the tiny files: a picture of about the size it asks for, not flat."""
-    server = give_tiny_files(newest)
-    graph = to_api(tiny_files.instead_of_published(read(path)), server.object_info())
-    entry = server.wait(server.queue(graph))
-    saved = [number for number, node in graph.items() if node["class_type"] == "SaveImage"]
-    (image,) = (image for number in saved for image in entry["outputs"][number]["images"])
-    with Image.open(server.base_directory / "output" / image["subfolder"] / image["filename"]) as picture:
-        assert 0.8 < picture.width * picture.height / tiny_files.pixels(read(path)) < 1.25
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000, "the picture is flat"
-
-
 def test_patch_workflow_saves_and_reports(
     every_comfy_server: ComfyServer, give_tiny_files: Callable[[ComfyServer], ComfyServer]
 ) -> None:
@@ -479,3 +455,16 @@ def test_help_page_tells_every_input_and_output(name: str, newest: ComfyServer) 
         assert f"\n| {row} | " in text, f"{name}.md has no row for {row}"
     for heading in ("Inputs", "Typical wiring", "Errors and cures"):
         assert f"\n## {heading}\n" in text
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_translated_help_and_its_picture_are_served(name: str, newest: ComfyServer) -> None:
+    docs = f"/extensions/{PLUGIN_NAME}/docs"
+    for page in (HELP / name).iterdir():
+        assert download(newest, f"{docs}/{name}/{page.name}").decode() == page.read_text(encoding="utf-8")
+    picture = HELP / "graphs" / f"{name}.webp"
+    assert download(newest, f"{docs}/graphs/{name}.webp") == picture.read_bytes()
+    assert f"](graphs/{name}.webp)" in (HELP / f"{name}.md").read_text(encoding="utf-8")
+    with Image.open(picture) as opened:
+        assert opened.format == "WEBP" and opened.width >= 400
+    assert picture.stat().st_size < 60_000
