@@ -26,12 +26,13 @@ LOADING = {
     "mode": ("exact", "fp16_accumulate", "a8"),
     "layout": ("compact", "fast"),
 }
+TEXT_DTYPES = ("auto", "bf16", "fp16", "fp32")
 SAMPLING = ("positive", "negative", "latent", "seed", "steps", "cfg", "sampler_name", "scheduler")
 
 RELEASED: dict[str, Node] = {
-    "LoadBonsaiPack": Node({"pack_name": (), **LOADING}, ("MODEL", "CLIP", "VAE")),
+    "LoadBonsaiPack": Node({"pack_name": (), **LOADING, "text_compute_dtype": TEXT_DTYPES}, ("MODEL", "CLIP", "VAE")),
     "LoadBonsaiModel": Node({"model_name": (), **LOADING}, ("MODEL",)),
-    "LoadBonsaiTextEncoder": Node(_inputs("text_encoder_name"), ("CLIP",)),
+    "LoadBonsaiTextEncoder": Node({"text_encoder_name": (), "compute_dtype": TEXT_DTYPES}, ("CLIP",)),
     "BonsaiSampler": Node(_inputs("model", "positive", "latent", "seed", "steps", "denoise"), ("LATENT",)),
     "SaveBonsaiModel": Node(_inputs("model", "filename_prefix", "include_loras")),
     "BonsaiModelInfo": Node(_inputs("model"), ("STRING", "IMAGE")),
