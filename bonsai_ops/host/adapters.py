@@ -35,6 +35,18 @@ def branches(wrappers: Sequence[Callable]) -> list[Branch] | None:
     return None if None in found else found
 
 
+def values_of(wrappers: Sequence[Callable]) -> int | None:
+    """How many values the matrices of these branches have, as they are multiplied; None as for `branches`."""
+    return None if branches(wrappers) is None else sum(_values(wrapper) for wrapper in wrappers)
+
+
+@torch.no_grad()
+def _values(wrapper: Any) -> int:
+    if isinstance(wrapper, LOKR):
+        return wrapper.w1.numel() + wrapper.w2.numel()
+    return sum(parameter.numel() for parameter in wrapper.parameters())
+
+
 def _branch(wrapper: Any) -> Branch | None:
     if isinstance(wrapper, LORA) and wrapper.lora_mid is None:
         return functools.partial(_lora, wrapper)

@@ -17,7 +17,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import kernels
 from ..weights.packed_weight import SCRATCH_BYTES, PackedWeight
-from .adapters import branches
+from .adapters import branches, values_of
 from .kept import Kept
 from .layout import device_of, is_packed, mode_of, owned, unwrap
 from .lora import LOWVRAM_PATCH, LayerPatches, hand_over, made_of, patches_of, plain_terms
@@ -165,16 +165,20 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             y[..., first:last] = torch.nn.functional.linear(x, dense.to(x.dtype), part)
         return y
 
-    def scratch_bytes(self, patches: Sequence[tuple]) -> int | None:
-        """Bytes that a call may take beside the packed weight and its inputs, with these patches of ComfyUI.
+    def scratch_bytes(self, patches: Sequence[tuple], wrappers: Sequence[Callable] = ()) -> int | None:
+        """Bytes that a call may take beside the packed weight and its inputs, with these patches of ComfyUI and these
+        functions of the weight.
 
         None where it unpacks the whole weight.
         """
-        terms = plain_terms(patches)
+        terms, trained = plain_terms(patches), values_of(wrappers)
+        if trained is None or (terms is None and wrappers):
+            return None
         if terms is None:
             shape = self.weight.shape
             return None if on_rows(patches, shape, 0, shape[0]) is None else 3 * SCRATCH_BYTES
-        return SCRATCH_BYTES + self.weight.dtype.itemsize * sum(t.up.numel() + t.down.numel() for t in terms)
+        values = trained + sum(term.up.numel() + term.down.numel() for term in terms)
+        return SCRATCH_BYTES + self.weight.dtype.itemsize * values
 
     def _cast_packed(self, device: torch.device, bias_dtype: torch.dtype) -> tuple:
         """(packed weight, bias, stream) on `device`: ComfyUI moves the codes, its weight functions stay away."""
@@ -327,9 +331,9 @@ class PackedEmbedding(_PackedModule):
         super().__init__(dtype)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
 
-    def scratch_bytes(self, patches: Sequence[tuple]) -> int | None:
-        """None with patches, else 0: only the rows that are read are unpacked, and they are the result."""
-        return None if patches else 0
+    def scratch_bytes(self, patches: Sequence[tuple], wrappers: Sequence[Callable] = ()) -> int | None:
+        """None with patches or wrappers, else 0: only the rows that are read are unpacked, and they are the result."""
+        return None if patches or wrappers else 0
 
     def forward(self, index: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """index int64 [..] -> rows [.., channels] in `out_dtype` (default: the weight's dtype)."""

@@ -172,7 +172,7 @@ class PackedPatcher(Mixed):
             return entry
         needs, own, name, *others = entry
         key = f"{name}.weight"
-        scratch = None if key in self.weight_wrapper_patches else module.scratch_bytes(self.patches.get(key, ()))
+        scratch = module.scratch_bytes(self.patches.get(key, ()), self.weight_wrapper_patches.get(key, ()))
         return entry if scratch is None else (min(needs, own + scratch), own, name, *others)
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:

@@ -174,3 +174,33 @@ def test_a_patched_embedding_is_unpacked_whole(comfy: Any) -> None:
     patcher.partially_load(CPU, patcher.model_size() * 3 // 4)
     assert patcher.loaded_size() == 0
     patcher.detach()
+
+
+@pytest.mark.parametrize(("algorithm", "branch"), [("LoRA", True), ("LoKr", True), ("OFT", True), ("LoHa", False)])
+def test_a_layer_that_is_trained_needs_room_for_its_branch(comfy: Any, algorithm: str, branch: bool) -> None:
+    """Train LoRA without bypass_mode: ComfyUI kept room for the unpacked weight, 64 MiB here, and offloaded layers."""
+    import comfy.model_patcher
+    import comfy.ops
+    from comfy.weight_adapter import adapter_maps
+
+    from bonsai_ops.host.layout import wrap
+    from bonsai_ops.host.linear import make_bonsai_ops
+    from bonsai_ops.host.patcher import adopt
+
+    model, side = torch.nn.Module(), 4096
+    model.large = make_bonsai_ops().Linear(side, side, bias=False, dtype=torch.float32)
+    model.large.load_state_dict({"weight": wrap(random_weight("binary", "bit", side, side), torch.float32)})
+    model.layers = torch.nn.ModuleList(
+        comfy.ops.manual_cast.Linear(1024, 1024, bias=False, dtype=torch.float32) for _ in range(15)
+    )
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+    patcher.set_model_compute_dtype(torch.float32)
+    adopt(patcher)
+    patcher.add_weight_wrapper(
+        "large.weight", adapter_maps[algorithm].create_train(model.large.weight, rank=4, alpha=1.0)
+    )
+    room = patcher.model_size() * 7 // 8
+    assert room < 4 * side * side
+    patcher.partially_load(CPU, room)
+    assert (patcher.loaded_size() > room // 2) == branch and patcher.loaded_size() <= room
+    patcher.detach()
