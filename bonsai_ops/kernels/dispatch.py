@@ -42,8 +42,8 @@ BACKENDS: tuple[Backend, ...] = (by_plane, triton, cpu, by_triton, by_nvrtc, eag
 """In the order in which they are asked. A new one is a module with the names of call.Backend and a word here; the tests
 of the protocol walk this list."""
 
-TRANSPOSING = (cpu, eager)
-"""Those that have `multiply_transposed` too; where another is the best, the reference stands in."""
+TRANSPOSING: tuple[Backend, ...] = (cpu, by_triton, by_nvrtc, eager)
+"""Those that have `multiply_transposed` too, in the order in which they are asked for it."""
 
 CONTESTED, RIVALS = (by_plane, triton), (by_triton, by_nvrtc)
 """What one of the first multiplies, the first of the second that takes it in mode exact may multiply faster."""
@@ -129,6 +129,12 @@ def resolve(call: Call) -> Choice:
     return Choice(backend, call.mode, declined, _rival(call, backend))
 
 
+def resolve_transposed(call: Call) -> Choice:
+    """The backend for the gradient of a call with respect to its input, y W, which is exact in every mode."""
+    backend, declined = _first(replace(call, mode=EXACT), TRANSPOSING)
+    return Choice(backend, EXACT, declined)
+
+
 def _rival(call: Call, backend: Backend) -> Choice | None:
     """What may be faster than a backend for some numbers of tokens; None where nothing is or another one is forced."""
     if backend not in CONTESTED or call.device.type not in contest.timers or (_forced.get() or _override()) is not None:
@@ -148,10 +154,13 @@ def _reason(backend: Backend, call: Call) -> str | None:
     return backend.declines(call) if reason is None else reason
 
 
-def _first(call: Call) -> tuple[Backend | None, dict[str, str]]:
-    """(the first backend that takes a call as it is, or None; {name of each one before it: why it declined})."""
+def _first(call: Call, among: tuple[Backend, ...] | None = None) -> tuple[Backend | None, dict[str, str]]:
+    """(the first backend that takes a call as it is, or None; {name of each one before it: why it declined}).
+
+    among: which are asked, if not all.
+    """
     declined: dict[str, str] = {}
-    for backend in BACKENDS:
+    for backend in BACKENDS if among is None else among:
         reason = _reason(backend, call)
         if reason is None:
             return backend, declined
@@ -167,7 +176,7 @@ def multiply(
     A backend that breaks is replaced, not raised. Raises what says that memory ran out, LostDeviceError where the
     device is lost, what the reference raises, and whatever is raised while a CUDA graph is recorded.
     """
-    return _by_the_best(BACKENDS, x, weight, mode, lambda backend, mode: backend.multiply(x, weight, bias, mode))
+    return _by_the_best(x, weight, mode, lambda backend, mode: backend.multiply(x, weight, bias, mode))
 
 
 def multiply_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
@@ -175,26 +184,22 @@ def multiply_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tenso
 
     The weight comes without a residual. Raises as `multiply` does.
     """
-    return _by_the_best(TRANSPOSING, grad, weight, EXACT, lambda backend, _: backend.multiply_transposed(grad, weight))
+    return _by_the_best(grad, weight, None, lambda backend, _: backend.multiply_transposed(grad, weight))
 
 
 def _by_the_best(
-    among: tuple[Backend, ...],
     x: torch.Tensor,
     weight: PackedWeight,
-    mode: str,
+    mode: str | None,
     product: Callable[[Backend, str], torch.Tensor],
 ) -> torch.Tensor:
-    """product(backend, mode) of the first backend that neither declines nor breaks; of the reference if that is none of
-    `among`."""
+    """product(backend, mode) of the first backend that neither declines nor breaks; mode: None for y W."""
     while True:
         choice = _choice(x, weight, mode)
-        if choice.rival is not None and choice.backend in among:
+        if choice.rival is not None:
             choice = _faster(choice, x, weight, product)
             if choice is None:
                 continue
-        elif choice.backend not in among:
-            choice = Choice(eager, choice.mode, {})
         try:
             return product(choice.backend, choice.mode)
         except Exception as error:  # a compiler that breaks at its first launch may raise anything
@@ -253,16 +258,18 @@ def _timed(
         return FUSED
 
 
-def _choice(x: torch.Tensor, weight: PackedWeight, mode: str) -> Choice:
-    """What `resolve` says, which is asked once for all products of a kind: it takes longer than a small one."""
-    basis = (BACKENDS, machine.cpu_has_fast_bf16, machine.cpu_has_fast_int8)
+def _choice(x: torch.Tensor, weight: PackedWeight, mode: str | None) -> Choice:
+    """What `resolve` says, or for mode None `resolve_transposed`; asked once for all products of a kind: it takes
+    longer than a small one."""
+    basis = (BACKENDS, TRANSPOSING, machine.cpu_has_fast_bf16, machine.cpu_has_fast_int8)
     if _kept.basis != basis or len(_kept.choices) >= MOST_KEPT:
         _kept.basis, _kept.choices = basis, {}
     rows, columns = weight.shape
     kind = (x.device, x.dtype, rows, columns, weight.scheme, weight.codec, weight.group_size, mode, _forced.get())
     choice = _kept.choices.get(kind)
     if choice is None:
-        choice = _kept.choices[kind] = resolve(call_of(x.device, x.dtype, weight, mode))
+        call = call_of(x.device, x.dtype, weight, mode or EXACT)
+        choice = _kept.choices[kind] = resolve_transposed(call) if mode is None else resolve(call)
     return choice
 
 

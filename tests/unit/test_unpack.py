@@ -6,6 +6,7 @@ Here torch writes the values; what the kernel writes, test_unpack_kernel.py look
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -67,6 +68,36 @@ def test_product_in_parts(dtype: torch.dtype, bias: bool, writes: list, monkeypa
         assert (found.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_in_parts(dtype: torch.dtype, writes: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """y W: the parts of a weight larger than the scratch take turns in it, and their products are summed in fp32."""
+    weight = random_weight("affine", "byte", 1000, 256)
+    grad = torch.randn(2, 5, 1000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = grad.double() @ weight.dequantize(dtype).double()
+    whole = by_triton.multiply_transposed(grad, weight)
+    monkeypatch.setattr(product, "SCRATCH_BYTES", 200 * 256 * dtype.itemsize)
+    writes.clear()
+    parts = by_triton.multiply_transposed(grad, weight)
+    assert [(first, last) for _, first, last in writes] == [(lo, min(lo + 192, 1000)) for lo in range(0, 1000, 192)]
+    for found in (whole, parts):
+        assert found.shape == (2, 5, 256) and found.dtype == dtype
+        assert (found.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
+
+
+def test_gradients_of_any_form(writes: list) -> None:
+    """None, strides, and the same value everywhere, as `sum` gives it; a residual would be left out."""
+    weight = random_weight("ternary", "trit5", 83, 384)
+    whole = torch.randn(4, 5, 100, generator=torch.Generator().manual_seed(2))
+    for grad in (whole[:0, :, :83], whole[::2, 1:3, 17:], whole[0, 0, :83], torch.ones(()).expand(3, 83)):
+        found = by_triton.multiply_transposed(grad, weight)
+        exact = grad.double() @ weight.dequantize().double()
+        assert found.shape == exact.shape and (found - exact).norm() <= 1e-6 * exact.norm()
+    with pytest.raises(ValueError, match="residual"):
+        by_triton.multiply_transposed(
+            torch.ones(1, 83), dataclasses.replace(weight, up=torch.ones(83, 2), down=torch.ones(2, 384))
+        )
+
+
 def test_each_kind_is_compared_once(writes: list) -> None:
     """A kind: scheme, codec, group, dtypes. The comparison writes in two parts; the layers after it only themselves."""
     x = torch.ones(2, 256, dtype=torch.float16)
@@ -91,9 +122,12 @@ def test_a_recorded_kernel_is_compared_later(writes: list, monkeypatch: pytest.M
     """What a graph records comes from the reference until a call outside has compared the kernel."""
     graph = recording(monkeypatch)
     weight, x = random_weight("affine", "nibble", 136, 256), torch.ones(3, 256)
-    for on, expected in ((True, 0), (False, 3), (True, 1)):
+    grad = torch.ones(3, 136)
+    for on, expected in ((True, 0), (False, 4), (True, 2)):
         graph.on = on
         assert torch.equal(by_triton.multiply(x, weight), eager.multiply(x, weight))
+        found = by_triton.multiply_transposed(grad, weight)
+        assert torch.allclose(found, eager.multiply_transposed(grad, weight), rtol=1e-5, atol=1e-4)
         assert len(writes) == expected
         writes.clear()
 
@@ -257,6 +291,43 @@ def test_text_encoders_are_unpacked_in_one_launch(scheme: str, capability: tuple
     assert (
         by_nvrtc.LIMITS.unmet(call) is None and by_nvrtc.LIMITS.unmet(dataclasses.replace(call, group_size=128)) is None
     )
+
+
+@needs_triton
+def test_gradients_on_a_gpu_are_unpacked_in_one_launch() -> None:
+    """Also where a fused kernel multiplies, which has none for them; in fp32 and in every mode; named or not."""
+    for scheme, codec, group in (("ternary", "trit5", 128), ("binary", "bit", 128), ("affine", "nibble", 64)):
+        for dtype, mode in itertools.product(DTYPES, kernels.MODES):
+            call = dataclasses.replace(
+                TAKEN, scheme=scheme, codec=codec, group_size=group, dtype=dtype, capability=(8, 6), mode=mode
+            )
+            choice = dispatch.resolve_transposed(call)
+            assert choice.backend is by_triton and choice.mode == kernels.EXACT and set(choice.declined) == {"cpu"}
+    with kernels.use_backend("eager"):
+        assert dispatch.resolve_transposed(call).backend is eager
+
+
+def test_a_gradient_goes_on_where_the_kernel_breaks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By kernels.linear: the kernel is asked for the gradient of what another multiplied; then by the reference."""
+    asked: list[str] = []
+
+    def multiply_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        asked.append(weight.scheme)
+        raise BackendError("the kernel cannot be started", "update the driver")
+
+    taking = SimpleNamespace(
+        NAME="unpack", MODES=("exact",), declines=eager.declines, multiply_transposed=multiply_transposed
+    )
+    monkeypatch.setattr(dispatch, "TRANSPOSING", (taking, eager))
+    weight, x = random_weight("ternary", "trit5", 136, 256), torch.randn(3, 256, requires_grad=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            x.grad = None
+            kernels.linear(x, weight).sum().backward()
+    assert asked == ["ternary"] and len(caplog.records) == 1 and "update the driver" in caplog.text
+    assert torch.allclose(x.grad, torch.ones(3, 136) @ weight.dequantize(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from random_weights import random_weight, truth
 
-from bonsai_ops.kernels.unpack import by_triton
+from bonsai_ops.kernels.unpack import by_triton, product
 from bonsai_ops.weights import codec as codecs
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
@@ -62,6 +62,19 @@ def test_text_encoders(scheme: str, table: torch.dtype, dtype: torch.dtype) -> N
     """In 4 bits and groups of 64 columns, as MLX and HQQ have them."""
     weight = random_weight(scheme, "nibble", 40, 192, 64, table)
     assert torch.equal(write_poisoned(weight, 0, 40, dtype), weight.dequantize(dtype))
+
+
+@interpreter
+@pytest.mark.parametrize(("pair", "dtype"), zip(PAIRS[::3], DTYPES, strict=True), ids=str)
+def test_gradient(pair: tuple[str, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """y W against float64, of the whole weight and of its parts in turns."""
+    weight = random_weight(*pair, *SHAPES[2])
+    grad = torch.randn(2, SHAPES[2][0], generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = grad.double() @ truth(weight, dtype).double()
+    for scratch in (1 << 20, 128 * SHAPES[2][1] * dtype.itemsize):
+        monkeypatch.setattr(product, "SCRATCH_BYTES", scratch)
+        found = by_triton.multiply_transposed(grad, weight)
+        assert (found.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
 
 
 @interpreter

@@ -198,6 +198,21 @@ def test_product_after_its_comparison(host: Host, monkeypatch: pytest.MonkeyPatc
     assert host.count("loads") == len(PAIRS)
 
 
+@pytest.mark.parametrize("dtype", product.DTYPES)
+def test_gradient_in_parts(dtype: torch.dtype, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """y W, of the whole weight and of its parts in turns, against float64."""
+    for pair in PAIRS:
+        weight = weight_of(pair, dtype)
+        grad = torch.randn(3, 2, weight.shape[0], generator=torch.Generator().manual_seed(1)).to(dtype)
+        exact = grad.double() @ truth(weight, dtype).double()
+        for scratch in (1 << 20, 64 * weight.shape[1] * dtype.itemsize):
+            with monkeypatch.context() as patch:
+                patch.setattr(product, "SCRATCH_BYTES", scratch)
+                found = by_nvrtc.multiply_transposed(grad, weight)
+            assert found.shape == exact.shape and found.dtype == dtype
+            assert (found.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
+
+
 def test_nothing_is_compiled_while_a_graph_is_recorded(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = recording(monkeypatch)
     weight = weight_of(("affine", "nibble"), torch.float32)
@@ -369,6 +384,7 @@ def test_after_triton_before_the_reference(gpu: None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(fused, "unavailable", lambda: "Triton is not installed; to use it, pip install triton")
     newer = dataclasses.replace(TAKEN, capability=(7, 5))
     assert by_triton.declines(newer) is not None and kernels.resolve(newer).backend is by_nvrtc
+    assert dispatch.resolve_transposed(TAKEN).backend is dispatch.resolve_transposed(newer).backend is by_nvrtc
     with kernels.use_backend("unpack_nvrtc"):
         assert kernels.resolve(dataclasses.replace(TAKEN, capability=(8, 6))).backend is by_nvrtc
 

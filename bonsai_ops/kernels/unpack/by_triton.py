@@ -60,6 +60,13 @@ def multiply(
     return product.multiply(x, weight, bias, write, _verified, backend.explained)
 
 
+def multiply_transposed(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x = y W for a call that was not declined, as product.multiply_transposed computes and raises."""
+    from ..triton import backend
+
+    return product.multiply_transposed(grad, weight, write, _verified, backend.explained)
+
+
 def write(weight: PackedWeight, first: int, last: int, out: torch.Tensor) -> None:
     """out [last - first, K], contiguous = rows first .. last-1 of W in out's dtype, in one launch."""
     from ..triton import backend

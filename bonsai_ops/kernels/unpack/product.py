@@ -1,4 +1,4 @@
-"""y = x W^T through W's values: a kernel writes them into a scratch, the vendor's library multiplies.
+"""y = x W^T, and x = y W, through W's values: a kernel writes them into a scratch, the vendor's library multiplies.
 
 The scratch comes from torch's allocator at each call and goes back to it when the product is enqueued. So the layers of
 a stream share one piece of memory in the order of the stream, a CUDA graph that is recorded gets its own, and what
@@ -8,6 +8,7 @@ empties torch's cache frees it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -49,6 +50,37 @@ def multiply(
     BackendError for wrong values or what `explained` makes of an error of `write`; errors of the device are raised as
     they are.
     """
+    by_kernel = functools.partial(_product, x, weight, bias, write)
+    reference = functools.partial(eager.multiply, x, weight, bias)
+    return _checked(x, weight, write, verified, explained, by_kernel, reference)
+
+
+def multiply_transposed(
+    grad: torch.Tensor,
+    weight: PackedWeight,
+    write: Write,
+    verified: set[tuple],
+    explained: Callable[[Exception], BackendError],
+) -> torch.Tensor:
+    """x = y W: y [.., N] bf16, fp16 or fp32 -> [.., K] in y's dtype; the parts of a large weight are summed in fp32.
+
+    Arguments, and what is raised, as for `multiply`.
+    """
+    by_kernel = functools.partial(_transposed, grad, weight, write)
+    reference = functools.partial(eager.multiply_transposed, grad, weight)
+    return _checked(grad, weight, write, verified, explained, by_kernel, reference)
+
+
+def _checked(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    write: Write,
+    verified: set[tuple],
+    explained: Callable[[Exception], BackendError],
+    by_kernel: Callable[[], torch.Tensor],
+    reference: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """`by_kernel`, with what `write` writes compared once before; or `reference`, where that cannot be."""
     refuse_residual(weight)
     tables = [table.dtype for table in weight.tables().values()]
     # Triton compiles a kernel of its own for columns that 16 divides
@@ -56,10 +88,10 @@ def multiply(
     try:
         if kind not in verified:
             if machine.capturing():
-                return eager.multiply(x, weight, bias)
+                return reference()
             _compare(write, weight, x.dtype)
             verified.add(kind)
-        return _product(x, weight, bias, write)
+        return by_kernel()
     except Exception as error:  # what a broken compiler raises at a first launch has no common class
         if isinstance(error, BackendError) or is_the_devices(error):
             raise
@@ -85,8 +117,7 @@ def current(device: torch.device) -> contextlib.AbstractContextManager:
 def _product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, write: Write) -> torch.Tensor:
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
-    parts = chunks(rows, SCRATCH_BYTES // (columns * x.dtype.itemsize))
-    scratch = torch.empty(parts[0][1], columns, dtype=x.dtype, device=x.device)
+    parts, scratch = _scratch(x, weight)
     shift = None if bias is None else bias.to(x.dtype)
     if len(parts) == 1:
         write(weight, 0, rows, scratch)
@@ -100,6 +131,28 @@ def _product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, w
         else:
             torch.addmm(shift[first:last], flat, values.t(), out=out[:, first:last])
     return out.view(*x.shape[:-1], rows)
+
+
+def _transposed(grad: torch.Tensor, weight: PackedWeight, write: Write) -> torch.Tensor:
+    rows, columns = weight.shape
+    flat = grad.reshape(-1, rows)
+    parts, scratch = _scratch(grad, weight)
+    if len(parts) == 1:
+        write(weight, 0, rows, scratch)
+        return torch.mm(flat, scratch).view(*grad.shape[:-1], columns)
+    out = torch.zeros(flat.shape[0], columns, dtype=torch.float32, device=grad.device)
+    for first, last in parts:
+        values = scratch[: last - first]
+        write(weight, first, last, values)
+        out += torch.mm(flat[:, first:last], values)
+    return out.to(grad.dtype).view(*grad.shape[:-1], columns)
+
+
+def _scratch(x: torch.Tensor, weight: PackedWeight) -> tuple[list[tuple[int, int]], torch.Tensor]:
+    """(the parts that W's rows come in, a scratch in x's dtype for the longest of them)."""
+    rows, columns = weight.shape
+    parts = chunks(rows, SCRATCH_BYTES // (columns * x.dtype.itemsize))
+    return parts, torch.empty(parts[0][1], columns, dtype=x.dtype, device=x.device)
 
 
 def _compare(write: Write, weight: PackedWeight, dtype: torch.dtype) -> None:
