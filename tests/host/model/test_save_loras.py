@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lora_forms import FORMS, adapters
+from lora_training import train_lora
 from twins import (
     DENSE,
     HIDDEN,
@@ -104,6 +105,18 @@ def test_each_variant_and_several_loras(each_pair: Pair, lora_file: Callable[...
     assert "merged into 3 dense tensors" in said
     truth = load_stock(read_dense(path))
     assert relative(draw(truth), drawn) < 1e-5
+
+
+def test_what_was_trained_is_one_file_with_its_model(pair: Pair, lora_file: Callable[..., str], path: Path) -> None:
+    """What ComfyUI's Train LoRA makes, with its differences of norms and of the layers that are dense."""
+    trained = train_lora(pair.packed, bypass_mode=False, checkpoint_depth=2, steps=2).lora
+    model = with_lora(pair.packed, lora_file(trained), 30.0)
+    drawn = draw(model)
+    assert relative(drawn, draw(pair.packed)) > 1e-3
+    said = save(model, path)
+    again = load(path)
+    assert relative(draw(again), drawn) < TOLERANCE and not again.patches
+    assert len(residual_ranks(again)) == packed_layers(again) == 22 and "merged into" in said
 
 
 def test_a_residual_that_is_there_is_kept(pair: Pair, lora_file: Callable[..., str], path: Path) -> None:
