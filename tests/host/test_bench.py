@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bonsai_ops.tools import synthetic
-from bonsai_ops.tools.bench import overhead, picture, profile, quantize, session, step
+from bonsai_ops.tools.bench import overhead, picture, profile, quantize, session, step, train
 from bonsai_ops.tools.bench.inside.step import STEPS
 from bonsai_ops.tools.bench.ways import STEP_WAYS, named
 from bonsai_ops.tools.environment import PLUGIN, inherited_environment
@@ -63,6 +63,20 @@ def test_what_a_lora_costs(comfyui_path: Path, work: Path, capsys: pytest.Captur
     for way in ("ours", "dense_bf16"):
         assert figures[f"{way}_cost"] == pytest.approx(figures[f"{way}_lora_s"] / figures[f"{way}_s"])
     assert "rank 4 LoRA" in capsys.readouterr().out
+
+
+def test_training_and_why_not(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both models in turn; a size that nothing holds has a row that says so, without a model loaded."""
+    rows = train.measure(comfyui_path, work, (64,), 4)
+    assert [row["way"] for row in rows] == list(train.WAYS)
+    for row in rows:
+        assert row["why_not"] is None and row["seconds"] > 0 and row["step_s"] > 0
+        assert row["peak"] > 1e8 and row["sampling_peak"] > 1e8
+    assert rows[0]["trained"] == rows[1]["trained"] > 1000 and rows[0]["bytes"] < 0.5 * rows[1]["bytes"]
+    (large,) = train.measure(comfyui_path, work, (16384,), 4, ways=("ours",))
+    assert "GB are free" in large["why_not"] and large["seconds"] is None
+    shown = capsys.readouterr().out
+    assert shown.count("not trained") == 1 and "of sampling" in shown
 
 
 def test_a_step_taken_apart(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:

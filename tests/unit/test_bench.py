@@ -36,6 +36,7 @@ from bonsai_ops.tools.bench import (
     ways,
 )
 from bonsai_ops.tools.bench.inside.profile import StepProfile, kind_of
+from bonsai_ops.tools.bench.inside.train import needed, possible
 from bonsai_ops.tools.environment import inherited_environment, module_command
 
 SDCPP_LOG = """\
@@ -356,7 +357,7 @@ def test_a_benchmark_is_listed_once() -> None:
         assert set(benchmark.options) <= set(table.OPTIONS)
     assert {name for benchmark in table.BENCHMARKS for name in benchmark.options} == set(table.OPTIONS)
     assert [benchmark.name for benchmark in table.chosen(parser.parse_args([]))] == list(table.USUAL)
-    assert "--rank RANK lora: rank of the LoRA" in text
+    assert "--rank RANK lora, train: rank of the LoRA" in text
 
 
 def test_the_command_line_reaches_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -368,6 +369,15 @@ def test_the_command_line_reaches_the_measurement(monkeypatch: pytest.MonkeyPatc
     given = parser.parse_args(["--layers", "--tokens", "7", "--step", "--mode", "a8", "exact", "--layout", "fast"])
     found = [benchmark.measure(table.Run(given, tmp_path, tmp_path)) for benchmark in table.chosen(given)]
     assert found == [[{"given": (7, "cpu", 5)}], {"given": (tmp_path, tmp_path, 512, ["a8", "exact"], "fast", "cpu")}]
+
+
+def test_a_training_is_as_long_as_its_time_and_memory_allow(tmp_path: Path) -> None:
+    """Steps within the seconds that are given, none if one takes longer; memory grows with the square of the size."""
+    assert [possible(budget, 10.0) for budget in (39.0, 41.0, 81.0, 1e6)] == [0, 1, 2, 3]
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(1000))
+    small, large = (needed(str(file), size, "cpu") for size in (512, 1024))
+    assert 1e9 < small < 3e9 < large < 12e9 and needed(str(file), 512, "cuda") < small
 
 
 def test_an_unknown_mode_of_a_step_is_named(tmp_path: Path) -> None:

@@ -34,7 +34,10 @@ NEEDS = (
     Need(
         "tools/bench/inside", "comfy.sample.sample_custom", "to time steps and pictures", takes="callback disable_pbar"
     ),
-    Need("tools/bench/inside", PATCHER, "to time models one by one", "clone", "model"),
+    Need("tools/bench/inside", PATCHER, "to time models one by one", "clone add_callback", "model"),
+    Need("tools/bench/inside", "comfy_extras.nodes_train.TrainLoraNode", "to time training", "execute"),
+    Need("tools/bench/inside", "comfy.patcher_extension.CallbacksMP", "to time training", "ON_PRE_RUN"),
+    Need("tools/bench/inside", "comfy.model_management.get_free_memory", "to time what fits"),
     Need("tools/bench/inside", "comfy_kitchen", "to tell its kernels from others", "__file__"),
     Need("tools/bench/inside", "comfy.samplers.sampler_object", "to time steps and pictures"),
 )

@@ -67,6 +67,8 @@ OPTIONS = {
     "tokens": Option("rows of the activations (1536: 512x512)", {"type": int, "default": 1536}),
     "rounds": Option("timed calls of every way", {"type": int, "default": 5}),
     "size": Option("width and height in pixels", {"type": int, "default": 512}),
+    "sizes": Option("widths and heights in pixels (512 1024)", {"type": int, "nargs": "+", "default": [512, 1024]}),
+    "seconds": Option("most that one model may train at one size", {"type": float, "default": 1800.0}),
     "rank": Option("rank of the LoRA", {"type": int, "default": 16}),
     "mode": Option(
         "the mode (exact, fp16_accumulate, a8); step takes several and measures them beside exact",
@@ -114,6 +116,12 @@ def _step(run: Run) -> dict:
 def _lora(run: Run) -> dict:
     given = run.arguments
     return _call("step", "measure_lora", run.comfyui, run.work, given.size, given.rank, given.device)
+
+
+def _train(run: Run) -> list[dict]:
+    given = run.arguments
+    how = given.rank, given.density, given.device, given.seconds
+    return _call("train", "measure", run.comfyui, run.work, given.sizes, *how)
 
 
 def _profile(run: Run) -> dict:
@@ -198,6 +206,13 @@ BENCHMARKS = (
         _lora,
         in_host=True,
         options=("size", "rank"),
+    ),
+    Benchmark(
+        "train",
+        "a step of ComfyUI's Train LoRA on the 4B model in the real host, and its memory: ours, a dense model in bf16",
+        _train,
+        in_host=True,
+        options=("sizes", "rank", "layout", "seconds"),
     ),
     Benchmark(
         "profile",
