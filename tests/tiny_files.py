@@ -79,7 +79,7 @@ def instead_of_published(graph: dict[str, Any]) -> dict[str, Any]:
         {
             "id": graph["last_node_id"],
             "type": "LoadBonsaiPack",
-            "pos": [520, 236],
+            "pos": [0, -400],  # clear of the groups
             "size": [420, 198],
             "flags": {},
             "order": 0,
@@ -87,7 +87,7 @@ def instead_of_published(graph: dict[str, Any]) -> dict[str, Any]:
             "inputs": [],
             "outputs": outputs,
             "properties": {},
-            "widgets_values": [PACK, "auto", "auto", "exact", "compact"],
+            "widgets_values": [PACK, "auto", "auto", "exact", "compact", "auto"],
         }
     )
     return graph

@@ -12,7 +12,7 @@
 // Answer: {types: unknown node types, widgets: {id: values}, missing: [{node, name, url, directory}], media: [names],
 // errors: what failed (page, validation, execution), outputs: {id: output}, titles: [as shown], found: [titles that the
 // search offers], shown: {id: {width, pictures: how many the node draws, texts: those of its read-only widgets}},
-// zoom: at which the whole graph is seen, outside: [titles of nodes that reach out of their group], exported: what the
+// outside: [titles of nodes that reach out of their group before anything runs], exported: what the
 // page saved, dropped: the workflow that is open after the drop}
 // or {failed: what drive.cjs itself could not do}
 
@@ -122,8 +122,8 @@ function shown() {
   )
 }
 
-// Runs in the page. How the graph lies in the window; a node belongs to the group in which its upper left corner is.
-function seen() {
+// Runs in the page. A node belongs to the group in which its upper left corner is.
+function outside() {
   const { ds, canvas } = window.app.canvas
   const view = canvas.getBoundingClientRect()
   const whole = (node) => {
@@ -132,14 +132,14 @@ function seen() {
     const { x, y, width, height } = html.getBoundingClientRect()
     return [(x - view.x) / ds.scale - ds.offset[0], (y - view.y) / ds.scale - ds.offset[1], width / ds.scale, height / ds.scale]
   }
-  const outside = window.app.graph.nodes.filter((node) => {
+  const found = window.app.graph.nodes.filter((node) => {
     const [x, y, width, height] = whole(node)
     const group = window.app.graph.groups.find(
       ({ pos, size }) => x >= pos[0] && y >= pos[1] && x < pos[0] + size[0] && y < pos[1] + size[1]
     )
     return group && (x + width > group.pos[0] + group.size[0] || y + height > group.pos[1] + group.size[1])
   })
-  return { zoom: ds.scale, outside: outside.map((node) => node.getTitle()) }
+  return found.map((node) => node.getTitle())
 }
 
 // What the nodes show, once each picture that a node gave is there; as it is after ten seconds.
@@ -216,11 +216,18 @@ async function search(page, words) {
   return (await offered.allInnerTexts()).map((text) => text.trim())
 }
 
+async function fit(page) {
+  await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
+  await page.waitForTimeout(1000)
+}
+
 async function drive(page, failures, job) {
   failures.length = 0
   const graph = JSON.parse(fs.readFileSync(job.graph, 'utf8'))
   if (job.places) return portray(page, graph, job.places, job.screenshot)
   const answer = await page.evaluate(load, graph)
+  await fit(page)
+  answer.outside = await page.evaluate(outside)
   if (job.export) answer.exported = await exportGraph(page)
   if (job.run) {
     const { outputs, errors } = await page.evaluate(run, job.timeout)
@@ -230,10 +237,8 @@ async function drive(page, failures, job) {
     answer.shown = await drawn(page, outputs)
   }
   if (job.screenshot) {
-    await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
-    await page.waitForTimeout(1000)
+    await fit(page)
     await page.screenshot({ path: job.screenshot })
-    Object.assign(answer, await page.evaluate(seen))
   }
   if (job.search) {
     answer.found = await search(page, job.search)

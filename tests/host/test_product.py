@@ -318,8 +318,10 @@ def test_patch_workflow_saves_and_reports(
     for node in graph.values():
         if node["class_type"] == "EmptyFlux2LatentImage":
             node["inputs"] |= {"width": 128, "height": 128}
+    (patch,), (preview,) = find_nodes(graph, "PatchToBitLinear"), find_nodes(graph, "PreviewAny")
+    graph["patched"] = {"class_type": "PreviewAny", "inputs": {"source": [patch, 1]}}
     outputs = server.wait(server.queue(graph))["outputs"]
-    patched, measured = (outputs[number]["text"][0] for number in find_nodes(graph, "PreviewAny"))
+    patched, measured = (outputs[number]["text"][0] for number in ("patched", preview))
     layers = 2 * 4 + 2 * 2
     for kind in ("PatchToBitLinear", "MeasureBitLinear"):  # neither is an output node
         (shown,) = outputs[find_nodes(graph, kind)[0]]["images"]
