@@ -132,17 +132,19 @@ def test_what_was_timed_is_told(load: Callable[..., Any], monkeypatch: pytest.Mo
     """Bonsai Model Info names the faster one for layers of the model's shapes, and for no others."""
     from bonsai_ops.host.info import describe, draw
     from bonsai_ops.host.inventory import take_inventory
-    from bonsai_ops.kernels import contest
+    from bonsai_ops.kernels import Call, contest
     from bonsai_ops.kernels.choices import FUSED, UNPACK, Choices, Timed
 
     model = load()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(contest, "choices", Choices())
-    monkeypatch.setitem(contest.timers, "cpu", lambda calls: [1.0 for _ in calls])
+    device, dtype = model.load_device, getattr(torch, take_inventory(model).dtype)
+    monkeypatch.setitem(contest.timers, device.type, lambda calls: [1.0 for _ in calls])
     before = describe(model)
     rows, columns = model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight.shape
-    for shape in ((columns, rows), (columns + 128, rows)):
-        key = contest.Key("cpu", "", take_inventory(model).dtype, "ternary", "trit5", "exact", *shape, 1536)
+    for taken in (columns, columns + 128):
+        call = Call(device, dtype, rows, taken, "ternary", "trit5", 128, mode="exact")
+        key = contest.key_of(call, 1536)
         contest.choices.add(key.text, Timed(UNPACK, {FUSED: 2.0, UNPACK: 1.0}))
     lines = describe(model)
     assert [line for line in lines if line not in before] == [

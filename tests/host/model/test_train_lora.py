@@ -114,8 +114,8 @@ def test_within_autocast_as_torch(pair: Pair) -> None:
     """A packed layer computes in the dtype in which a dense one does, whatever comes in."""
     for key in ("diffusion_model.double_blocks.0.img_attn.qkv.weight", "diffusion_model.txt_in.weight"):
         packed, dense = (module_of(model, key) for model in (pair.packed, pair.dense))
-        x = torch.randn(3, dense.weight.shape[1])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.randn(3, dense.weight.shape[1], device=dense.weight.device)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
             found, truth = packed(x), dense(x)
         assert found.dtype == truth.dtype == torch.bfloat16
         assert relative(found, truth) < 1e-2
