@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterator
 from unittest import mock
 
 import pytest
 import torch
+from interpreted import INTERPRETED
 from random_weights import random_weight
 
 from bonsai_ops import kernels
@@ -24,7 +24,6 @@ from bonsai_ops.kernels.call import ERRORS, Backend
 from bonsai_ops.weights import codec as codecs
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [b for b in dispatch.BACKENDS if not INTERPRETED or b.NAME in ("plane", "triton", "unpack")]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIRS = [(scheme.name, codec) for scheme in SCHEMES.values() for codec in scheme.codecs]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreted import interpreter, once
 from ptx import Ptx, as_floats
 from random_weights import random_weight
 
@@ -22,12 +22,10 @@ from bonsai_ops.kernels.triton import assembler, backend, by_plane, configs, pro
 from bonsai_ops.weights import codec as codecs
 from bonsai_ops.weights.packed_weight import PackedWeight
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SCHEME = {"trit5": "ternary", "crumb": "ternary", "bit": "binary"}
 CALL = Call(torch.device("cuda", 0), torch.bfloat16, 9216, 3072, "ternary", "trit5", 128, (9, 0))
 
 pytestmark = pytest.mark.skipif(backend.half is None, reason="Triton is not installed")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +34,7 @@ def nothing_failed() -> None:
     kernels.forget_failures()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interpreter
 @pytest.mark.parametrize(
     ("codec", "dtype", "shape", "tile"),
     [
@@ -64,7 +62,7 @@ def test_matches_float64(codec: str, dtype: torch.dtype, shape: tuple[int, int, 
     assert buffer.isnan().all(), "the kernel wrote outside its output"
 
 
-@compiled
+@once
 @pytest.mark.parametrize("places", [2, 4])
 @pytest.mark.parametrize("codec", SCHEME)
 def test_ptx_decodes_every_pair_of_bytes(codec: str, places: int) -> None:
@@ -103,7 +101,7 @@ def test_the_tile_with_fewer_rounds(tokens: int, rows: int, wide: bool) -> None:
         assert configs.plane_tile(target, "trit5", tokens, rows, 132) is configs.PLANE_TILES[family][not wide]
 
 
-@compiled
+@once
 @pytest.mark.parametrize("tile", [0, 1])
 @pytest.mark.parametrize("codec", SCHEME)
 def test_the_self_check_has_several_tiles_and_edges(codec: str, tile: int) -> None:
@@ -116,7 +114,7 @@ def test_the_self_check_has_several_tiles_and_edges(codec: str, tile: int) -> No
     assert made.shape[1] >= 8 * chosen.block_k * (chosen.stages - 2)
 
 
-@compiled
+@once
 def test_who_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hopper, where ptxas can be trusted, and Blackwell in data centers; the others have the kernels of "triton"."""
     monkeypatch.setattr(assembler, "_tool", lambda: "a ptxas")
@@ -134,7 +132,7 @@ def test_who_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernels.resolve(dataclasses.replace(CALL, **changes)).backend.NAME == "unpack"
 
 
-@compiled
+@once
 def test_which_ptxas(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of Hopper if it is new enough, else that of Blackwell, and only with a Triton whose PTX is right."""
     import triton as library
@@ -161,7 +159,7 @@ class Compiled:
     asm: dict[str, bytes]
 
 
-@compiled
+@once
 def test_machine_code_of_an_old_ptxas_is_refused() -> None:
     """Also where it comes from Triton's cache; on Blackwell products read tensor memory, and any will do."""
     releases = (b"13.2, V13.2.51", b"13.3, V13.3.33")
@@ -185,7 +183,7 @@ def wrong(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out:
     out.copy_(eager.multiply(x, weight, bias)).mul_(1.1)
 
 
-@compiled
+@once
 @pytest.mark.parametrize(
     ("launch", "reason"),
     [
@@ -221,7 +219,7 @@ def test_where_it_fails_the_others_go_on(launch: Callable, reason: str, monkeypa
     assert launched == [True, False, False, False]  # two of them probes
 
 
-@compiled
+@once
 def test_memory_that_runs_out_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     monkeypatch.setattr(backend, "launch", raising(failure))

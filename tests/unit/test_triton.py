@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted import INTERPRETED, interpreter, once
 from ptx import Ptx, as_floats
 
 from bonsai_ops import kernels
@@ -34,7 +35,6 @@ from bonsai_ops.weights.formats import open_pack
 from bonsai_ops.weights.packed_weight import PackedWeight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SCHEME = {"trit5": "ternary", "crumb": "ternary", "bit": "binary"}
 INTERPRETED_FILES = ("test_triton.py", "test_plane.py", "test_unpack_kernel.py", "test_backends.py")
 CODES = tuple(SCHEME)
@@ -56,16 +56,6 @@ CASES = [(shape, codec, target) for shape in SHAPES[:3] for codec in CODES for t
 CASES += [(SHAPES[3 + i % 2], *turn) for i, turn in enumerate(TURNS)]
 
 needs_triton = pytest.mark.skipif(backend.half is None, reason="Triton is not installed")
-
-
-def interpreter(test: Callable) -> Callable | None:
-    """The test in the child of test_in_the_interpreter, nothing to collect elsewhere."""
-    return test if INTERPRETED else None
-
-
-def once(test: Callable) -> Callable | None:
-    """The test outside of that child: what it checks is the same in there."""
-    return None if INTERPRETED else test
 
 
 @pytest.fixture(autouse=True)

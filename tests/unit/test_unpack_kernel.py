@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable
 
 import pytest
 import torch
+from interpreted import interpreter
 from random_weights import random_weight, truth
 
 from bonsai_ops.kernels.unpack import by_triton, product
 from bonsai_ops.weights import codec as codecs
 from bonsai_ops.weights.packed_weight import SCHEMES, PackedWeight
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PAIRS = [(scheme.name, codec) for scheme in SCHEMES.values() for codec in scheme.codecs]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = [
@@ -23,11 +21,6 @@ SHAPES = [
     (39, 192, 96, torch.bfloat16),
     (200, 64, 32, torch.float16),
 ]
-
-
-def interpreter(test: Callable) -> Callable | None:
-    """The test in the child of test_triton.py, nothing to collect elsewhere."""
-    return test if INTERPRETED else None
 
 
 def write_poisoned(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
