@@ -51,8 +51,13 @@ class Timed:
 def file_path() -> Path:
     """Where choices are kept."""
     given = os.environ.get("TRITON_CACHE_DIR")
-    home = os.environ.get("TRITON_HOME") or Path.home()
-    return (Path(given) if given else Path(home, ".triton", "cache")) / NAME
+    if given:
+        return Path(given, NAME)
+    home = os.environ.get("TRITON_HOME")
+    try:
+        return Path(home or Path.home(), ".triton", "cache", NAME)
+    except RuntimeError:  # a user without a home, as containers have; Triton takes the same folder then
+        return Path("~", ".triton", "cache", NAME)
 
 
 class Choices:

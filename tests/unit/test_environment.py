@@ -68,6 +68,14 @@ class TestPlaces:
         monkeypatch.setattr(Path, "home", lambda: tmp_path / "user")
         assert environment.home() == (tmp_path / expected).resolve()
 
+    @pytest.mark.skipif(os.name == "nt", reason="there a user has a home")
+    def test_a_user_without_a_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("BONSAI_HOME", "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+        with pytest.raises(environment.SetupError, match=r"no home folder.*name a folder in BONSAI_HOME"):
+            environment.home()
+
     def test_environment_name_follows_the_requirements(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         before = environment.environment_path()
         assert before.parent == home

@@ -29,10 +29,18 @@ class SetupError(RuntimeError):
 
 
 def home() -> Path:
-    """The folder of the private environment: BONSAI_HOME, else the user's cache folder. It need not exist yet."""
+    """The folder of the private environment: BONSAI_HOME, else the user's cache folder. It need not exist yet.
+
+    Raises SetupError for a user without a home.
+    """
     chosen = os.environ.get("BONSAI_HOME")
-    if chosen:
-        return Path(chosen).expanduser().resolve()
+    try:
+        return Path(chosen).expanduser().resolve() if chosen else _cache()
+    except RuntimeError as error:
+        raise SetupError(f"This user has no home folder ({error}): name a folder in BONSAI_HOME.") from error
+
+
+def _cache() -> Path:
     if sys.platform == "win32":
         cache = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":
