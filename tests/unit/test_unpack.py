@@ -10,10 +10,10 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from forced import force
 from random_weights import random_weight
 from waits import Waits, recording
 
@@ -150,25 +150,6 @@ def test_nothing_is_kept(writes: list) -> None:
     assert len(seen) == 3 and all(ref() is None for ref in seen)
 
 
-def force(monkeypatch: pytest.MonkeyPatch, *before: Any) -> list[tuple[str, str]]:
-    """The kernel takes what is on the CPU, after the backends `before`; returns what multiplied, (name, scheme)."""
-    used: list[tuple[str, str]] = []
-
-    def watched(backend: Any) -> SimpleNamespace:
-        def multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
-            y = backend.multiply(x, weight, bias, mode)
-            used.append((backend.NAME, weight.scheme))
-            return y
-
-        return SimpleNamespace(NAME=backend.NAME, MODES=backend.MODES, declines=backend.declines, multiply=multiply)
-
-    taking = SimpleNamespace(
-        NAME=by_triton.NAME, MODES=by_triton.MODES, declines=eager.declines, multiply=by_triton.multiply
-    )
-    monkeypatch.setattr(dispatch, "BACKENDS", (*map(watched, (*before, taking)), eager))
-    return used
-
-
 TERNARY_ONLY = SimpleNamespace(
     NAME="fused",
     MODES=("exact",),
@@ -201,7 +182,7 @@ def test_what_breaks_leaves_the_others(
         out[-1, -1] += 1
 
     monkeypatch.setattr(by_triton, "write", write)
-    used = force(monkeypatch, TERNARY_ONLY)
+    used = force(monkeypatch, by_triton, TERNARY_ONLY)
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
     ternary, affine = random_weight("ternary", "trit5", 40, 256), random_weight("affine", "nibble", 40, 256)
     with caplog.at_level(logging.WARNING):
@@ -226,7 +207,7 @@ def test_errors_of_the_device_are_the_callers(
 ) -> None:
     """Raised, in the comparison and after it; the kernel is asked again at the next call."""
     x, weight = torch.ones(4, 256), random_weight("affine", "nibble", 40, 256)
-    used, torchs = force(monkeypatch), by_triton.write
+    used, torchs = force(monkeypatch, by_triton), by_triton.write
     if late:
         kernels.linear(x, weight)
 

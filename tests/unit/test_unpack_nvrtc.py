@@ -17,6 +17,7 @@ import cuda_on_host
 import pytest
 import torch
 from cuda_on_host import Host
+from forced import force
 from random_weights import bits, random_weight, truth
 from waits import recording
 
@@ -157,24 +158,6 @@ def test_numbers_at_the_edges(dtype: torch.dtype, host: Host) -> None:
         assert torch.equal(bits(found)[known], bits(expected)[known])
 
 
-def force(monkeypatch: pytest.MonkeyPatch, *others: Any) -> list[tuple[str, str]]:
-    """The kernel takes what is on the CPU, after `others`; returns what multiplied, (name, scheme)."""
-    used: list[tuple[str, str]] = []
-
-    def watched(backend: Any) -> SimpleNamespace:
-        def multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, mode: str) -> torch.Tensor:
-            y = backend.multiply(x, weight, bias, mode)
-            used.append((backend.NAME, weight.scheme))
-            return y
-
-        return SimpleNamespace(NAME=backend.NAME, MODES=backend.MODES, declines=backend.declines, multiply=multiply)
-
-    taking = SimpleNamespace(**{name: getattr(by_nvrtc, name) for name in ("NAME", "MODES", "multiply")})
-    taking.declines = eager.declines
-    monkeypatch.setattr(dispatch, "BACKENDS", (*map(watched, (*others, taking)), eager))
-    return used
-
-
 TERNARY_ONLY = SimpleNamespace(
     NAME="unpack",
     MODES=("exact",),
@@ -185,7 +168,7 @@ TERNARY_ONLY = SimpleNamespace(
 
 def test_product_after_its_comparison(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel is loaded and compared once for a kind, then each layer is one launch."""
-    used = force(monkeypatch)
+    used = force(monkeypatch, by_nvrtc)
     for pair in PAIRS:
         weight = weight_of(pair, torch.bfloat16)
         x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -250,7 +233,7 @@ def test_what_breaks_leaves_the_others(
     """The reference multiplies in its place, other kernels go on, and the log says the cure once."""
     break_it, cause, cure = FAULTS[fault]
     break_it(host, monkeypatch)
-    used = force(monkeypatch, TERNARY_ONLY)
+    used = force(monkeypatch, by_nvrtc, TERNARY_ONLY)
     ternary, affine = (weight_of(pair, torch.float32) for pair in (("ternary", "trit5"), ("affine", "nibble")))
     with caplog.at_level(logging.WARNING):
         for weight in (ternary, affine, affine, ternary):
@@ -271,7 +254,7 @@ def test_errors_of_the_device_are_the_callers(
     """Raised, a lost context with the cure; the kernel is asked again at the next call."""
     weight = weight_of(("affine", "nibble"), torch.float32)
     x = torch.ones(4, weight.shape[1])
-    used = force(monkeypatch)
+    used = force(monkeypatch, by_nvrtc)
     if late:
         kernels.linear(x, weight)
         by_nvrtc._kernel.cache_clear()
