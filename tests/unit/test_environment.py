@@ -341,6 +341,7 @@ class TestRelaunch:
             "bonsai_ops.bench",
             "bonsai_ops.tools.environment",
             "tests",
+            "tests.determinism",
             "tests.guards",
             "tests.hosts",
             "tests.soak",
@@ -355,7 +356,7 @@ class TestRelaunch:
             capture_output=True,
             encoding="utf-8",
             cwd=environment.PLUGIN,
-            timeout=20,
+            timeout=60,
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"usage: python -m {module} ") and not home.exists()
