@@ -23,7 +23,7 @@ def _inputs(*names: str) -> dict[str, tuple[str, ...]]:
 LOADING = {
     "compute_dtype": ("auto", "bf16", "fp16", "fp32"),
     "memory": ("auto", "classic"),
-    "mode": ("exact", "fp16_accumulate", "a8"),
+    "mode": ("exact", "fp16_accumulate", "a8", "a8_fp8"),
     "layout": ("compact", "fast"),
 }
 TEXT_DTYPES = ("auto", "bf16", "fp16", "fp32")

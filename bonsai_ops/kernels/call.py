@@ -12,9 +12,10 @@ import torch
 from ..weights.packed_weight import DENSITIES, PackedWeight
 
 EXACT = "exact"
-MODES = (EXACT, "fp16_accumulate", "a8")
-"""exact: the weight's values, fp32 sums. fp16_accumulate: fp16 sums of up to 128 products. a8: activations in int8."""
-ERRORS = {"fp16_accumulate": 2e-3, "a8": 1.2e-2}
+MODES = (EXACT, "fp16_accumulate", "a8", "a8_fp8")
+"""exact: the weight's values, fp32 sums. fp16_accumulate: fp16 sums of up to 128 products. a8: activations in int8.
+a8_fp8: activations in the 8-bit floats e4m3."""
+ERRORS = {"fp16_accumulate": 2e-3, "a8": 1.2e-2, "a8_fp8": 4e-2}
 """Largest |y - exact| / |exact| of a mode that rounds, for normal x; every backend is tested against it."""
 
 

@@ -85,7 +85,9 @@ def test_rows_are_those_of_the_whole(scheme: str, codec: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("codec", "mode"), [("trit5", "exact"), ("crumb", "a8"), ("bit", "fp16_accumulate")])
+@pytest.mark.parametrize(
+    ("codec", "mode"), [("trit5", "exact"), ("crumb", "a8"), ("bit", "a8_fp8"), ("bit", "fp16_accumulate")]
+)
 def test_a_recorded_kernel_is_compared_later(
     codec: str, mode: str, capturing: SimpleNamespace, launches: list[int]
 ) -> None:

@@ -39,6 +39,8 @@ def test_every_kernel_passes_its_gates(target: int | str) -> None:
 @pytest.mark.parametrize("target", static.TARGETS, ids=static.label)
 def test_int8_kernels_are_shipped_for_planes(target: int | str) -> None:
     assert [row[:2] for row in static.shipped(target) if row[1] == "a8"] == [("crumb", "a8"), ("bit", "a8")]
+    fp8 = {row[0] for row in static.shipped(target) if row[1] == "a8_fp8"}
+    assert fp8 == ({"crumb", "bit"} if target in (89, 90, 100, 120) else set())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gemlite is installed on Linux only")
@@ -185,5 +187,6 @@ def test_each_codec_and_mode_has_its_limit() -> None:
 
     assert [missed("ternary_2bit_a8_bf16", target, 2.2) for target in ("sm_80", "sm_90", "gfx942")] == [1, 1, 0]
     assert [missed("binary_1bit_a8_bf16", target, 2.1) for target in ("sm_80", "sm_90")] == [0, 0]
+    assert [missed("binary_1bit_a8_fp8_bf16", target, 2.4) for target in ("sm_89", "sm_90")] == [0, 1]
     assert [missed("ternary_2bit_exact_fp16", target, 1.5) for target in ("sm_80", "sm_90")] == [0, 1]
     assert [missed("ternary_2bit_exact_fp16", "sm_80", 4.0), missed("ternary_trit5_exact_fp16", "sm_80", 4.0)] == [1, 0]

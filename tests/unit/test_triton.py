@@ -27,7 +27,7 @@ from interpreted import INTERPRETED, interpreter, once
 from ptx import Ptx, as_floats
 
 from bonsai_ops import kernels
-from bonsai_ops.kernels import BackendError, Call, dispatch, eager, triton
+from bonsai_ops.kernels import BackendError, Call, contest, dispatch, eager, triton
 from bonsai_ops.kernels.rows import readable
 from bonsai_ops.kernels.triton import backend, configs, probe
 from bonsai_ops.weights import codec as codecs
@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEME = {"trit5": "ternary", "crumb": "ternary", "bit": "binary"}
 INTERPRETED_FILES = ("test_triton.py", "test_plane.py", "test_unpack_kernel.py", "test_backends.py")
 CODES = tuple(SCHEME)
-PLANES = ("crumb", "bit")  # the codecs of a8
+PLANES = ("crumb", "bit")  # the codecs of a8 and a8_fp8
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 2**-7}  # the interpreter truncates to bf16 instead of rounding
 TARGETS = (86, 90, 100, "gfx1100")
 SHAPES = [
@@ -54,6 +54,9 @@ TURNS = (("trit5", 86), ("bit", 90), ("crumb", "gfx1100"), ("bit", 86), ("crumb"
 
 CASES = [(shape, codec, target) for shape in SHAPES[:3] for codec in CODES for target in TARGETS]
 CASES += [(SHAPES[3 + i % 2], *turn) for i, turn in enumerate(TURNS)]
+
+A8_CASES = [(shape, codec, "a8", t) for shape in SHAPES for codec in PLANES for t in (86, 90, "gfx1100")]
+A8_CASES += [(shape, PLANES[i % 2], "a8_fp8", (89, 90)[i % 2]) for i, shape in enumerate(SHAPES)]
 
 needs_triton = pytest.mark.skipif(backend.half is None, reason="Triton is not installed")
 
@@ -104,6 +107,17 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     grouped = x.float().view(x.shape[0], -1, 128)
     scale = grouped.abs().amax(dim=2, keepdim=True).clamp_min(2.0**-100) / 127
     return ((grouped * (1 / scale)).round().double() * scale.double()).view(x.shape)
+
+
+def rounded_to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] as mode a8_fp8 sees it: the largest magnitude of each group of 128 is 448, e4m3's own; float64."""
+    grouped = x.float().view(x.shape[0], -1, 128)
+    scale = grouped.abs().amax(dim=2, keepdim=True).clamp_min(2.0**-100) / 448
+    return ((grouped * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double()).view(x.shape)
+
+
+ROUNDED = {"a8": (rounded, 0.03), "a8_fp8": (rounded_to_e4m3, 0.035)}
+"""{mode: (what it makes of x, its largest error)}."""
 
 
 def launch_poisoned(
@@ -172,19 +186,18 @@ def test_fp16_accumulate_does_not_overflow(codec: str) -> None:
 
 
 @interpreter
-@pytest.mark.parametrize("target", [86, 90, "gfx1100"])
-@pytest.mark.parametrize("codec", PLANES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a8_matches_float64(shape: tuple, codec: str, target: int | str) -> None:
-    """The integer sums are exact: against the product with the rounded x, only fp32 and the output's dtype differ."""
+@pytest.mark.parametrize(("shape", "codec", "mode", "target"), A8_CASES)
+def test_a8_matches_float64(shape: tuple, codec: str, mode: str, target: int | str) -> None:
+    """The sums are exact: against the product with the rounded x, only fp32 and the output's dtype differ."""
     rows_x, rows, columns = shape
     weight = make_weight(rows, columns, codec)
-    dtype = torch.bfloat16 if target == 86 else torch.float16
+    dtype = torch.bfloat16 if target in (86, 89) else torch.float16
     x = torch.randn(rows_x, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[0, :3] *= 50  # outliers keep their group's scale from that of its neighbours
-    y = launch_poisoned(x, weight, target, "a8")
-    assert error(y, rounded(x) @ weight.dequantize().double().t()) < TOLERANCE[dtype]
-    assert error(y, exact(x, weight)) < 0.03
+    y = launch_poisoned(x, weight, target, mode)
+    as_seen, limit = ROUNDED[mode]
+    assert error(y, as_seen(x) @ weight.dequantize().double().t()) < TOLERANCE[dtype]
+    assert error(y, exact(x, weight)) < limit
 
 
 @interpreter
@@ -206,14 +219,58 @@ def test_quantized_activations(rows: int, dtype: torch.dtype) -> None:
 
 
 @interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 100])
+def test_activations_in_e4m3(rows: int, dtype: torch.dtype) -> None:
+    """Bit-equal to torch, from the largest number to those below e4m3's normal ones; zeros and the rows after M too."""
+    chosen = backend.config(89, "crumb", "a8_fp8")
+    x = torch.randn(rows + 3, 400, generator=torch.Generator().manual_seed(1)).to(dtype)[:rows, 5:389]
+    x[0, :128] = 0
+    x[0, 128:256] = 448 * 2.0 ** -torch.arange(128).div(6)
+    q, tokens = backend.quantize(x, chosen, "a8_fp8")
+    q = q.float().view(-1, 3, chosen.block_m, 128).transpose(1, 2).reshape(-1, 384)
+    scale = 2 * tokens.view(-1, 3, chosen.block_m).transpose(1, 2).reshape(-1, 3)
+    grouped = x.float().view(rows, 3, 128)
+    assert torch.equal(scale[:rows], grouped.abs().amax(2).clamp_min(2.0**-100) / 448)
+    assert torch.equal(
+        q[:rows].view(rows, 3, 128), (grouped * (1 / scale[:rows, :, None])).to(torch.float8_e4m3fn).float()
+    )
+    assert not q[rows:].any() and not q[0, :128].any() and q[0, 128] == 448
+    assert ((q[0, 128:256] > 0) & (q[0, 128:256] < 2.0**-6)).any()
+
+
+def e4m3_error(x: torch.Tensor) -> float:
+    return error(rounded_to_e4m3(x), x.double())
+
+
+@once
+def test_the_error_of_e4m3_is_bounded() -> None:
+    """What the README says of a8_fp8: more than that of int8, until outliers cost int8 as much."""
+    normal = torch.randn(64, 3072, generator=torch.Generator().manual_seed(0))
+    channels = normal.clone()
+    channels[:, torch.randperm(3072, generator=torch.Generator().manual_seed(1))[:16]] *= 30
+    gated = torch.nn.functional.silu(normal) * normal.roll(1, 1)
+    for x, expected, of_int8 in ((normal, 2.6e-2, 6.5e-3), (gated, 2.3e-2, 1.3e-2), (channels, 1.4e-2, 2.2e-2)):
+        assert e4m3_error(x) == pytest.approx(expected, rel=0.1)
+        assert error(rounded(x), x.double()) == pytest.approx(of_int8, rel=0.1)
+
+
+@once
+def test_signs_are_exact_in_e4m3() -> None:
+    """The bytes that int8 reads as +-64 and 0."""
+    bytes_ = torch.tensor([64, 0, -64], dtype=torch.int8)
+    assert bytes_.view(torch.float8_e4m3fn).tolist() == [2.0, 0.0, -2.0]
+
+
+@interpreter
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("mode", "codec"), [("exact", "trit5"), ("a8", "crumb")])
+@pytest.mark.parametrize(("mode", "codec"), [("exact", "trit5"), ("a8", "crumb"), ("a8_fp8", "bit")])
 def test_scale_dtypes(mode: str, codec: str, scale_dtype: torch.dtype) -> None:
     weight = make_weight(41, 256, codec, scale_dtype)
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.randn(4, 256).to(dtype)
-        expected = exact(x, weight) if mode == "exact" else rounded(x) @ weight.dequantize().double().t()
-        assert error(launch_poisoned(x, weight, 86, mode), expected) < 2 * TOLERANCE[dtype]  # twice truncated
+        seen = ROUNDED[mode][0](x) @ weight.dequantize().double().t() if mode in ROUNDED else exact(x, weight)
+        assert error(launch_poisoned(x, weight, 86, mode), seen) < 2 * TOLERANCE[dtype]  # twice truncated
 
 
 @interpreter
@@ -243,7 +300,8 @@ def test_a_broken_token_leaves_the_others_alone(mode: str) -> None:
 
 @interpreter
 @pytest.mark.parametrize(
-    ("mode", "target"), [("exact", 86), ("exact", 90), ("fp16_accumulate", 86), ("a8", 86), ("a8", 90)]
+    ("mode", "target"),
+    [("exact", 86), ("exact", 90), ("fp16_accumulate", 86), ("a8", 86), ("a8", 90), ("a8_fp8", 90)],
 )
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_what_fp16_cannot_hold_is_infinite(mode: str, target: int) -> None:
@@ -453,6 +511,8 @@ def test_tensors_lie_as_kernels_read_them() -> None:
         {"scheme": "binary", "codec": "bit", "rows": 1, "columns": 128},
         {"codec": "crumb"},
         {"codec": "crumb", "mode": "a8", "capability": (9, 0)},
+        {"codec": "crumb", "mode": "a8_fp8", "capability": (8, 9)},
+        {"scheme": "binary", "codec": "bit", "mode": "a8_fp8", "capability": (9, 0)},
         {"scheme": "binary", "codec": "bit", "mode": "a8", "dtype": torch.float16},
     ],
 )
@@ -472,6 +532,9 @@ def test_accepts(change: dict) -> None:
         ({"scheme": "affine", "codec": "byte"}, "affine weights stored as byte"),
         ({"group_size": 64}, "not 64"),
         ({"mode": "a8"}, "choose the layout fast in the loader"),
+        ({"mode": "a8_fp8", "capability": (9, 0)}, "choose the layout fast in the loader"),
+        ({"mode": "a8_fp8", "codec": "crumb", "capability": (8, 6)}, "no e4m3 tensor cores"),
+        ({"mode": "a8_fp8", "codec": "crumb", "capability": (8, 0)}, "capability 8.9 and newer"),
         ({"codec": "bit"}, "ternary weights stored as bit"),
         ({"mode": "fp16_accumulate"}, "not bfloat16"),
         ({"mode": "fp16_accumulate", "dtype": torch.float16, "capability": (9, 0)}, "not faster"),
@@ -480,6 +543,35 @@ def test_accepts(change: dict) -> None:
 )
 def test_declines_with_a_reason(change: dict, reason: str) -> None:
     assert reason in triton.declines(dataclasses.replace(ACCEPTED, **change))
+
+
+@needs_triton
+@once
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": torch.device("cpu"), "capability": None}, "it has no mode a8_fp8"),
+        ({"capability": (7, 5)}, "capability 7.5"),
+        ({"capability": (8, 0)}, "no e4m3 tensor cores"),
+        ({"capability": (8, 6)}, "no e4m3 tensor cores"),
+        ({"capability": (8, 9), "codec": "trit5"}, "choose the layout fast in the loader"),
+        ({"capability": (8, 9)}, None),
+        ({"capability": (9, 0)}, None),
+        ({"capability": (12, 0)}, None),
+    ],
+)
+def test_who_multiplies_in_e4m3(change: dict, reason: str | None) -> None:
+    """Where none does, the product is exact and the reason is told; what unpacks is asked beside it as beside a8."""
+    wanted = dataclasses.replace(ACCEPTED, **{"codec": "crumb", **change}, mode="a8_fp8")
+    choice = kernels.resolve(wanted)
+    if reason is None:
+        assert (choice.backend.NAME, choice.mode) == ("triton", "a8_fp8") and "a8_fp8" not in choice.declined
+        assert choice.rival == kernels.resolve(dataclasses.replace(wanted, mode="a8")).rival
+        assert "a8_fp8" in contest.Key("card", "8.9", "bfloat16", "ternary", "crumb", wanted.mode, 1, 1, 512).text
+    else:
+        exact = kernels.resolve(dataclasses.replace(wanted, mode="exact"))
+        assert (choice.backend, choice.mode, choice.rival) == (exact.backend, "exact", exact.rival)
+        assert reason in choice.declined["a8_fp8"] and choice.declined.items() >= exact.declined.items()
 
 
 @needs_triton
@@ -542,7 +634,9 @@ def raising(error: Exception) -> Callable:
 
 
 @needs_triton
-@pytest.mark.parametrize(("codec", "mode"), [("trit5", "exact"), ("bit", "exact"), ("crumb", "a8")])
+@pytest.mark.parametrize(
+    ("codec", "mode"), [("trit5", "exact"), ("bit", "exact"), ("crumb", "a8"), ("crumb", "a8_fp8")]
+)
 def test_a_kernel_that_computes_wrong_values_is_not_used(
     codec: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

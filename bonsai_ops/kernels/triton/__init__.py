@@ -2,7 +2,8 @@
 
 backend.py   imports Triton and launches        half.py      kernels with 16-bit activations
 configs.py   the sizes they run with            int8.py      kernels of mode a8
-probe.py     compares them before their use     plane.py     the kernel of by_plane.py, a backend of its own
+probe.py     compares them before their use     fp8.py       kernels of mode a8_fp8
+                                                plane.py     the kernel of by_plane.py, a backend of its own
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ LIMITS = {
     EXACT: Limits(DEVICES, FLOATS, CODECS, configs.GROUP),
     "fp16_accumulate": Limits(DEVICES, (torch.float16,), CODECS, configs.GROUP),
     "a8": Limits(DEVICES, FLOATS, PLANES, configs.GROUP),
+    "a8_fp8": Limits(DEVICES, FLOATS, PLANES, configs.GROUP),
 }
 MODES = tuple(LIMITS)
 """exact: fp32 sums. fp16_accumulate: fp16 sums of 64 or 128 products, then fp32; relative error about 5e-4.
 a8: x as int8 with a scale for each token and group of 128 columns, exact int32 sums of a group, then fp32; relative
-error 6.5e-3 for normal x, up to 2.4e-2 with outliers."""
+error 6.5e-3 for normal x, up to 2.4e-2 with outliers. a8_fp8: the same with e4m3, whose sums are in fp32; 2.6e-2 for
+normal x, 1.4e-2 with outliers, as four bits of each value are kept."""
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -53,6 +56,8 @@ def _gpu_lacks(call: Call) -> str | None:
             shown = "unknown" if call.capability is None else f"{call.capability[0]}.{call.capability[1]}"
             return f"Triton has no tensor-core code for compute capability {shown}, only for 8.0 and newer"
         target = 10 * call.capability[0] + call.capability[1]
+    if call.mode == "a8_fp8" and call.mode not in configs.modes(target):
+        return "this GPU has no e4m3 tensor cores; NVIDIA's of compute capability 8.9 and newer do"
     if call.mode not in configs.modes(target):
         return f"mode {call.mode} is not faster than exact on this GPU"
     return None

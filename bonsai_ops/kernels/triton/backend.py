@@ -26,9 +26,9 @@ from .configs import GROUP, Config
 try:
     import triton
 
-    from . import half, int8, plane
+    from . import fp8, half, int8, plane
 except Exception as error:  # a half-installed Triton raises nearly anything: ImportError, OSError, RuntimeError
-    triton = half = int8 = plane = None
+    triton = fp8 = half = int8 = plane = None
     _IMPORT_ERROR: Exception | None = error
 else:
     _IMPORT_ERROR = None
@@ -215,9 +215,10 @@ def launch(
     scale = weight.scale.contiguous()
     shift = out if bias is None else bias.contiguous()
     with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
-        if mode == "a8":
-            q, tokens = quantize(x, chosen)
-            int8.a8_kernel[grid](
+        if mode in configs.ROUNDED:
+            q, tokens = quantize(x, chosen, mode)
+            kernel = int8.a8_kernel if mode == "a8" else fp8.fp8_kernel
+            kernel[grid](
                 *(q, codes, scale, tokens, shift, out, x.shape[0], rows, columns, n // 8, out.stride(0)),
                 **constants,
                 **options,
@@ -240,14 +241,22 @@ def launch(
         out += bias.to(out.dtype)
 
 
-def quantize(x: torch.Tensor, chosen: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] -> (int8, fp32), as quantize_kernel lays them out for an a8 configuration."""
+def quantize(x: torch.Tensor, chosen: Config, mode: str = "a8") -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] -> (int8 or e4m3, fp32), as the quantizing kernel of a mode of ROUNDED lays them out for `chosen`.
+
+    Triton's interpreter has values of e4m3 as fp32.
+    """
     columns = x.shape[1]
     x = _aligned(x)
     tiles, groups = -(-x.shape[0] // chosen.block_m), columns // GROUP
-    q = torch.empty(tiles * chosen.block_m * columns, dtype=torch.int8, device=x.device)
+    dtype = torch.int8 if mode == "a8" else torch.float32 if interpreting() else torch.float8_e4m3fn
+    q = torch.empty(tiles * chosen.block_m * columns, dtype=dtype, device=x.device)
     tokens = torch.empty(tiles * chosen.block_m * groups, dtype=torch.float32, device=x.device)
     constants = {"BLOCK_M": chosen.block_m, "ROWS": configs.QUANTIZED_ROWS}
     grid = (tiles * chosen.block_m // configs.QUANTIZED_ROWS * groups,)
-    int8.quantize_kernel[grid](x, q, tokens, x.shape[0], columns, x.stride(0), **constants)
+    if mode == "a8":
+        int8.quantize_kernel[grid](x, q, tokens, x.shape[0], columns, x.stride(0), **constants)
+    else:
+        constants["INTERPRET"] = interpreting()
+        fp8.fp8_quantize_kernel[grid](x, q, tokens, x.shape[0], columns, x.stride(0), **constants)
     return q, tokens

@@ -96,6 +96,12 @@ CONFIGS = {
     ("sm_90", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, weight_first=False, tile_m=32),
     ("sm_100", "crumb", "a8"): Config(96, 256, 32, 8, 2, 4, weight_first=False, tile_m=32),
     ("sm_100", "bit", "a8"): Config(96, 256, 32, 8, 2, 8, weight_first=False, tile_m=32),
+    ("registers", "crumb", "a8_fp8"): Config(128, 128, 64, 8, 2, 4),
+    ("registers", "bit", "a8_fp8"): Config(128, 128, 64, 8, 2, 8),
+    ("sm_90", "crumb", "a8_fp8"): Config(128, 128, 128, 8, 3, 4),
+    ("sm_90", "bit", "a8_fp8"): Config(128, 128, 128, 8, 3, 8),
+    ("sm_100", "crumb", "a8_fp8"): Config(128, 128, 128, 8, 3, 4),
+    ("sm_100", "bit", "a8_fp8"): Config(128, 128, 128, 8, 3, 8),
     ("amd", "crumb", "a8"): Config(64, 32, 64, 4, 2, 4, weight_first=False, asm=False, tile_m=64),
     ("amd", "bit", "a8"): Config(64, 32, 64, 4, 2, 8, weight_first=False, asm=False, tile_m=64),
 }
@@ -128,8 +134,13 @@ def plane_tile(target: int, codec: str, tokens: int, rows: int, processors: int)
     return narrow if cost(narrow) * NARROW_COST < cost(wide) else wide
 
 
+ROUNDED = ("a8", "a8_fp8")
+"""The modes that round x before the product."""
 QUANTIZED_ROWS = 16
-"""Rows of x that one program of quantize_kernel takes; divides every block_m of a8."""
+"""Rows of x that one program rounds; divides every block_m of those modes."""
+
+LEAST_FP8 = (8, 9)
+"""Compute capability from which on tensor cores multiply e4m3."""
 
 DATA_CENTER = ((8, 0), (9, 0), (10, 0), (10, 3))
 """Compute capabilities that multiply no faster with fp16 sums."""
@@ -137,9 +148,11 @@ DATA_CENTER = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 def modes(target: int | str) -> tuple[str, ...]:
     """The modes that kernels are compiled for on a target, as `family` takes it."""
-    if family(target) != "registers" or divmod(int(target), 10) in DATA_CENTER:
+    if family(target) == "amd":
         return ("exact", "a8")
-    return ("exact", "fp16_accumulate", "a8")
+    capability = divmod(int(target), 10)
+    half = ("fp16_accumulate",) if family(target) == "registers" and capability not in DATA_CENTER else ()
+    return ("exact", *half, "a8", *(("a8_fp8",) if capability >= LEAST_FP8 else ()))
 
 
 def family(target: int | str) -> str:
@@ -150,7 +163,7 @@ def family(target: int | str) -> str:
 
 
 def constants(config: Config, codec: str, mode: str, bias: bool, interpret: bool = False) -> dict[str, Any]:
-    """The constexpr arguments of a kernel, the same for a launch and for the static report. bias: a8 only."""
+    """The constexpr arguments of a kernel, the same for a launch and for the static report. bias: a8 and a8_fp8."""
     coder = get_codec(codec)
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "RADIX": coder.radix}
     asm = config.asm and not interpret
@@ -158,8 +171,11 @@ def constants(config: Config, codec: str, mode: str, bias: bool, interpret: bool
         decoder = ASM_PLANE[coder.radix, config.plane] if asm else ""
         return {**blocks, "DECODER": decoder, "PLACES": config.plane, "INTERPRET": interpret}
     shared = {**blocks, "PARTS": config.parts}
-    if mode == "a8":
+    if mode in ROUNDED:
         decode = ASM_INT8[coder.radix, config.parts] if asm else ""
+    if mode == "a8_fp8":
+        return {**shared, "ASM": decode, "BIAS": bias, "INTERPRET": interpret}
+    if mode == "a8":
         return {**shared, "TILE_M": config.tile_m, "WEIGHT_FIRST": config.weight_first, "ASM": decode, "BIAS": bias}
     planes = {"PLANES": coder.fields // config.parts, "HALF_SUMS": mode == "fp16_accumulate"}
     return {**shared, **planes, "ASM": asm, "INTERPRET": interpret}

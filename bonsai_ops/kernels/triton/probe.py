@@ -15,6 +15,7 @@ import torch
 from ...weights.codec import encode, get_codec
 from ...weights.packed_weight import SCHEMES, PackedWeight
 from .. import eager
+from ..call import EXACT
 from ..failure import BackendError
 from .configs import GROUP, Config
 
@@ -64,9 +65,9 @@ def verify(
 ) -> None:
     """Has `launch` multiply a probe of the kind of x [M, K], weight and bias, and compares each value with eager's.
 
-    The probe has numbers that every mode represents exactly. Raises BackendError if a value is another one.
+    The probe has numbers that the mode represents exactly. Raises BackendError if a value is another one.
     """
-    inputs, probe, shift = make(x, weight, bias, chosen, size)
+    inputs, probe, shift = make(x, weight, bias, chosen, size, mode)
     out = torch.full((len(inputs), probe.shape[0]), float("nan"), dtype=x.dtype, device=x.device)
     launch(inputs, probe, shift, out, chosen, mode)
     expected = eager.multiply(inputs, probe, shift).float()
@@ -80,7 +81,12 @@ def verify(
 
 
 def make(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, chosen: Config, size: Size = SIZE
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    chosen: Config,
+    size: Size = SIZE,
+    mode: str = EXACT,
 ) -> tuple[torch.Tensor, PackedWeight, torch.Tensor | None]:
     """(x, weight, bias) of a probe: of their kind, with edges that no tile fills."""
     device, columns = x.device, size.columns
@@ -91,10 +97,12 @@ def make(
     table = torch.arange(rows * (columns // GROUP), device=device).view(rows, -1)
     scale = _placed((0.5 + table % 7 / 8).to(weight.scale.dtype), weight.scale)
     probe = PackedWeight(codes, scale, (rows, columns), weight.scheme, weight.codec, GROUP)
-    inputs = torch.arange(tokens * columns, device=device).view(tokens, columns) * 29 % 61 - 30
-    inputs[:, ::GROUP] = 127  # the largest of each group, which a8 divides by
+    # the largest of each group is what x is divided by; e4m3 has four bits of a number, and 448 is 14 times 32
+    step, span, largest, unit = (31, 29, 14, 4) if mode == "a8_fp8" else (29, 61, 127, 16)
+    inputs = torch.arange(tokens * columns, device=device).view(tokens, columns) * step % span - span // 2
+    inputs[:, ::GROUP] = largest
     shift = None if bias is None else _placed((torch.arange(rows, device=device) % 17 - 8).to(bias.dtype), bias)
-    return inputs.to(x.dtype) / 16, probe, shift
+    return inputs.to(x.dtype) / unit, probe, shift
 
 
 def _tokens(like: int, least: int) -> int:

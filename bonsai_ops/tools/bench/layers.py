@@ -6,6 +6,7 @@ trit5            ours, exact, ternary compact (1.6 bits a weight)
 planes           ours, exact, ternary in 2-bit planes
 bit              ours, exact, 1-bit
 a8               ours, activations in int8
+a8_fp8           ours, activations in e4m3 (GPU)
 fp16_accumulate  ours, sums of up to 128 products in fp16 (GPU)
 unpack           the whole layer unpacked at each call, as loaders of GGUF files do
 fp32             dense weight in fp32, what stock ComfyUI computes with on a CPU
@@ -129,6 +130,7 @@ def _ways(shape: Shape, tokens: int, device: str, timer: Timer) -> Iterator[tupl
     yield "bit", Way(ours(x, binary, timer), binary.nbytes, exact_of_bit)
     yield "a8", _in_mode("a8", x, (planes, ternary), exact, timer)
     if device != "cpu":
+        yield "a8_fp8", _in_mode("a8_fp8", x, (planes, ternary), exact, timer)
         yield "fp16_accumulate", _in_mode("fp16_accumulate", x.half(), (ternary, planes), exact, timer)
     unpack = [lambda w=w: torch.nn.functional.linear(x, w.dequantize(torch.bfloat16)) for w in _copies(ternary, timer)]
     yield "unpack", Way(unpack, ternary.nbytes, exact)

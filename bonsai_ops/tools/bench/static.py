@@ -43,6 +43,8 @@ OVERHEAD_LIMITS = {
     ("trit5", "exact", "bf16"): (4.9, 1.65),
     ("bit", "a8", "bf16"): (2.1, 2.1),
     ("crumb", "a8", "bf16"): (2.1, 2.1),
+    ("bit", "a8_fp8", "bf16"): (2.6, 2.2),
+    ("crumb", "a8_fp8", "bf16"): (2.6, 2.2),
 }
 PLANE_OVERHEAD_LIMITS = {"trit5": (1.85, 3.5), "crumb": (1.6, 2.9), "bit": (1.45, 2.75)}
 """Of the wide and the narrow tile of plane_kernel; an H100 has four slots."""
@@ -53,12 +55,15 @@ WAITS = {
     ("registers", "exact"): (2, None, 30, 0),
     ("registers", "fp16_accumulate"): (2, None, 100, 0),
     ("registers", "a8"): (3, None, 0, 0),
+    ("registers", "a8_fp8"): (2, None, 70, 0),
     ("sm_90", "plane"): (2, 1, 40, 2),
     ("sm_90", "exact"): (11, 0, 0, 0),
     ("sm_90", "a8"): (3, None, 0, 0),
+    ("sm_90", "a8_fp8"): (2, 0, 70, 1),
     ("sm_100", "plane"): (4, 1, 30, 2),
     ("sm_100", "exact"): (12, 1, 0, 0),
     ("sm_100", "a8"): (3, None, 0, 0),
+    ("sm_100", "a8_fp8"): (5, 0, 100, 1),
     ("amd", "exact"): (10, None, 0, None),
     ("amd", "a8"): (4, None, 0, None),
 }
@@ -68,7 +73,7 @@ NAMES = {"trit5": "ternary_trit5", "crumb": "ternary_2bit", "bit": "binary_1bit"
 GEMLITE_BLOCKS = ((64, 128, 64, 4, 2), (128, 128, 64, 8, 2))
 """BLOCK_SIZE_M, _N, _K, warps, stages of gemlite's kernel: among the commonest in its cached choices."""
 
-_NVIDIA_MMA = re.compile(r"(?:H|I|HG|IG)MMA|UTC\w*MMA")
+_NVIDIA_MMA = re.compile(r"(?:H|I|Q|HG|IG|QG)MMA|UTC\w*MMA")
 _AMD_MMA = re.compile(r"v_(?:wmma|mfma)\w+")
 
 
@@ -148,12 +153,14 @@ class Row:
 def shipped(target: int | str) -> Iterator[tuple[str, str, str]]:
     """(codec, mode, dtype) of each kernel that a user of this target can run.
 
-    In a8 mode the activations are int8 and only the last store knows the output's dtype: one stands for both.
+    In the modes a8 and a8_fp8 only the last store knows the output's dtype: one stands for both.
     """
     for codec in NAMES:
         for mode in configs.modes(target):
             if (configs.family(target), codec, mode) in configs.CONFIGS:
-                for dtype in {"fp16_accumulate": ("fp16",), "a8": ("bf16",)}.get(mode, DTYPES):
+                for dtype in {"fp16_accumulate": ("fp16",), **dict.fromkeys(configs.ROUNDED, ("bf16",))}.get(
+                    mode, DTYPES
+                ):
                     yield codec, mode, dtype
 
 
@@ -188,20 +195,22 @@ def measure_plane(target: int, codec: str, dtype: str, tile: int) -> Row:
 @cache
 def measure(target: int | str, codec: str, mode: str, dtype: str) -> Row:
     """Compiles one shipped kernel and counts. Bias is compiled in; it is outside of the loop that is counted."""
-    from ...kernels.triton import half, int8
+    from ...kernels.triton import fp8, half, int8
 
     config = configs.CONFIGS[configs.family(target), codec, mode]
     constants = configs.constants(config, codec, mode, bias=True)
-    words = config.weight_first and config.asm and mode != "a8"
+    words = config.weight_first and config.asm and mode not in configs.ROUNDED
     types = {
         "codes_ptr": "*i16" if words else "*u8",
         "scale_ptr": "*bf16",
         "tokens_ptr": "*fp32",
         "y_ptr": f"*{dtype}",
     }
-    if mode == "a8":
+    if mode in configs.ROUNDED:
         kernel, macs = int8.a8_kernel, config.block_m * config.block_n * configs.GROUP
         types |= {"q_ptr": "*i8", "bias_ptr": "*bf16"}
+        if mode == "a8_fp8":
+            kernel, types["q_ptr"] = fp8.fp8_kernel, "*fp8e4nv"
     else:
         kernel = half.weight_first_kernel if config.weight_first else half.input_first_kernel
         macs = config.block_m * config.block_n * config.block_k * constants["PLANES"]

@@ -71,7 +71,7 @@ OPTIONS = {
     "seconds": Option("most that one model may train at one size", {"type": float, "default": 1800.0}),
     "rank": Option("rank of the LoRA", {"type": int, "default": 16}),
     "mode": Option(
-        "the mode (exact, fp16_accumulate, a8); step takes several and measures them beside exact",
+        "the mode (exact, fp16_accumulate, a8, a8_fp8); step takes several and measures them beside exact",
         {"nargs": "+", "default": ["exact"]},
     ),
     "layout": Option(

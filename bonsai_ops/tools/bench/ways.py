@@ -38,6 +38,7 @@ LAYER_WAYS = (
     Way("planes", "ternary, 2-bit planes", OURS_2, ours=True),
     Way("bit", "1-bit", (156, 204, 101), ours=True),
     Way("a8", "int8 activations", OURS_3, ours=True),
+    Way("a8_fp8", "fp8 activations", (0, 172, 193), ours=True),
     Way("fp16_accumulate", "fp16 sums", (38, 166, 154), ours=True),
     Way("bf16_kept", "dense bf16, kept result", RIVAL),
     Way("unpack", "unpacked at each call", RIVAL_2),

@@ -57,4 +57,4 @@ def test_areas_in_pixels(pair: Pair) -> None:
 
 def test_a8_promises_no_repetition() -> None:
     assert all(said(node, "no promise of the same picture") for node in LOADERS)
-    assert said("BonsaiSampler", "except with the model's mode `a8`")
+    assert said("BonsaiSampler", "except with the model's modes `a8` and `a8_fp8`")

@@ -114,17 +114,18 @@ def test_the_mode_is_compiled_in(load: Callable[..., Any], backend: str) -> None
 
 
 @pytest.mark.processor
-def test_a_declined_mode_is_explained(load: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("mode", ["fp16_accumulate", "a8_fp8"])
+def test_a_declined_mode_is_explained(mode: str, load: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     """In the log line, in the report and in Bonsai Model Info."""
     from bonsai_ops.host.info import describe
 
     with caplog.at_level("INFO"):
-        model = load(mode="fp16_accumulate")
-    report, reason = model.get_attachment("bonsai"), "it has no mode fp16_accumulate"
-    assert report.mode == "exact" and reason in report.declined["fp16_accumulate"]
-    assert any("not fp16_accumulate: " in r.getMessage() and reason in r.getMessage() for r in caplog.records)
+        model = load(mode=mode)
+    report, reason = model.get_attachment("bonsai"), f"it has no mode {mode}"
+    assert report.mode == "exact" and reason in report.declined[mode]
+    assert any(f"not {mode}: " in r.getMessage() and reason in r.getMessage() for r in caplog.records)
     lines = dict(describe(model))
-    assert lines["backend"] == "cpu, exact" and reason in lines["not fp16_accumulate"]
+    assert lines["backend"] == "cpu, exact" and reason in lines[f"not {mode}"]
 
 
 @pytest.mark.processor

@@ -10,7 +10,7 @@ import torch
 
 from .... import kernels
 from ....kernels.triton import assembler, backend, configs
-from ....kernels.triton.configs import Config
+from ....kernels.triton.configs import ROUNDED, Config
 from ...synthetic import random_weight
 from .check import Check, relative
 
@@ -87,7 +87,9 @@ def _families(check: Check, mode: str) -> dict[str, int | str]:
     if not check.on_gpu:
         return {"own": 86 if mode == "fp16_accumulate" else 90}
     own = {"own": backend._target(torch.device(check.device, 0))}
-    return own if mode == "a8" else {**own, "geforce": 86}
+    if mode == "a8_fp8" and mode not in configs.modes(own["own"]):
+        return {}
+    return own if mode in ROUNDED else {**own, "geforce": 86}
 
 
 def _shapes(check: Check, codec: str, mode: str) -> tuple[tuple[int, int, int], ...]:
@@ -101,7 +103,7 @@ def _shapes(check: Check, codec: str, mode: str) -> tuple[tuple[int, int, int], 
 def _limit(check: Check, mode: str, dtype: torch.dtype) -> float:
     """The largest relative error that is right."""
     exact = {torch.float16: 6e-4, torch.bfloat16: 4e-3 if check.on_gpu else 2**-7}[dtype]
-    return {"exact": exact, "fp16_accumulate": 2e-3, "a8": 0.03}[mode]
+    return {"exact": exact, "fp16_accumulate": 2e-3, "a8": 0.03, "a8_fp8": 0.04}[mode]
 
 
 def _compare(
@@ -121,7 +123,7 @@ def _compare(
     if shape == SMALL[0]:
         check.note(f"{kind} first_launch_s", round(time.perf_counter() - begun, 2))
     ends = torch.cat([torch.arange(0, 300), torch.arange(tokens - 300, tokens)]) if tokens > TALL else slice(None)
-    values = weight.dequantize(dtype if mode != "a8" else torch.float32)
+    values = weight.dequantize(dtype if mode not in ROUNDED else torch.float32)
     error = relative(out[ends], x[ends].double() @ values.double().t())
     faults = ["results left out"] if bool(out.isnan().any()) else []
     out.fill_(float("nan"))

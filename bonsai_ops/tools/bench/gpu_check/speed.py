@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -82,9 +83,9 @@ def _ways(
     ways: Ways = {"bf16": layers.dense(x, weights["trit5"].dequantize(torch.bfloat16), clock)}
     for codec in CODECS:
         ways[codec] = [lambda w=w: kernels.linear(x, w) for w in copies[codec]]
-    for codec in ("crumb", "bit"):
-        if layers.offers(x, weights[codec], "a8") is None:
-            ways[f"{codec} a8"] = [lambda w=w: kernels.linear(x, w, mode="a8") for w in copies[codec]]
+    for codec, mode in itertools.product(("crumb", "bit"), ("a8", "a8_fp8")):
+        if layers.offers(x, weights[codec], mode) is None:
+            ways[f"{codec} {mode}"] = [lambda w=w, mode=mode: kernels.linear(x, w, mode=mode) for w in copies[codec]]
     if tokens >= FEW:
         ways["eager"] = [lambda w=w: _forced("eager", x, w) for w in copies["trit5"]]
     if check.on_gpu:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 KERNELS = tuple(
     f"{codec}:{mode}"
     for codec in ("trit5", "crumb", "bit")
-    for mode in ("exact", "fp16_accumulate", "a8")
-    if (codec, mode) != ("trit5", "a8")
+    for mode in ("exact", "fp16_accumulate", "a8", "a8_fp8")
+    if codec != "trit5" or not mode.startswith("a8")
 )
 
 
