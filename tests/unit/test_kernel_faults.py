@@ -7,6 +7,7 @@ driver are missed before that, test_triton.py and test_unpack_nvrtc.py look at.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import subprocess
@@ -21,20 +22,21 @@ from random_weights import random_weight
 from bonsai_ops import kernels
 from bonsai_ops.kernels import BackendError, cpu, dispatch, eager, machine, triton
 from bonsai_ops.kernels.call import ERRORS
+from bonsai_ops.kernels.triton import assembler, by_plane, configs, probe
 from bonsai_ops.kernels.triton import backend as launches
-from bonsai_ops.kernels.triton import probe
 from bonsai_ops.kernels.unpack import by_nvrtc, by_triton
 from bonsai_ops.weights.packed_weight import PackedWeight
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 WEIGHTS = {
+    by_plane.NAME: ("ternary", "trit5"),
     triton.NAME: ("ternary", "crumb"),
     cpu.NAME: ("binary", "bit"),
     by_triton.NAME: ("affine", "nibble"),
     by_nvrtc.NAME: ("zero_point", "nibble"),
 }
 """{backend: what it alone takes here}"""
-MODULES = (triton, cpu, by_triton, by_nvrtc)
+MODULES = (by_plane, triton, cpu, by_triton, by_nvrtc)
 KERNELS = [(module, mode) for module in MODULES for mode in module.MODES]
 OF_A_KERNEL = {
     "import": ImportError("cannot import name 'language'"),
@@ -73,6 +75,7 @@ class Kernels:
         monkeypatch.setattr(dispatch, "BACKENDS", (*map(self.taking, MODULES), eager))
         monkeypatch.setattr(machine, "cpu_has_fast_int8", lambda: True)
         monkeypatch.setattr(launches, "launch", self.launch)
+        monkeypatch.setattr(assembler, "of", lambda chosen: contextlib.nullcontext())
         monkeypatch.setattr(probe, "SIZE", probe.SMALL)
         for module in (by_triton, by_nvrtc):
             monkeypatch.setattr(module, "write", self.writing(module))
@@ -99,9 +102,16 @@ class Kernels:
         return True
 
     def launch(
-        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor, _: Any, mode: str
+        self,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        chosen: configs.Config,
+        mode: str,
     ) -> None:
-        out.copy_(eager.multiply(x, weight, bias)).mul_(1.1 if self.breaks(triton, mode) else 1)
+        wrong = self.breaks(by_plane if chosen.plane else triton, mode)
+        out.copy_(eager.multiply(x, weight, bias)).mul_(1.1 if wrong else 1)
 
     def writing(self, module: ModuleType) -> Callable:
         def write(weight: PackedWeight, first: int, last: int, out: torch.Tensor) -> None:
