@@ -8,7 +8,9 @@ bit OR 0x40 is +-64 as int8, without a zero point; the 64 is taken out of the to
 2^20, so an int32 accumulator that starts at 0x4B400000 ends as the bits of the float 1.5 2^23 + sum. With the weight's
 scale s one fma gives s sum (1.5 2^23 s is exact for s of 16 bits, else off by 2^-25 of it), a second multiplies by the
 token's scale and adds: no conversion to float, and fp32 rounds twice a group. wgmma and tcgen05 cannot start from a
-constant for free, so sm_90 and sm_100 keep to mma.sync, for which tiles of TILE_M = 32 first are small enough.
+constant for free, so sm_90 and sm_100 keep to mma.sync, for which tiles of TILE_M = 32 first are small enough. With
+fp8_kernel's tiles (fp8.py) wgmma compiles to 2.6 other instructions per 2048 multiply-adds in int8, 2.1 in e4m3, as
+mma.sync has here.
 
 x is rounded at each product. In FLUX.2 that is once an activation: q, k, v are one layer, in single blocks with the
 first half of the MLP, and no two packed layers read the same tensor. In models whose q, k and v are apart it could be
