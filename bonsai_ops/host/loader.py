@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SAID = 240
+"""Most characters of an error of ComfyUI in ours."""
 CHOICES = {
     "compute_dtype": ("auto", *DTYPES),
     "memory": ("auto", "classic"),
@@ -134,11 +136,16 @@ def _make(
     described = described_configuration(pack.configuration) if pack.configuration else None
     if described is not None:
         return _described(pack, *described, state_dict, dtype, disable_dynamic)
-    model = comfy.sd.load_diffusion_model_state_dict(
-        state_dict,
-        model_options={"custom_operations": make_bonsai_ops(), "dtype": dtype},
-        disable_dynamic=disable_dynamic,
-    )
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(
+            state_dict,
+            model_options={"custom_operations": make_bonsai_ops(), "dtype": dtype},
+            disable_dynamic=disable_dynamic,
+        )
+    except Exception as error:  # what it takes the model for is guessed from shapes
+        if kernels.is_the_devices(error):
+            raise
+        raise _misfit(pack, error) from error
     if model is None:
         kind = "FLUX.2" if pack.architecture == "flux2" else pack.architecture
         cure = "Update ComfyUI to 0.9.2 or newer." if kind == "FLUX.2" else "Update ComfyUI."
@@ -160,6 +167,12 @@ def _described(
         model = empty_model(configuration, model_type, state_dict)
         return filled(model, state_dict, device, offload, dynamic=not disable_dynamic)
     except ValueError as error:
-        raise PackError(
-            pack.path, f"does not fit this ComfyUI ({error})", "Update ComfyUI, or patch and save the model again."
-        ) from error
+        raise _misfit(pack, error) from error
+
+
+def _misfit(pack: Pack, error: Exception) -> PackError:
+    last = (str(error).splitlines() or [""])[-1].strip()
+    said = shown(last or type(error).__name__, _SAID)
+    return PackError(
+        pack.path, f"does not fit this ComfyUI ({said})", "Update ComfyUI, or patch and save the model again."
+    )

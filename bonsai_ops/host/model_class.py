@@ -102,7 +102,7 @@ def filled(
 ) -> ModelPatcher:
     """A ModelPatcher around an empty BaseModel, with these weights in its transformer, on the offload device.
 
-    Raises ValueError if one is missing or has no place.
+    Raises ValueError if one is missing, has no place or another shape.
     """
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
@@ -111,7 +111,12 @@ def filled(
     weights, transformer = dict(weights), model.diffusion_model
     if not all(_has_place(transformer, name) for name in weights):
         weights = model.model_config.process_unet_state_dict(weights)
-    missing, unexpected = transformer.load_state_dict(weights, strict=False, assign=is_dynamic(patcher))
+    try:
+        missing, unexpected = transformer.load_state_dict(weights, strict=False, assign=is_dynamic(patcher))
+    except RuntimeError as error:  # of another shape
+        if is_the_devices(error):
+            raise
+        raise ValueError(str(error).splitlines()[-1].strip()) from error
     if missing or unexpected:
         state, name = ("missing", missing[0]) if missing else ("of no use to it", unexpected[0])
         raise ValueError(f"{name} is {state} in ComfyUI's {type(model).__name__}")

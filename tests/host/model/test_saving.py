@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -317,6 +318,42 @@ def test_a_patched_model_of_another_family(bench: Bench) -> None:
     assert convert.main([str(ours), str(copy)]) == convert.main([str(saved), str(again)]) == 0
     for path in (ours, copy, saved, again):
         assert torch.equal(draw_sd3(load(path)), draw_sd3(patched)), path.name
+
+
+def flux() -> Any:
+    import comfy.model_patcher
+    import comfy.supported_models
+    from families import FLUX
+
+    config = comfy.supported_models.Flux(dict(FLUX))
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    for tensor in (*model.diffusion_model.parameters(), *model.diffusion_model.buffers()):
+        tensor.data = torch.ones(tensor.shape)
+    return comfy.model_patcher.ModelPatcher(model, load_device(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", [sd3, flux])  # recognised by ComfyUI, made from our record
+def test_a_patched_model_with_a_tensor_of_another_shape(bench: Bench, family: Callable[[], Any]) -> None:
+    """ComfyUI's class decides what shape a norm has; its RuntimeError came through."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from bonsai_ops.host.patch import PatchOptions, patch_model
+    from bonsai_ops.host.save import save_bonsai_model
+
+    patched, _ = patch_model(family(), PatchOptions(group_size=64), None, None)
+    path, other = bench.scratch / "whole.safetensors", bench.scratch / "other.safetensors"
+    save_bonsai_model(patched, path)
+    tensors = load_file(path)
+    name = next(key for key in tensors if re.search(r"block.*(ln_k|key_norm)\.(weight|scale)$", key))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    said = r"other\.safetensors.* does not fit this ComfyUI \(size mismatch for .*(ln_k|key_norm)"
+    for change in (lambda t: t.unsqueeze(0), lambda t: t[:-1].clone(), lambda t: t.repeat(2)):
+        save_file({**tensors, name: change(tensors[name])}, other, metadata)
+        with pytest.raises(PackError, match=said):
+            load(other)
 
 
 def test_a_merged_text_encoder(bench: Bench) -> None:
