@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..weights.errors import TravellingError
 from .contract import NEEDS, Need
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Gap:
         return f"{self.what}, which {self.need.user} needs {self.need.why}{cost}"
 
 
-class MissingNameError(ImportError):
+class MissingNameError(TravellingError, ImportError):
     """ComfyUI lacks names without which the plugin, or what was asked of it, cannot work. The message has the cure."""
 
     def __init__(self, gaps: list[Gap]) -> None:

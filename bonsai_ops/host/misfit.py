@@ -19,6 +19,7 @@ import comfy.patcher_extension
 import torch
 
 from ..kernels import is_the_devices
+from ..weights.errors import TravellingError
 
 if TYPE_CHECKING:
     from comfy.latent_formats import LatentFormat
@@ -53,7 +54,7 @@ KLEIN_TEXT = 7680
 OWN_VAE = "Load Bonsai Pack, or VAELoader with flux2-vae.safetensors"
 
 
-class MisfitError(ValueError):
+class MisfitError(TravellingError, ValueError):
     """A conditioning or latent belongs to another model. The message says what was found and which node to change."""
 
     __module__ = "bonsai"  # as for PackError

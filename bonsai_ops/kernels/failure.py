@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..weights.errors import TravellingError
 
-class BackendError(RuntimeError):
+
+class BackendError(TravellingError, RuntimeError):
     """A kernel that cannot be built or started, or computes wrong values. The message is the cause and `cure`."""
 
     def __init__(self, cause: str, cure: str) -> None:
@@ -11,7 +13,7 @@ class BackendError(RuntimeError):
         self.cure = cure
 
 
-class LostDeviceError(RuntimeError):
+class LostDeviceError(TravellingError, RuntimeError):
     """The device answers nothing any more in this process, whoever asks. The message has the cause and the cure."""
 
     def __init__(self, device: str, error: BaseException) -> None:

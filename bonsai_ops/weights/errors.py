@@ -23,7 +23,19 @@ def shown(text: str, length: int = KEY_LENGTH) -> str:
     return escaped[: length - len(GAP) - tail] + GAP + escaped[len(escaped) - tail :]
 
 
-class PackError(ValueError):
+class TravellingError(Exception):
+    """An error that another process gets as its sentence, in the built-in class that it is one of.
+
+    Engines that spread work send errors by pickle. The one who reads it need not have this plugin, or has it under
+    another name: ComfyUI calls it by its folder.
+    """
+
+    def __reduce__(self) -> tuple[type[Exception], tuple[str]]:
+        built_in = next(kind for kind in type(self).__mro__ if kind.__module__ == "builtins")
+        return built_in, (str(self),)
+
+
+class PackError(TravellingError, ValueError):
     """A pack that cannot be used. The message names file, key, what was found, what was expected and the cure.
 
     It is one line whatever is handed in: see `shown`. A path is escaped, not cut.

@@ -1,10 +1,38 @@
-"""What a user sees of an error: ComfyUI's dialog begins with its class."""
+"""What a user sees of an error: ComfyUI's dialog begins with its class, and another process gets its sentence."""
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from bonsai_ops.host.comfyui import Gap, MissingNameError
+from bonsai_ops.host.contract import NEEDS
+from bonsai_ops.kernels.failure import BackendError, LostDeviceError
 from bonsai_ops.weights.errors import PackError
+
+CASES = {
+    "PackError": (PackError("a/b.safetensors", "lacks half of itself", "Download it again.", "x.weight"), ValueError),
+    "MissingNameError": (MissingNameError([Gap("comfy.a.b", NEEDS[0])]), ImportError),
+    "BackendError": (BackendError("no compiler", "install one"), RuntimeError),
+    "LostDeviceError": (LostDeviceError("cuda:0", RuntimeError("illegal address")), RuntimeError),
+}
+"""{class: an error of it, the built-in class that it is one of}."""
 
 
 def test_the_class_is_short() -> None:
     """It had the path of the plugin's folder before it, which left no room for the sentence."""
     assert f"{PackError.__module__}.{PackError.__qualname__}" == "bonsai.PackError"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_error_travels_to_a_process_without_the_plugin(name: str) -> None:
+    """Ray and its like raise something else for an error that cannot be read where it arrives."""
+    error, kind = CASES[name]
+    assert isinstance(error, kind) and type(error).__name__ == name
+    code = "import pickle, sys; e = pickle.loads(sys.stdin.buffer.read()); print(type(e).__name__, e, end='')"
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, input=pickle.dumps(error), capture_output=True, timeout=60, check=True)
+    assert done.stdout.decode() == f"{kind.__name__} {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -250,6 +251,14 @@ def test_what_another_node_added_is_named(pair: Pair) -> None:
     model.set_model_unet_function_wrapper(adapted)
     with pytest.raises(ValueError, match=r"a Sequential that another node added to Flux2 .* takes 64, .* 128\]\. Take"):
         stock_sampler(model, text())
+
+
+def test_a_refusal_travels_to_another_process(comfy: Any) -> None:
+    """As tests/unit/test_errors.py says of the other errors."""
+    from bonsai_ops.host.misfit import MisfitError
+
+    arrived = pickle.loads(pickle.dumps(MisfitError("the latent is another model's")))
+    assert type(arrived) is ValueError and str(arrived) == "the latent is another model's"
 
 
 def test_other_errors_stay_as_they_are(pair: Pair) -> None:
