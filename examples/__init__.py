@@ -1,0 +1,1 @@
+"""Pictures from several machines, with engines that others made: docs/machines.md."""
