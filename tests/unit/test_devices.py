@@ -19,6 +19,7 @@ FILES = (TESTS / "twins.py", TESTS / "families.py", *sorted((TESTS / "host" / "m
 NAMES = ("cpu", "cuda")
 NAME_ONE = {
     "families.py:stock": "the offload device",
+    "test_saving.py:flux": "the offload device",
     "test_saving.py:sd3": "the offload device",
     "test_attention.py:test_only_packed_models_on_a_cpu": "says that a model has another one",
     "test_clone.py:test_select_device_node": "an input of the node",
