@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import select
 import sys
 import tempfile
 import time
@@ -35,13 +37,33 @@ def run(names: Sequence[str], cases: int, seed: str, first: int, workers: int) -
         todo = [(name, number) for number in range(first, first + each) for name in chosen]
         started, found = time.monotonic(), []
         pipes = [_worker(i, todo[i::workers], chosen, seeds, Path(scratch), seed) for i in range(workers)]
-        for pipe, child in pipes:
-            with os.fdopen(pipe) as lines:
-                found += [json.loads(line) for line in lines]
-            os.waitpid(child, 0)
+        ended = collect(pipes, found)
     if len(found) < len(todo):
-        print(f"{len(todo) - len(found)} cases did not run: a worker ended.")
+        print(f"{len(todo) - len(found)} cases did not run: {ended}.")
     return _report(found, chosen, seed, time.monotonic() - started) or int(len(found) < len(todo))
+
+
+def collect(pipes: Sequence[tuple[int, int]], found: list) -> str:
+    """Adds what the workers tell to `found` until they end; returns why they would before all is told.
+
+    Ctrl-C ends them too, and what they found by then is reported.
+    """
+    why = "a worker ended"
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(os.fdopen(pipe)) for pipe, _ in pipes]
+        while files:
+            try:
+                ready, _, _ = select.select(files, [], [])
+                for file in ready:
+                    if line := file.readline():
+                        found.append(json.loads(line))
+                    else:
+                        files.remove(file)
+            except KeyboardInterrupt:
+                why = "stopped"
+    for _, child in pipes:
+        os.waitpid(child, 0)
+    return why
 
 
 def _seeds(chosen: dict[str, Format], scratch: Path) -> dict[str, Path]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from fuzz.run import collect
 
 from bonsai_ops.tools.environment import PLUGIN, clean_environment
 
@@ -33,6 +36,32 @@ def test_every_reader(comfyui_path: Path) -> None:
     table = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     assert len(table) == 15 and all(int(row[2]) == CASES // 15 for row in table)
     assert sum(int(row[3]) for row in table) > 5 and sum(int(row[4]) for row in table) > 50
+
+
+def test_what_was_found_until_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of cases are reported when they are stopped, and lines of two workers at once are all read."""
+    pipes = []
+    for worker in range(2):
+        out, into = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(into, f"[{worker}, 0]\n[{worker}, 1]\n".encode())
+            time.sleep(0.2)
+            os.write(into, f"[{worker}, 2]\n".encode())
+            os._exit(0)
+        os.close(into)
+        pipes.append((out, child))
+    looks, wait = iter(range(1000)), select.select
+
+    def interrupted(*what: list) -> tuple[list, ...]:
+        if next(looks) == 2:
+            raise KeyboardInterrupt
+        return wait(*what)
+
+    monkeypatch.setattr(select, "select", interrupted)
+    found: list[list[int]] = []
+    assert collect(pipes, found) == "stopped"
+    assert sorted(found) == [[worker, case] for worker in range(2) for case in range(3)]
 
 
 def test_what_a_reader_must_not_do_is_seen(tmp_path: Path) -> None:
