@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from twins import LATENT, Pair, load_stock, read_dense, text
 
 
@@ -77,3 +78,18 @@ def learned(lora: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor])
     """The changes from `start`, of all tensors in a row, in the order of `start`."""
     assert lora.keys() == start.keys()
     return torch.cat([(lora[name].double() - tensor.double()).flatten() for name, tensor in start.items()])
+
+
+class DenseWeights(TorchDispatchMode):
+    """How many tensors of floats of these shapes, or turned, any operation makes, in the backward pass too."""
+
+    def __init__(self, shapes: set[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shapes, self.count = shapes | {shape[::-1] for shape in shapes}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if type(tensor) is torch.Tensor and tensor.is_floating_point() and tuple(tensor.shape) in self.shapes:
+                self.count += 1
+        return made

@@ -1,11 +1,12 @@
-"""What ComfyUI's Train LoRA puts on a weight, as a branch beside the packed product.
+"""What ComfyUI's Train LoRA and our Recover BitLinear put on a weight, as a branch beside the packed product.
 
-The node wraps a weight W in an adapter that it trains: the layer multiplies by adapter(W). Most adapters are linear
+They wrap a weight W in an adapter that they train: the layer multiplies by adapter(W). Most adapters are linear
 in W and small, so that the product by adapter(W) follows from y = x W^T, and W need never be unpacked:
 
     LoRA    W + alpha / r * up down     y + alpha / r * (x down^T) up^T
     LoKr    W + kron(w1, w2)            y + w1 X w2^T with x as the matrix X [columns of w1, columns of w2]
     OFT     R W, R orthogonal           R y, with the adapter's own arithmetic on y^T in place of W
+    ours    W + up down                 y + (x down^T) up^T
 
 LoHa's difference is a product of all its values and is as large as W: it has no branch here.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..quantize.recover import Residual
 from . import comfyui
 
 Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -48,6 +50,8 @@ def _values(wrapper: Any) -> int:
 
 
 def _branch(wrapper: Any) -> Branch | None:
+    if isinstance(wrapper, Residual):
+        return wrapper.beside
     if isinstance(wrapper, LORA) and wrapper.lora_mid is None:
         return functools.partial(_lora, wrapper)
     if isinstance(wrapper, LOKR) and not wrapper.use_tucker:

@@ -125,6 +125,15 @@ def _blocks(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield from (m for m in members if not isinstance(m, CONTAINERS) and next(m.children(), None) is not None)
 
 
+def outer_blocks(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The blocks that lie within no other block, in any architecture."""
+    inner: set[torch.nn.Module] = set()
+    for block in _blocks(transformer):
+        if block not in inner:
+            inner.update(block.modules())
+            yield block
+
+
 def _layers(block: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """What a block itself calls: its children, and those of children that only hold some."""
     for child in block.children():

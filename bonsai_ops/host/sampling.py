@@ -31,7 +31,7 @@ def sample_official(model: ModelPatcher, positive: list, latent: dict, seed: int
     """
     if not positive:
         raise ValueError("the positive conditioning is empty: connect CLIP Text Encode")
-    samples = _prepared(model, latent)
+    samples = prepared(model, latent)
     channels = model.get_model_object("latent_format").latent_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
         raise ValueError(
@@ -63,13 +63,13 @@ class Sampling:
     def run(self, model: ModelPatcher) -> dict:
         """The LATENT that `model` draws. Raises MisfitError for inputs of another model."""
         how = (self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive, self.negative)
-        samples = _prepared(model, self.latent)
+        samples = prepared(model, self.latent)
         conds = {"positive": as_conds(self.positive), "negative": as_conds(self.negative)}
         with explained(model.model, conds, samples):
             return _sampled(comfy.sample.sample, model, self.latent, samples, how, self.seed, self.steps)
 
 
-def _prepared(model: ModelPatcher, latent: dict) -> torch.Tensor:
+def prepared(model: ModelPatcher, latent: dict) -> torch.Tensor:
     """The samples of a LATENT; those of an empty one with the model's channels and scale."""
     ratio = [latent[RATIO]] if latent.get(RATIO) is not None else []  # ComfyUI 0.16 takes none
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratio)

@@ -6,6 +6,7 @@ compensate.py  codes chosen column by column, each error made good in the column
 lowrank.py     a 16-bit low-rank residual for what the codes leave over
 layer.py       one layer with all of it, and how far it is from the dense one
 budget.py      which layers keep more bits when the whole model may have a given size
+recover.py     the residuals of a whole model trained together
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ model.py      all of it
 report.py     what became of every layer, as text, CSV and picture
 calibrate.py  what goes into the layers in a sampling, for work.py
 measure.py    what the packed layers are worth in a sampling
+recover.py    residuals trained together against the source: "Recover BitLinear"; points.py, recovered.py are its parts
 """
 
 from __future__ import annotations

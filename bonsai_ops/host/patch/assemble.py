@@ -14,7 +14,7 @@ from ...weights.packed_weight import PackedWeight
 from .. import comfyui
 from ..attention import attend_in_parts
 from ..gradients import right_gradients
-from ..inventory import Origin, attach_inventory
+from ..inventory import Origin, attach_inventory, attached_inventory
 from ..layout import is_packed, wrap
 from ..misfit import explain_misfits
 from ..model_class import configuration_for_twin, describe_configuration, empty_model, filled, is_dynamic
@@ -41,26 +41,28 @@ def assemble(
     twin: BaseModel,
     tensors: Mapping[str, torch.Tensor | PackedWeight],
     carried_out: Sequence[str] = (),
+    like: ModelPatcher | None = None,
 ) -> ModelPatcher:
     """The packed ModelPatcher: weights into the twin, everything that was set on the source beside it.
 
-    carried_out: keys of weights whose patches are part of `tensors` already.
+    carried_out: keys of weights whose patches are part of `tensors` already. like: a packed model whose origin it has.
     """
-    patcher = _around(source, twin, tensors, dynamic=is_dynamic(source))
+    patcher = around(source, twin, tensors, dynamic=is_dynamic(source))
     for key in carried_out:
         patcher.patches.pop(key, None)
     carry_over(source, patcher)
     name = uuid.uuid4().hex
     _patched[name] = patcher
     patcher.cached_patcher_init = (rebuild_patched, (name,))
+    known = None if like is None else attached_inventory(like)
     kind = type(twin).__name__
     architecture = type(twin.model_config).__name__
     origin = Origin("", f"patched {kind}", {"patched": kind}, architecture, describe_configuration(twin))
-    attach_inventory(patcher, origin)
+    attach_inventory(patcher, origin if known is None or known.origin is None else known.origin)
     return patcher
 
 
-def _around(
+def around(
     source: ModelPatcher, twin: BaseModel, tensors: Mapping[str, torch.Tensor | PackedWeight], dynamic: bool
 ) -> ModelPatcher:
     """A clone of the patcher `source` around the twin, filled with `tensors`."""
@@ -98,6 +100,6 @@ def rebuild_patched(name: str, disable_dynamic: bool = False) -> ModelPatcher:
             '"Save Bonsai Model" and load the file with "Load Bonsai Model" to use it elsewhere.'
         )
     twin = empty_twin(living.model)
-    patcher = _around(living, twin, base_tensors(living), dynamic=not disable_dynamic)
+    patcher = around(living, twin, base_tensors(living), dynamic=not disable_dynamic)
     carry_over(living, patcher)
     return patcher

@@ -97,6 +97,32 @@ def stays_packed(patcher: ModelPatcher, layer: Layer) -> bool:
     return is_packed(base_tensor(patcher, layer.weight)) and not merges_models(patcher.patches.get(layer.key, ()))
 
 
+def packed_pairs(
+    original: ModelPatcher, patched: ModelPatcher, layers: Sequence[Layer] | None = None
+) -> list[tuple[Layer, Layer]]:
+    """(packed layer, the layer of this name in the original), of all in model order.
+
+    layers: those of the patched model, if they are known. Raises ValueError if nothing is packed or the models differ.
+    """
+    layers = [Layer(name, module) for name, module in linear_modules(patched)] if layers is None else layers
+    packed = [layer for layer in layers if stays_packed(patched, layer)]
+    if not packed:
+        raise ValueError(
+            'no layer of the patched model is packed: connect a model from "Patch to BitLinear" or from '
+            '"Load Bonsai Model"'
+        )
+    found = {name: Layer(name, m) for name, m in linear_modules(original)}
+    for layer in packed:
+        other = found.get(layer.name)
+        if other is None or other.shape != layer.shape:
+            there = "missing" if other is None else str(list(other.shape))
+            raise ValueError(
+                f"{layer.name} is {list(layer.shape)} in the patched model and {there} in the original: connect "
+                "the model that was patched"
+            )
+    return [(layer, found[layer.name]) for layer in packed]
+
+
 def other_tensors(source: ModelPatcher, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
     """{name: tensor} of the source's transformer that stays and is no weight of `layers`."""
     left_out = {layer.weight for layer in layers} | _spent(layers)

@@ -21,7 +21,7 @@ from ..compiled import uncompiled
 from ..layout import mode_of, unwrap
 from ..progress import Counter, Progress
 from ..tensors import base_tensor, linear_modules
-from .layers import Layer, convolutions, dense_weight, other_tensors, stays_packed, stored_bytes
+from .layers import Layer, convolutions, dense_weight, other_tensors, packed_pairs, stored_bytes
 from .report import LayerReport, Report, count_layers
 
 if TYPE_CHECKING:
@@ -43,22 +43,9 @@ class Meter:
     def __init__(self, original: ModelPatcher, patched: ModelPatcher) -> None:
         self._original, self._patched = original, patched
         self._layers = [Layer(name, module) for name, module in linear_modules(patched)]
-        self._packed = [layer for layer in self._layers if stays_packed(patched, layer)]
-        if not self._packed:
-            raise ValueError(
-                'no layer of the patched model is packed: connect a model from "Patch to BitLinear" or from '
-                '"Load Bonsai Model"'
-            )
-        found = {name: Layer(name, m) for name, m in linear_modules(original)}
-        for layer in self._packed:
-            other = found.get(layer.name)
-            if other is None or other.shape != layer.shape:
-                there = "missing" if other is None else str(list(other.shape))
-                raise ValueError(
-                    f"{layer.name} is {list(layer.shape)} in the patched model and {there} in the original: connect "
-                    "the model that was patched"
-                )
-        self._dense = {layer.name: found[layer.name] for layer in self._packed}
+        pairs = packed_pairs(original, patched, self._layers)
+        self._packed = [layer for layer, _ in pairs]
+        self._dense = {layer.name: dense for layer, dense in pairs}
         self._sums: dict[str, tuple[float, float]] = {}
         self._seconds = 0.0
 

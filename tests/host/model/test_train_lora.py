@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lora_training import learned, point, right_twin, train_lora
+from lora_training import DenseWeights, learned, point, right_twin, train_lora
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from twins import Pair, module_of, relative, text, with_lora
 
 pytestmark = pytest.mark.host
@@ -52,21 +51,6 @@ def test_as_the_dense_twin(pair: Pair, name: str, beginnings: dict[tuple, dict[s
     assert relative(torch.tensor(found.losses), torch.tensor(truth.losses)) < tolerance
     wanted = learned(truth.lora, beginnings[key])
     assert wanted.any() and relative(learned(found.lora, beginnings[key]), wanted) < tolerance
-
-
-class DenseWeights(TorchDispatchMode):
-    """How many tensors of floats of these shapes, or turned, any operation makes, in the backward pass too."""
-
-    def __init__(self, shapes: set[tuple[int, ...]]) -> None:
-        super().__init__()
-        self.shapes, self.count = shapes | {shape[::-1] for shape in shapes}, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if type(tensor) is torch.Tensor and tensor.is_floating_point() and tuple(tensor.shape) in self.shapes:
-                self.count += 1
-        return made
 
 
 @pytest.mark.parametrize(("algorithm", "whole"), [("LoRA", False), ("LoKr", False), ("OFT", False), ("LoHa", True)])
