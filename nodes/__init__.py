@@ -12,6 +12,7 @@ from .load_text_encoder import LoadBonsaiTextEncoder
 from .measure import MeasureBitLinear
 from .model_info import BonsaiModelInfo
 from .patch_linear import PatchToBitLinear
+from .recover import RecoverBitLinear
 from .right_gradients import BonsaiRightGradients
 from .sampler import BonsaiSampler
 from .save_model import SaveBonsaiModel
@@ -26,6 +27,7 @@ NODES = [
     PatchToBitLinear,
     CalibrateBitLinear,
     MeasureBitLinear,
+    RecoverBitLinear,
     BonsaiRightGradients,
 ]
 

@@ -52,5 +52,12 @@ RELEASED: dict[str, Node] = {
         _inputs("original", "patched", *SAMPLING),
         ("STRING", "STRING", "IMAGE", "LATENT"),
     ),
+    "RecoverBitLinear": Node(
+        _inputs(
+            *("original", "patched", "prompts", "latent", "sigmas", "seed"),
+            *("points", "steps", "batch", "learning_rate", "minutes"),
+        ),
+        ("MODEL", "STRING", "IMAGE"),
+    ),
     "BonsaiRightGradients": Node(_inputs("model"), ("MODEL",)),
 }

@@ -5,7 +5,8 @@ import { ComfyWidgets } from '../../scripts/widgets.js'
 
 const WIDTH = 420
 const PICTURE = 340
-const REPORTING = ['BonsaiModelInfo', 'CalibrateBitLinear', 'MeasureBitLinear', 'PatchToBitLinear', 'SaveBonsaiModel']
+const REPORTING = ['BonsaiModelInfo', 'CalibrateBitLinear', 'MeasureBitLinear', 'PatchToBitLinear',
+  'RecoverBitLinear', 'SaveBonsaiModel']
 const NAME = 'bonsai report'
 
 function show(node, text) {

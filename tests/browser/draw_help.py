@@ -150,6 +150,33 @@ GRAPHS: dict[str, Graph] = {
         "measure": _samples("MeasureBitLinear", 760, 0, original=["1", 0], patched=["patch", 0]),
         "report": ("PreviewAny", 760, 390, 290, {"source": ["measure", 0]}),
     },
+    "RecoverBitLinear": {
+        "1": DENSE,
+        "text": _encoder(0, 130),
+        "prompt": _prompt(0, 240),
+        "empty": _empty(390, 380),
+        "patch": _patch(390, 0),
+        "schedule": ("Flux2Scheduler", 0, 440, 290, {"steps": 4, "width": 512, "height": 512}),
+        "recover": (
+            "RecoverBitLinear",
+            760,
+            0,
+            290,
+            {
+                **{"original": ["1", 0], "patched": ["patch", 0], "prompts": ["prompt", 0], "latent": ["empty", 0]},
+                **{"sigmas": ["schedule", 0], "seed": 7, "points": 320, "steps": 120, "batch": 8},
+                **{"learning_rate": 0.001, "minutes": 0},
+            },
+        ),
+        "save": (
+            "SaveBonsaiModel",
+            1090,
+            0,
+            290,
+            {"model": ["recover", 0], "filename_prefix": "diffusion_models/packed", "include_loras": False},
+        ),
+        "report": ("PreviewAny", 1090, 180, 290, {"source": ["recover", 1]}),
+    },
     "BonsaiRightGradients": {
         "1": DENSE,
         "right": ("BonsaiRightGradients", 390, 0, 270, {"model": ["1", 0]}),

@@ -348,6 +348,7 @@ SEARCHED = {
     "PatchToBitLinear": ("quantize", "bitlinear", "bitnet", "low vram"),
     "CalibrateBitLinear": ("calibration", "quantize", "bitlinear"),
     "MeasureBitLinear": ("quality", "quantize", "bitlinear"),
+    "RecoverBitLinear": ("quality", "quantize", "bitlinear", "training"),
     "BonsaiRightGradients": ("train lora", "training", "flux"),
 }
 """{node: what people type who look for such a node}."""

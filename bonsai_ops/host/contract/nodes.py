@@ -11,13 +11,15 @@ NEEDS = (
         "nodes",
         f"{IO}.Schema",
         "to describe a node",
-        takes="node_id display_name category description inputs outputs hidden is_output_node",
+        takes="node_id display_name category description inputs outputs hidden is_output_node is_input_list",
     ),
     Need("nodes", f"{IO}.Schema", "to be found", takes="search_aliases essentials_category", costs=""),
     Need("nodes", f"{IO}.Combo.Input", "to be folded away", takes="advanced", costs=""),
     Need("nodes", f"{IO}.NodeOutput", "to return results", takes="ui"),
     Need("nodes", "comfy_api.latest.ui.PreviewImage", "to show a picture on the node", "as_dict"),
-    Need("nodes", IO, "to describe inputs", "Model.Input Conditioning.Input Latent.Input", takes="tooltip"),
+    Need(
+        "nodes", IO, "to describe inputs", "Model.Input Conditioning.Input Latent.Input Sigmas.Input", takes="tooltip"
+    ),
     Need("nodes", f"{IO}.Combo.Input", "to offer choices", takes="options default tooltip optional"),
     Need("nodes", f"{IO}.String.Input", "to ask for text", takes="default multiline tooltip"),
     Need("nodes", f"{IO}.Boolean.Input", "to ask yes or no", takes="default optional display_name tooltip"),

@@ -172,6 +172,11 @@ def work_of(
     given = sampled(CONTEXT, KINDS["flux2"].latent)
     if name == "CalibrateBitLinear":
         return {"model": source, **given}, CONTEXT
+    if name == "RecoverBitLinear":
+        prompts = {"prompts": given["positive"], "latent": given["latent"], "sigmas": torch.tensor([1.0, 0.5, 0.0])}
+        numbers = {"seed": 3, "points": 4, "steps": 2, "batch": 1, "learning_rate": 1e-3, "minutes": 0.0}
+        models = {"original": source, "patched": patch(source, rank=2)[0]}
+        return {name: [value] for name, value in {**models, **prompts, **numbers}.items()}, CONTEXT
     assert name == "MeasureBitLinear", f"{name} is new: say here how it is called"
     return {"original": source, "patched": patch(source)[0], **given}, CONTEXT
 
@@ -185,6 +190,7 @@ NAMES = (
     "PatchToBitLinear",
     "CalibrateBitLinear",
     "MeasureBitLinear",
+    "RecoverBitLinear",
 )
 
 
