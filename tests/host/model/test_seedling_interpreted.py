@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interpreted import INTERPRETED
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import dispatch
@@ -33,7 +34,6 @@ from training.measure import held_out
 pytestmark = pytest.mark.host
 
 PACK = PLUGIN / "bonsai_ops" / "models" / "bonsai" / "seedling"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ((_, PROMPT),) = held_out(1)
 TOKENS, SIDE, STEPS = 48, 128, 1
 PSNR = 40.0
