@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import codec as codecs
+from .. import regroup
 from ..errors import PackError
 from ..finite import NOT_FINITE, is_finite
 from ..packed_weight import PackedWeight, narrow_exact
@@ -103,7 +105,8 @@ class CodedTensor(Entry):
 
     bits: 1, 2 or 4 bits a code. tables(): (scale, zero), each [N, K / group_size] of any float dtype.
     read(lo, hi): uint8 codes [hi - lo, K] of rows lo .. hi-1. zero_point: w = (code - zero) * scale instead.
-    reading: for messages, what makes it this shape where the stored bytes allow several.
+    reading: for messages, what makes it this shape where the stored bytes allow several. fields(lo, hi): the codes of
+    `read` as they are stored, uint8 [hi - lo, K bits / 8], the first in the low bits; None where they lie otherwise.
     """
 
     bits: int
@@ -112,6 +115,7 @@ class CodedTensor(Entry):
     read: Callable[[int, int], torch.Tensor]
     zero_point: bool = False
     reading: str = ""
+    fields: regroup.Read | None = None
 
     def weight(self) -> PackedWeight:
         """The canonical weight with exactly the values of the file.
@@ -128,9 +132,9 @@ class CodedTensor(Entry):
                 raise self.error(f"the {name} table {NOT_FINITE}", DOWNLOAD_AGAIN)
         symmetric = None if self.zero_point or self.bits == 4 else self._symmetric(scale.float(), zero.float())
         if symmetric is not None:
-            magnitude, read, scheme, codec = symmetric
+            magnitude, read, fields, scheme, codec = symmetric
             try:
-                codes = codecs.encode_rows(codec, *self.shape, read)
+                codes = self._codes(codec, read, fields)
             except _FourthLevelError as found:
                 if torch.equal(zero.float(), -scale.float()):
                     raise self.error(
@@ -140,9 +144,15 @@ class CodedTensor(Entry):
             else:
                 return PackedWeight(codes, narrow_exact(magnitude), self.shape, scheme, codec, self.group_size)
         codec = {1: "bit", 2: "crumb", 4: "nibble"}[self.bits]
-        codes = codecs.encode_rows(codec, *self.shape, self.read)
+        codes = self._codes(codec, self.read, self.fields)
         scheme = "zero_point" if self.zero_point else "affine"
         return PackedWeight(codes, narrow_exact(scale), self.shape, scheme, codec, self.group_size, narrow_exact(zero))
+
+    def _codes(self, codec: str, read: Callable[[int, int], torch.Tensor], fields: regroup.Read | None) -> torch.Tensor:
+        """The bytes of a codec, of fields where there are some."""
+        if fields is None or not regroup.regroups(codec, self.bits):
+            return codecs.encode_rows(codec, *self.shape, read)
+        return regroup.regroup_rows(codec, *self.shape, fields, self.bits)
 
     def wrong_shape(self, cure: str) -> PackError:
         return self.error(f"has shape {list(self.shape)}{self.reading and f', {self.reading}'}", cure)
@@ -161,30 +171,45 @@ class CodedTensor(Entry):
         levels = {code for lo in rows for code in self.read(lo, lo + CHECKED_ROWS).unique().tolist()}
         if all(torch.equal((level - zero) * scale, level * scale + added) for level in levels):
             return replace(self, zero_point=False, tables=lambda: (scale, added))
-        return replace(self, bits=4)
+        return replace(self, bits=4, fields=None)
 
     def _symmetric(
         self, scale: torch.Tensor, zero: torch.Tensor
-    ) -> tuple[torch.Tensor, Callable[[int, int], torch.Tensor], str, str] | None:
-        """(magnitude, reader of canonical codes, scheme, codec) if every group is {-s, s} or {-s, 0, s}, else None."""
+    ) -> tuple[torch.Tensor, Callable[[int, int], torch.Tensor], regroup.Read | None, str, str] | None:
+        """(magnitude, readers of canonical codes and of their fields, scheme, codec) if every group is {-s, s} or
+        {-s, 0, s}, else None."""
         if self.bits == 1:
             high = scale + zero
             if not torch.equal(high, -zero):
                 return None
             negative = high < 0
             flip = negative if bool(negative.any()) else None
-            return high.abs(), lambda lo, hi: self._signs(lo, hi, flip), "binary", "bit"
+            fields = None if self.fields is None or flip is not None else self._signs_fields
+            return high.abs(), lambda lo, hi: self._signs(lo, hi, flip), fields, "binary", "bit"
         middle_is_one, middle_is_two = zero == -scale, zero == -2 * scale
         if not bool((middle_is_one | middle_is_two).all()):
             return None
         plain = bool((middle_is_one & (scale >= 0)).all())
         tables = None if plain else (torch.where(middle_is_one, 1, 2).to(torch.int8), scale < 0)
-        return scale.abs(), lambda lo, hi: self._trits(lo, hi, tables), "ternary", "trit5"
+        fields = self._trits_fields if self.fields is not None and plain else None
+        return scale.abs(), lambda lo, hi: self._trits(lo, hi, tables), fields, "ternary", "trit5"
 
     def _signs(self, lo: int, hi: int, flip: torch.Tensor | None) -> torch.Tensor:
         """Codes 1 (high level) -> 0 (plus), 0 -> 1 (minus); the other way round where the high level is negative."""
         codes = self.read(lo, hi).bitwise_xor(1)
         return codes if flip is None else codes.bitwise_xor_(self._spread(flip[lo:hi].to(torch.uint8)))
+
+    def _signs_fields(self, lo: int, hi: int) -> torch.Tensor:
+        """As `_signs` where no high level is negative, eight codes a byte."""
+        return self.fields(lo, hi).bitwise_not()
+
+    def _trits_fields(self, lo: int, hi: int) -> torch.Tensor:
+        """As `_trits` where every middle is 1 and no scale negative, four codes a byte."""
+        stored = self.fields(lo, hi)
+        words = stored.reshape(-1).view(torch.int32)
+        if bool((words >> 1).bitwise_and_(words).bitwise_and_(0x55555555).any()):
+            self._trits(lo, hi, None)  # says where
+        return torch.bitwise_xor(words, -1).sub_(0x55555555).view(torch.uint8).view(stored.shape)
 
     def _trits(self, lo: int, hi: int, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """Codes -> 0 (plus), 1 (zero), 2 (minus)."""
@@ -272,15 +297,26 @@ def fuse_rows(key: str, parts: Sequence[CodedTensor] | Sequence[DenseTensor]) ->
         pairs = [p.tables() for p in parts]
         return torch.cat([s.float() for s, _ in pairs]), torch.cat([z.float() for _, z in pairs])
 
-    def read(lo: int, hi: int) -> torch.Tensor:
+    def rows_of(readers: Sequence[Callable[[int, int], torch.Tensor]], lo: int, hi: int) -> torch.Tensor:
         pieces = [
-            p.read(max(lo - start, 0), min(hi - start, p.shape[0]))
-            for p, start in zip(parts, starts, strict=True)
+            read(max(lo - start, 0), min(hi - start, p.shape[0]))
+            for p, start, read in zip(parts, starts, readers, strict=True)
             if lo < start + p.shape[0] and hi > start
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    return CodedTensor(first.path, key, shape, bits, first.group_size, tables, read, first.zero_point)
+    fields = [p.fields for p in parts]
+    return CodedTensor(
+        first.path,
+        key,
+        shape,
+        bits,
+        first.group_size,
+        tables,
+        partial(rows_of, [p.read for p in parts]),
+        first.zero_point,
+        fields=None if None in fields else partial(rows_of, fields),
+    )
 
 
 def _widen(part: CodedTensor, bits: int) -> CodedTensor:
@@ -292,4 +328,4 @@ def _widen(part: CodedTensor, bits: int) -> CodedTensor:
         scale, zero = part.tables()
         return scale.float() / 2, zero.float() * (2 if part.zero_point else 1)
 
-    return replace(part, bits=bits, tables=tables, read=lambda lo, hi: part.read(lo, hi) * 2)
+    return replace(part, bits=bits, tables=tables, read=lambda lo, hi: part.read(lo, hi) * 2, fields=None)

@@ -114,9 +114,8 @@ class Layer:
             zeros = zeros.float().reshape(1, 1) if zeros.numel() == 1 else zeros.t()
             return scales, zeros.expand(table)
 
-        def read(lo: int, hi: int) -> torch.Tensor:
-            words = get(f"{self.name}.W_q")[:, lo:hi].t().contiguous()
-            return spread_fields(words.view(torch.uint8), bits)
+        def fields(lo: int, hi: int) -> torch.Tensor:
+            return get(f"{self.name}.W_q")[:, lo:hi].t().contiguous().view(torch.uint8)
 
         return CodedTensor(
             self.stored.file.path,
@@ -125,8 +124,9 @@ class Layer:
             bits,
             group_size,
             tables,
-            read,
+            lambda lo, hi: spread_fields(fields(lo, hi), bits),
             zero_point=role == "subtracted",
+            fields=fields,
         )
 
 

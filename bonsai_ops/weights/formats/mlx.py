@@ -135,8 +135,8 @@ def _coded(file: SafetensorsFile, layer: str, told: _Named | int | None, preferr
         found = f"has groups of {group_size} columns"
         raise file.error(found, f"Expected a multiple of 32. {CURE}", weight)
 
-    def read(lo: int, hi: int) -> torch.Tensor:
-        return spread_fields(file.get(weight)[lo:hi].view(torch.uint8), bits)
+    def fields(lo: int, hi: int) -> torch.Tensor:
+        return file.copied_rows(weight, lo, hi)
 
     return CodedTensor(
         file.path,
@@ -145,8 +145,9 @@ def _coded(file: SafetensorsFile, layer: str, told: _Named | int | None, preferr
         bits,
         group_size,
         lambda: (file.get(scales), file.get(biases)),
-        read,
+        lambda lo, hi: spread_fields(fields(lo, hi), bits),
         reading=told.reading(bits) if isinstance(told, _Named) else "",
+        fields=fields,
     )
 
 
@@ -223,7 +224,7 @@ def _expanded(file: SafetensorsFile, layer: str, trimmed: CodedTensor) -> CodedT
         codes = torch.cat([trimmed.read(0, 1), trimmed.read(first, stop)])
         return codes[torch.where(rows > 0, rows - first + 1, 0)]
 
-    return replace(trimmed, shape=(VOCABULARY, trimmed.shape[1]), tables=tables, read=read)
+    return replace(trimmed, shape=(VOCABULARY, trimmed.shape[1]), tables=tables, read=read, fields=None)
 
 
 def _default_group(bits: int) -> int:

@@ -93,12 +93,11 @@ class SafetensorsFile(PackFile):
             self.tensors[name] = (shape, DTYPES[dtype])
         self._places = {name: (8 + length + start, stop - start) for name, (_, _, start, stop) in described.items()}
         self._require_places(8 + length)
-        self._handle = self._stream = None
+        self._handle = None
         try:
             if mapped:
                 self._handle = safe_open(str(path), framework="pt", device="cpu")
-            else:
-                self._stream = path.open("rb", buffering=0)
+            self._stream = path.open("rb", buffering=0)
         except SafetensorError as error:
             raise self.unopened(error, f"has a damaged header ({error})", DOWNLOAD_AGAIN) from error
         except (MemoryError, OSError, RuntimeError) as error:  # torch: it has become shorter
@@ -148,6 +147,16 @@ class SafetensorsFile(PackFile):
         shape, dtype = self.tensors[name]
         return self.read_bytes(self._stream, *self._places[name], name).view(dtype).view(shape)
 
+    def copied_rows(self, name: str, lo: int, hi: int) -> torch.Tensor:
+        """u8 [rows, bytes of a row] of the rows lo .. hi - 1 that a tensor of two dimensions or more has.
+
+        Read into memory even where the file is mapped: pages that were looked at once would stay in the process.
+        """
+        (rows, *_), (start, size) = self.tensors[name][0], self._places[name]
+        lo, hi = min(lo, rows), min(hi, rows)
+        width = size // rows if rows else 0
+        return self.read_bytes(self._stream, start + lo * width, (hi - lo) * width, name).view(hi - lo, width)
+
     def dense(self, name: str) -> DenseTensor:
         """The entry of a tensor that is handed over as it is."""
         return DenseTensor(self.path, name, *self.tensors[name], lambda: self.get(name))
@@ -178,3 +187,6 @@ class JoinedFile(SafetensorsFile):
 
     def get(self, name: str) -> torch.Tensor:
         return self._owners[name].get(name)
+
+    def copied_rows(self, name: str, lo: int, hi: int) -> torch.Tensor:
+        return self._owners[name].copied_rows(name, lo, hi)
