@@ -6,13 +6,22 @@ BONSAI_COMFYUI names another ComfyUI folder for the tests that import ComfyUI in
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 
-from bonsai_ops.tools.environment import COMFYUI_VERSIONS, PLUGIN, clean_environment, ensure_or_exit, home, run_attached
+from bonsai_ops.tools.environment import (
+    COMFYUI_VERSIONS,
+    PLUGIN,
+    SetupError,
+    clean_environment,
+    ensure_or_exit,
+    home,
+    run_attached,
+)
 
-SIZES = f"""The environment lies in {home()}, or where BONSAI_HOME says: about 7 GB, prepared once in some minutes.
+SIZES = """The environment{} takes about 7 GB and is prepared once, in some minutes; BONSAI_HOME names another place.
 pytest's own options: python -m pytest --help in that environment."""
 MOST_WORKERS = 4
 """Each may hold a few GB: ComfyUI servers and packs."""
@@ -23,7 +32,10 @@ ONE_PROCESS = ("-n", "--numprocesses", "--pdb", "--trace", "--co")
 def main(argv: Sequence[str]) -> int:
     """Prepare the environment, run pytest with the arguments and return its exit code."""
     if {"-h", "--help"} & set(argv):
-        print(f"usage: python -m tests [pytest arguments]\n\n{__doc__}\n{SIZES}")
+        place = ""
+        with contextlib.suppress(SetupError):  # a user without a home folder
+            place = f" in {home()}"
+        print(f"usage: python -m tests [pytest arguments]\n\n{__doc__}\n{SIZES.format(place)}")
         return 0
     environment = ensure_or_exit(tests=True, versions=COMFYUI_VERSIONS)
     whole = all(argument.startswith("-") and not argument.startswith(ONE_PROCESS) for argument in argv)

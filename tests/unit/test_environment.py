@@ -20,6 +20,30 @@ import pytest
 from bonsai_ops.tools import environment
 from bonsai_ops.tools.environment import comfyui_download, pins, places, plugin_link, prepare, steps
 
+COMMANDS = (
+    "bonsai_ops.convert",
+    "bonsai_ops.demo",
+    "bonsai_ops.bench",
+    "bonsai_ops.tools.environment",
+    "tests",
+    "tests.determinism",
+    "tests.guards",
+    "tests.hosts",
+    "tests.soak",
+    "tests.renew_pins",
+    "training",
+)
+HOMELESS = """
+import pathlib, runpy, sys
+
+def none(cls):
+    raise RuntimeError("Could not determine home directory.")
+
+pathlib.Path.home = classmethod(none)
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -333,22 +357,7 @@ class TestRelaunch:
         said = capsys.readouterr().err
         assert "3 GB" in said and "7 GB" in said and "Python that runs your ComfyUI" in said
 
-    @pytest.mark.parametrize(
-        "module",
-        [
-            "bonsai_ops.convert",
-            "bonsai_ops.demo",
-            "bonsai_ops.bench",
-            "bonsai_ops.tools.environment",
-            "tests",
-            "tests.determinism",
-            "tests.guards",
-            "tests.hosts",
-            "tests.soak",
-            "tests.renew_pins",
-            "training",
-        ],
-    )
+    @pytest.mark.parametrize("module", COMMANDS)
     def test_help_prepares_nothing(self, module: str, home: Path) -> None:
         """With a Python that has the standard library alone."""
         done = subprocess.run(
@@ -360,6 +369,26 @@ class TestRelaunch:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"usage: python -m {module} ") and not home.exists()
+
+    @pytest.mark.parametrize("module", COMMANDS)
+    def test_a_user_without_a_home_is_told_so(self, module: str, tmp_path: Path) -> None:
+        """A container under any number. --help helps, all else ends in one sentence before it begins."""
+        (tmp_path / "a.safetensors").write_bytes(b"")
+        files = [str(tmp_path / f"{name}.safetensors") for name in "ab"] if module.endswith("convert") else []
+        places = ("BONSAI_HOME", "XDG_CACHE_HOME", "LOCALAPPDATA")
+        kept = {name: value for name, value in os.environ.items() if name not in places}
+        for arguments in (["--help"], files):
+            done = subprocess.run(
+                [sys.executable, "-S", "-c", HOMELESS, module, *arguments],
+                capture_output=True,
+                encoding="utf-8",
+                cwd=environment.PLUGIN,
+                env=kept,
+                timeout=60,
+            )
+            assert "Traceback" not in done.stderr
+            assert done.returncode == (arguments != ["--help"])
+            assert arguments == ["--help"] or ("no home folder" in done.stderr and "BONSAI_HOME" in done.stderr)
 
     @pytest.mark.parametrize(
         ("error", "code"), [(environment.SetupError("no disk"), "no disk"), (KeyboardInterrupt(), 130)]

@@ -100,8 +100,12 @@ def relaunch_if_needed(module: str, argv: Sequence[str], yes: bool = False) -> N
         return
     if os.environ.get(_RELAUNCHED):
         raise SystemExit(f"{sys.executable} lacks {', '.join(missing)}: delete {environment_path()} and run again.")
-    say(f"This Python ({sys.executable}) has no {', '.join(missing)}: using the private environment in {home()}.")
-    if not yes and not all(step.is_done() for step in _steps(False, (NEWEST,))):
+    try:
+        place, ready = home(), all(step.is_done() for step in _steps(False, (NEWEST,)))
+    except SetupError as error:
+        raise SystemExit(str(error)) from None
+    say(f"This Python ({sys.executable}) has no {', '.join(missing)}: using the private environment in {place}.")
+    if not yes and not ready:
         _ask(module)
     _relaunch(ensure_or_exit().python, module, argv)
 
