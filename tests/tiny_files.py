@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from bonsai_ops.tools.synthetic import TINY, write_dense, write_pipeline
 
 SHIPPED_PACK = "seedling"
+PICTURES = "tiny-files"
+"""A folder of pictures with captions."""
 PACK, MODEL, PICTURE = "tiny-files", "tiny-files.safetensors", "tiny-files.png"
 DENSE, ENCODER = "tiny-files-dense.safetensors", "tiny-files-encoder.safetensors"
 LORA, LORA_RANK = "tiny-files-lora.safetensors", 4
@@ -27,19 +29,23 @@ REPLACED = {
     "LoadBonsaiPack": PACK,
     "LoadBonsaiTextEncoder": ENCODER,
     "LoadImage": PICTURE,
+    "LoadImageTextDataSetFromFolder": PICTURES,
     "LoraLoaderModelOnly": LORA,
     "UNETLoader": DENSE,
 }
-NOT_SHIPPED = {"LoadImage": PICTURE, "LoraLoaderModelOnly": LORA}
+NOT_SHIPPED = {"LoadImage": PICTURE, "LoadImageTextDataSetFromFolder": PICTURES, "LoraLoaderModelOnly": LORA}
 """Node: file that takes the place of one that the user brings, for which the workflow names no address."""
 STOCK_LOADERS = {"VAELoader": 2}
 """Loader: output of Load Bonsai Pack that takes its place."""
+TRAINING, STEPS_AT, STEPS = "TrainLoraNode", 2, 2
+"""A node that takes minutes as it is saved, the place of its steps among its values, and how many are enough here."""
 
 
 @contextlib.contextmanager
 def written(base_directory: Path) -> Iterator[None]:
     """Inside, ComfyUI with this base directory has the files; they are removed at the end."""
     models, picture = base_directory / "models", base_directory / "input" / PICTURE
+    folder = base_directory / "input" / PICTURES
     pack, lora = models / "bonsai" / PACK, models / "loras" / LORA
     model, dense = (models / "diffusion_models" / name for name in (MODEL, DENSE))
     encoder = models / "text_encoders" / ENCODER
@@ -52,19 +58,29 @@ def written(base_directory: Path) -> Iterator[None]:
         _write_lora(lora)
         picture.parent.mkdir(parents=True, exist_ok=True)
         _write_picture(picture)
+        folder.mkdir(exist_ok=True)
+        for number in range(2):
+            Image.linear_gradient("L").rotate(90 * number).convert("RGB").save(folder / f"{number}.png")
+            (folder / f"{number}.txt").write_text(f"a gradient, {number}", encoding="utf-8")
         yield
     finally:
         shutil.rmtree(pack, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         for file in (model, dense, encoder, lora, picture):
             file.unlink(missing_ok=True)
 
 
 def instead_of_published(graph: dict[str, Any]) -> dict[str, Any]:
-    """A workflow as saved with the tiny files' names, and Load Bonsai Pack instead of ComfyUI's own loaders."""
+    """A workflow as saved with the tiny files' names, and Load Bonsai Pack instead of ComfyUI's own loaders.
+
+    What it trains is trained for some steps only.
+    """
     for node in graph["nodes"]:
         node["properties"].pop("models", None)
         if node["type"] in REPLACED and node["widgets_values"][0] != SHIPPED_PACK:
             node["widgets_values"][0] = REPLACED[node["type"]]
+        if node["type"] == TRAINING:
+            node["widgets_values"][STEPS_AT] = STEPS
     replaced = {node["id"]: STOCK_LOADERS[node["type"]] for node in graph["nodes"] if node["type"] in STOCK_LOADERS}
     if not replaced:
         return graph

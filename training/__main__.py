@@ -16,6 +16,7 @@ Stages, in order; each goes on where it stopped, and all but the first and the l
     measure       prompt following and reconstruction of what is there
     quantize      what post-training quantization does to the dense one
     badge         icon and banner for the ComfyUI registry, drawn by the seedling that ships; only if it is named
+    night         what the shipped workflow trains on the packed one and on a dense one; needs no other stage
 
 Runs for hours on two processor cores, in the environment of the tests. Everything is kept in the work folder.
 """
@@ -69,7 +70,7 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
     """{name: function}; a function returns False when its time was over before its work."""
     import torch
 
-    from . import badge, dataset, export, lora, measure, quantizer, text_encoder, transformer, unpack, vae
+    from . import badge, dataset, export, lora, measure, night, quantizer, text_encoder, transformer, unpack, vae
 
     torch.set_flush_denormal(True)  # Muon's iterations underflow on gradients of low rank
 
@@ -92,6 +93,7 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
         "measure": lambda: measure.show(work, comfyui),
         "quantize": lambda: quantizer.show(work, comfyui),
         "badge": lambda: badge.make(work, comfyui),
+        "night": lambda: night.show(work, comfyui),
     }
 
 

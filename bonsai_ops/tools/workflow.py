@@ -7,6 +7,8 @@ from typing import Any
 
 WIDGET_TYPES = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
 NOTES = ("MarkdownNote", "Note")
+SEEDS = ("seed", "noise_seed")
+"""Widgets behind which the page puts a control value whatever the schema says."""
 MUTED, BYPASSED = 2, 4
 
 
@@ -53,7 +55,8 @@ def _widget_values(node: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[s
         if not saved:
             raise ValueError(f"node {node['id']} ({node['type']}) has no value for {name}")
         values[name] = saved.pop(0)
-        if settings.get("control_after_generate") or settings.get("image_upload"):
+        controlled = settings.get("control_after_generate") or (kind == "INT" and name in SEEDS)
+        if controlled or settings.get("image_upload"):
             del saved[:1]
     if saved:
         raise ValueError(f"node {node['id']} ({node['type']}) has values for no widget: {saved}")

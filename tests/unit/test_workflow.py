@@ -33,6 +33,13 @@ def test_values_belong_to_widgets_in_order(values: tuple, inputs: dict) -> None:
     assert to_api(graph(*values), INFO) == {"3": {"class_type": "Load", "inputs": inputs}}
 
 
+def test_a_seed_has_a_control_value_behind_it_whatever_its_schema_says() -> None:
+    """As ComfyUI's Train LoRA, whose seed asks for none."""
+    info = {"Load": {"input": {"required": {"seed": ["INT", {"default": 0}], "noise_seed": ["INT"], "last": ["INT"]}}}}
+    found = to_api(graph(7, "fixed", 8, "randomize", 9), info)
+    assert found["3"]["inputs"] == {"seed": 7, "noise_seed": 8, "last": 9}
+
+
 def test_other_values_are_refused() -> None:
     with pytest.raises(ValueError, match=r"node 3 \(Load\) has no value for seed"):
         to_api(graph("b"), INFO)

@@ -25,6 +25,7 @@ CASES: dict[str, tuple[float, dict[str, Any]]] = {
     "sizes": (1e-3, {"optimizer": "Adam", "loss_function": "Huber", "learning_rate": 1e-3, **SIZES}),
     "buckets": (1e-5, {"bucket_mode": True, "loss_function": "SmoothL1", "gradient_checkpointing": False, **SIZES}),
     "bf16": (5e-2, {"steps": 1, "training_dtype": "bf16", "lora_dtype": "bf16"}),
+    "bf16 but for the lora": (5e-2, {"steps": 1, "training_dtype": "bf16", "lora_dtype": "fp32"}),
     "offloaded": (1e-5, {"offloading": True, "bypass_mode": True, "checkpoint_depth": 1}),
 }
 """{name: (distance of what was learned from what the twin learned, options)}; bf16 rounds the twin's sums elsewhere."""
