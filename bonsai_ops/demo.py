@@ -16,7 +16,7 @@ from .tools.environment import PLUGIN, ensure_or_exit, home, link_plugin
 from .tools.server import ComfyServer
 from .tools.workflow import find_nodes, to_api
 
-WORKFLOW = PLUGIN / "workflows" / "bonsai_first_run.json"
+WORKFLOW = PLUGIN / "workflows" / "Bonsai 01 - First run, no download.json"
 PROMPTS = (
     "one orange bonsai in a black pot, mist, fallen leaves",
     "two green bonsai trees in blue pots, summer, blue sky",

@@ -23,6 +23,7 @@ ICON_SIDE, BANNER_SIZE = 400, (1260, 540)
 """Pixels. The registry asks for at most 400 x 400, and 21 : 9."""
 TILE, ACROSS, DOWN = 270, 3, 2
 DRAWN = 256
+WORKFLOW = PLUGIN / "workflows" / "Bonsai 01 - First run, no download.json"
 """Pixels of a side as the seedling draws."""
 SEED = 7
 PROMPTS = (
@@ -75,7 +76,7 @@ def _seedling(work: Path, comfyui: Path) -> Iterator:
     base = work / "badge"
     link_plugin(base)
     with ComfyServer(Path(sys.executable), comfyui, base) as server:
-        saved = json.loads((PLUGIN / "workflows" / "bonsai_first_run.json").read_text(encoding="utf-8"))
+        saved = json.loads(WORKFLOW.read_text(encoding="utf-8"))
         graph = to_api(saved, server.object_info())
 
         def draw(prompt: str) -> Image.Image:

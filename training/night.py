@@ -1,9 +1,9 @@
 """The shipped workflow that trains a LoRA, run as users run it: does everything turn to night?
 
-In a real ComfyUI bonsai_train_lora_seedling is queued as it ships, and once more with the dense model of the seedling's
-values in place of the packed one, behind Right Gradients for Training. What Save LoRA Weights wrote is loaded by Load
-LoRA, each onto the model that it was trained on. Pictures of prompts that name no background, of combinations that the
-seedling never saw, are read back by the judge.
+In a real ComfyUI the template that trains the seedling is queued as it ships, and once more with the dense model of the
+seedling's values in place of the packed one, behind Right Gradients for Training. What Save LoRA Weights wrote is
+loaded by Load LoRA, each onto the model that it was trained on. Pictures of prompts that name no background, of
+combinations that the seedling never saw, are read back by the judge.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .captions import caption
 from .judge import judge
 from .scene import JUDGED, Scene, random_scene
 
-WORKFLOW = PLUGIN / "workflows" / "bonsai_train_lora_seedling.json"
+WORKFLOW = PLUGIN / "workflows" / "Bonsai 10 - Train a LoRA, no download.json"
 PACK = PLUGIN / "bonsai_ops" / "models" / "bonsai" / "seedling"
 DENSE = "seedling-dense.safetensors"
 ATTRIBUTE, VALUE = "background", "night"

@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.host, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
+FIRST_RUN = WORKFLOWS[0]
 LANGUAGES = ("en", "zh", "ar")
 """A sample; the page has no German yet. tests/unit/test_locales.py reads them all."""
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -143,7 +144,7 @@ def test_workflow_runs(path: Path, page: Page) -> None:
 
 def test_a_picture_dropped_on_the_page_opens_its_workflow(page: Page) -> None:
     """One that Save Image wrote, on an emptied page: nodes, values and links are those that drew it."""
-    graph = read(REPOSITORY / "workflows" / "bonsai_first_run.json")
+    graph = read(FIRST_RUN)
     drawn = page.drive("sent", graph, run=True)
     assert drawn["errors"] == [], page.server.log_tail()
     (picture,) = saved_pictures(graph, drawn, page.server)
@@ -173,7 +174,7 @@ def test_workflow_as_shipped_names_its_files(path: Path, page: Page) -> None:
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_page_shows_translated_titles(language: str, page: Page) -> None:
     texts = read(REPOSITORY / "locales" / language / "nodeDefs.json")
-    graph = read(REPOSITORY / "workflows" / "bonsai_text_to_image.json")
+    graph = read(WORKFLOWS[1])
     answer = page.drive(f"titles-{language}", graph, run=False, locale=language)
     assert {texts["LoadBonsaiModel"]["display_name"], texts["BonsaiSampler"]["display_name"]} <= set(answer["titles"])
 

@@ -137,7 +137,8 @@ def test_the_unpacked_archive_draws(comfy: Comfy, server: ComfyServer, tmp_path:
     for name in RELEASED:
         assert server.object_info(name)[name]["python_module"] == f"custom_nodes.{PLUGIN_NAME}"
     unpacked = server.base_directory / "custom_nodes" / PLUGIN_NAME
-    saved = json.loads((unpacked / "workflows" / "bonsai_first_run.json").read_text(encoding="utf-8"))
+    first, *_ = sorted((unpacked / "workflows").glob("*.json"))
+    saved = json.loads(first.read_text(encoding="utf-8"))
     file = tmp_path / "bonsai_first_run_api.json"
     file.write_text(json.dumps(to_api(saved, server.object_info())), encoding="utf-8")
     where = ("--host", "127.0.0.1", "--port", str(server.port))

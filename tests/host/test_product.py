@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import re
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -165,7 +166,11 @@ def with_files(newest: ComfyServer) -> Iterator[ComfyServer]:
 
 
 def test_there_are_workflows() -> None:
+    """Their names are the titles in the template browser, numbered by how one learns, and good on any file system."""
     assert WORKFLOWS
+    for number, path in enumerate(WORKFLOWS, 1):
+        assert re.fullmatch(rf"Bonsai {number:02} - [A-Z][A-Za-z ,]+", path.stem), path.stem
+        assert path.with_suffix(".jpg").exists()
     assert len({read(path)["id"] for path in WORKFLOWS}) == len(WORKFLOWS)
 
 
@@ -332,7 +337,8 @@ def test_patch_workflow_saves_and_reports(
     every_comfy_server: ComfyServer, give_tiny_files: Callable[[ComfyServer], ComfyServer]
 ) -> None:
     """The reports reach the page as text; the saved model is a native file with the branch of every packed layer."""
-    server, path = give_tiny_files(every_comfy_server), REPOSITORY / "workflows" / "bonsai_patch_to_bitlinear.json"
+    server = give_tiny_files(every_comfy_server)
+    (path,) = (path for path in WORKFLOWS if "Patch" in path.stem)
     graph = to_api(tiny_files.instead_of_published(read(path)), server.object_info())
     for node in graph.values():
         if node["class_type"] == "EmptyFlux2LatentImage":
@@ -405,7 +411,7 @@ def test_template_browser_lists_every_workflow(newest: ComfyServer) -> None:
 
 @each_workflow
 def test_template_and_thumbnail_are_served(path: Path, newest: ComfyServer) -> None:
-    place = f"/api/workflow_templates/{PLUGIN_NAME}/{path.stem}"
+    place = f"/api/workflow_templates/{PLUGIN_NAME}/{urllib.parse.quote(path.stem)}"
     assert newest.get(f"{place}.json") == read(path)
     thumbnail = path.with_suffix(".jpg")
     assert download(newest, f"{place}.jpg") == thumbnail.read_bytes()

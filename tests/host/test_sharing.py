@@ -25,7 +25,7 @@ pytestmark = pytest.mark.host
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "scripting.md"
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
-FIRST_RUN = "bonsai_first_run"
+FIRST_RUN = WORKFLOWS[0]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def test_the_documents_program_draws_each_workflow(path: Path, server: ComfyServ
 
 def test_the_program_changes_prompt_and_seed(server: ComfyServer, tmp_path: Path) -> None:
     """The second program of the page, with this server's address for the usual one."""
-    graph = exported(REPOSITORY / "workflows" / f"{FIRST_RUN}.json", server)
-    (tmp_path / f"{FIRST_RUN}_api.json").write_text(json.dumps(graph), encoding="utf-8")
+    graph = exported(FIRST_RUN, server)
+    (tmp_path / "bonsai_first_run_api.json").write_text(json.dumps(graph), encoding="utf-8")
     done = run(tmp_path, "-c", programs()[1].replace("draw(graph)", f"draw(graph, {server.url!r})"))
     assert done.returncode == 0, done.stderr + server.log_tail()
     pictures = {
@@ -97,7 +97,7 @@ def test_the_program_changes_prompt_and_seed(server: ComfyServer, tmp_path: Path
     ],
 )
 def test_the_program_says_what_is_wrong(change: dict[str, str], said: str, server: ComfyServer, tmp_path: Path) -> None:
-    graph = exported(REPOSITORY / "workflows" / f"{FIRST_RUN}.json", server)
+    graph = exported(FIRST_RUN, server)
     for node in graph.values():
         if node["class_type"] == "LoadBonsaiPack":
             node["inputs"].update(change)

@@ -76,8 +76,8 @@ PARTS: dict[str, tuple[str, ...]] = {
         f"{MODEL}/test_patch_source.py::test_quantized_layers_are_read_as_they_compute",
     ),
     "browser": (
-        "tests/browser/test_workflows.py::test_workflow_runs[bonsai_text_to_image]",
-        "tests/browser/test_workflows.py::test_workflow_as_shipped_names_its_files[bonsai_text_to_image]",
+        "tests/browser/test_workflows.py::test_workflow_runs[Bonsai 02 - Text to image]",
+        "tests/browser/test_workflows.py::test_workflow_as_shipped_names_its_files[Bonsai 02 - Text to image]",
         "tests/browser/test_workflows.py::test_page_shows_translated_titles[zh]",
     ),
 }

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -37,8 +38,8 @@ def text_of(page: str) -> str:
 
 
 def links(text: str) -> list[str]:
-    """Relative ones: pictures and pages."""
-    return [link for link in LINK.findall(text) if "://" not in link]
+    """Paths of the relative ones: pictures and pages."""
+    return [unquote(link) for link in LINK.findall(text) if "://" not in link]
 
 
 @functools.cache
@@ -105,4 +106,4 @@ def test_the_root_is_tidy() -> None:
 def test_a_link_into_the_left_out_is_found() -> None:
     assert left_out("tests/unit/test_documents.py") and left_out("docs/hosts.md") and left_out("CONTRIBUTING.md")
     assert not left_out("docs/benchmarks.md") and not left_out("testsuite.md")
-    assert links("![a](b.jpg) [c](d.md) [e](https://f/g) [h](#i)") == ["b.jpg", "d.md"]
+    assert links("![a](b%20b.jpg) [c](d.md) [e](https://f/g) [h](#i)") == ["b b.jpg", "d.md"]
