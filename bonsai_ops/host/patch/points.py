@@ -54,7 +54,7 @@ class Points:
 
 @contextlib.contextmanager
 def room_for(count: int, shape: Sequence[int]) -> Iterator[Points]:
-    """Room for so many points of this shape; it is gone at the end, the file too."""
+    """Room for so many points of this shape; gone at the end, with its file. Raises ValueError if there is none."""
     size = (count, 2, *shape)
     numbers = math.prod(size)
     if numbers * STORED.itemsize <= MOST_BYTES:
@@ -66,9 +66,24 @@ def room_for(count: int, shape: Sequence[int]) -> Iterator[Points]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bonsai-", dir=folder, ignore_cleanup_errors=True) as inside:
         file = str(Path(inside) / FILE)
+        _fill(Path(file), numbers * STORED.itemsize)
         with torch.inference_mode(False):
             points = Points(torch.from_file(file, shared=True, size=numbers, dtype=STORED).view(size))
         try:
             yield points
         finally:
             points.values = torch.empty(0)  # lets go of the file, for Windows deletes none that is mapped
+
+
+def _fill(path: Path, size: int) -> None:
+    """Writes the file whole: a page of a mapped one that finds no room on the disk later ends the process."""
+    piece = memoryview(bytes(min(size, 16 << 20)))
+    try:
+        with path.open("wb") as out:
+            for start in range(0, size, len(piece)):
+                out.write(piece[: size - start])
+    except OSError as error:
+        raise ValueError(
+            f"the points need {size / 1e6:,.1f} MB in {path.parent.parent}, which cannot be written there "
+            f"({error.strerror or error}): free some room on that disk, or ask for fewer points or a smaller latent"
+        ) from error

@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import CONTEXT, KINDS, POOLED, patch, random_tensors, sample, stock
 from lora_training import DenseWeights
+from small_disk import small_disk
 from twins import low_rank, packed_layers, same_state, state_bytes, with_lora
 
 pytestmark = pytest.mark.host
@@ -231,6 +232,24 @@ def test_many_points_lie_on_the_disk(
     second, _ = recover(source, patched, "flux2")
     assert same_state(state_bytes(recovered[0]), state_bytes(second))
     assert len(made) == 1 and Path(made[0].name).parent == tmp_path / "temp" and not any((tmp_path / "temp").iterdir())
+
+
+def test_no_room_for_the_points(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A mapped page without room on the disk ends the process when something is written into it."""
+    import folder_paths
+
+    from bonsai_ops.host.patch import points
+
+    monkeypatch.setattr(points, "MOST_BYTES", 0)
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "disk"))
+    with small_disk(tmp_path / "disk", 4 << 20, "disk"):
+        said = r"points need 8\.4 MB in .*disk, .*No space left.*: free some room on that disk, or ask for fewer points"
+        with pytest.raises(ValueError, match=said), points.room_for(512, (128, 8, 4)):
+            pass
+        assert not any((tmp_path / "disk").iterdir())
+        with points.room_for(2, (128, 8, 4)) as held:
+            held.add(0, 1.0, torch.ones(1, 128, 8, 4), torch.ones(1, 128, 8, 4))
+            assert held.get(0, torch.device("cpu"))[1].sum() == 128 * 32
 
 
 def test_cancel_leaves_nothing(models: tuple[Any, Any], unload: Callable[[], None], comfy: Any) -> None:
