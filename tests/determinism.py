@@ -18,10 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
-
-from bonsai_ops.tools.environment import clean_environment, ensure_or_exit  # noqa: E402
+from bonsai_ops.tools.environment import PLUGIN, clean_environment, ensure_or_exit
 
 PROMISED = ("again", "another process")
 MEASURED = ("two threads", "first of two", "second of two")
@@ -32,7 +29,7 @@ PROMPT = "one orange bonsai in a black pot, mist, fallen leaves"
 
 def drawn(comfyui: Path, base: Path, size: int, steps: int) -> dict[str, dict[str, str]]:
     """{what draws: {how: digest of the latent}} of this process, which has as many threads as OMP_NUM_THREADS says."""
-    sys.path[:0] = [str(comfyui), str(REPOSITORY)]
+    sys.path[:0] = [str(comfyui), str(PLUGIN)]
     from bonsai_ops.tools.bench.inside import comfyui as host
 
     host.begin("cpu", arguments=["--base-directory", str(base)])
@@ -46,7 +43,7 @@ def drawn(comfyui: Path, base: Path, size: int, steps: int) -> dict[str, dict[st
     from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    seedling = REPOSITORY / "bonsai_ops" / "models" / "bonsai" / "seedling"
+    seedling = PLUGIN / "bonsai_ops" / "models" / "bonsai" / "seedling"
     clip = load_bonsai_text_encoder(seedling)
     positive = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
 
@@ -79,9 +76,9 @@ def compared(comfyui: Path, python: Path, size: int, steps: int) -> dict[str, di
     told = []
     for threads in (1, 1, 2):
         with tempfile.TemporaryDirectory(prefix="bonsai-same-") as base:
-            line = [str(python), __file__, "--inside", str(comfyui), base, str(size), str(steps)]
+            line = [str(python), "-m", "tests.determinism", "--inside", str(comfyui), base, str(size), str(steps)]
             variables = clean_environment({"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)})
-            done = subprocess.run(line, env=variables, cwd=base, capture_output=True, text=True, check=False)
+            done = subprocess.run(line, env=variables, cwd=PLUGIN, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(done.stderr[-3000:])
             told.append(json.loads(done.stdout.splitlines()[-1]))
