@@ -19,7 +19,7 @@ import torch
 from twins import draw, write_pack
 
 from bonsai_ops.tools.environment.processes import inherited_environment
-from examples.over_ray import PLUGIN, PROMPTS, SEEDLING, Painter, Place, tasks
+from machines.over_ray import PLUGIN, PROMPTS, SEEDLING, Painter, Place, tasks
 
 pytestmark = [pytest.mark.host, pytest.mark.processor, pytest.mark.slow]
 
@@ -80,7 +80,7 @@ def test_ray_spreads_prompts_over_actors(comfyui_path: Path, rays_folder: Path, 
     It takes three processes with a ComfyUI each.
     """
     variables = {"RAY_TMPDIR": str(rays_folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    command = [sys.executable, "-m", "examples.over_ray", "--comfyui", str(comfyui_path), "--actors", "1", "2"]
+    command = [sys.executable, "-m", "machines.over_ray", "--comfyui", str(comfyui_path), "--actors", "1", "2"]
     command += ["--pictures", str(PICTURES), "--size", *map(str, PIXELS), "--kill", "--out", str(tmp_path)]
     done = subprocess.run(
         command,

@@ -12,7 +12,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEFT_OUT = [line.strip("/") for line in (REPOSITORY / ".comfyignore").read_text(encoding="utf-8").split()]
-FOLDERS = ("examples", "tests", "training")
+FOLDERS = ("machines", "tests", "training")
 MODULE = re.compile(rf"({'|'.join((*FOLDERS, 'peers'))})(\..*|$)")
 PATH = re.compile(rf"(^|.*[\s/\\])({'|'.join(FOLDERS)})[/\\].*", re.DOTALL)
 DOES_WITHOUT = {"/gpu_check/project.py": "runs the tests where they are, says where they are not"}
@@ -75,7 +75,7 @@ def test_no_file_uses_what_is_left_out() -> None:
         "helper = Path(__file__).parents[2] / 'tests' / 'peers' / 'gemlite_import.py'",
         "open(f'{root}/tests/tiny_files.py')",
         "os.path.join(root, 'training')",
-        "from examples.over_ray import Painter",
+        "from machines.over_ray import Painter",
     ],
 )
 def test_a_use_is_found(source: str) -> None:

@@ -20,14 +20,14 @@ PAGES = (
 ROOT = {
     *("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"),
     *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
-    *("bonsai_ops", "nodes", "locales", "web", "workflows", "docs", "examples", "tests", "training"),
+    *("bonsai_ops", "nodes", "locales", "web", "workflows", "docs", "machines", "tests", "training"),
 }
 """What the root may hold beside hidden files: one who opens the repository reads this list first."""
 NOT_OURS = {".pytest_cache", "__pycache__", "venv", "build", "dist", "node_modules"}
 SOURCE_ONLY = "\n## In the source repository only\n"
 """README's heading of what does not work from the published archive."""
 LINK = re.compile(r"\]\(([^)\s#]+)\)")
-COMMAND = re.compile(r"python -m ((?:bonsai_ops|examples|tests|training)[\w.]*)((?: +[^`|\n]+)?)")
+COMMAND = re.compile(r"python -m ((?:bonsai_ops|machines|tests|training)[\w.]*)((?: +[^`|\n]+)?)")
 MOST_LINES = 200
 
 each_page = pytest.mark.parametrize("page", PAGES)
@@ -87,7 +87,7 @@ def test_readme_is_short_and_works_from_the_archive() -> None:
     assert readme.index("![") < readme.index("## First picture") < readme.index("## Install")
     before, after = readme.split(SOURCE_ONLY)
     assert [link for link in links(before) if left_out(link)] == []
-    assert not re.search(r"python -m (examples|tests|training)", before)
+    assert not re.search(r"python -m (machines|tests|training)", before)
     assert [link for link in links(after) if left_out(link)], "nothing there is left out of the archive"
 
 

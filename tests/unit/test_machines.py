@@ -1,4 +1,4 @@
-"""What the examples for several machines decide themselves; tests/host/test_machines.py runs them."""
+"""What the programs for several machines decide themselves; tests/host/test_machines.py runs them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from examples import over_distributed
-from examples.over_ray import TRIES, Board, Crew, Task, read, tasks
+from machines import over_distributed
+from machines.over_ray import TRIES, Board, Crew, Task, read, tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TWO = list(tasks(["a", "b"], 2, 5, (128, 128)))
@@ -167,7 +167,7 @@ def test_tasks_are_told_when_the_last_actor_is_gone() -> None:
 
 
 def test_ray_is_asked_for_in_a_sentence(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['ray'] = None; from examples.over_ray import main; main(['--comfyui', '.'])"
+    code = "import sys; sys.modules['ray'] = None; from machines.over_ray import main; main(['--comfyui', '.'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and done.stderr == "This example needs Ray in the Python of ComfyUI: pip install ray\n"
 
@@ -207,6 +207,7 @@ def test_nobody_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "http://127.0.0.1:9/distributed/config does not answer" in capsys.readouterr().err
 
 
-def test_no_graph_lies_beside_the_examples() -> None:
-    """ComfyUI's template browser would list it: it looks into `examples` of every plugin."""
-    assert not list((REPOSITORY / "examples").rglob("*.json"))
+def test_no_folder_hides_the_templates() -> None:
+    """ComfyUI looks into these of every plugin, in this order, and serves files of the first that there is."""
+    looked_into = ("example_workflows", "example", "examples", "workflow", "workflows")
+    assert [name for name in looked_into if (REPOSITORY / name).exists()] == ["workflows"]

@@ -1,4 +1,4 @@
-"""Pictures from several machines, spread by Ray: python -m examples.over_ray --comfyui /path/to/ComfyUI.
+"""Pictures from several machines, spread by Ray: python -m machines.over_ray --comfyui /path/to/ComfyUI.
 
 Each actor holds ComfyUI without its server and a whole pack that stays loaded. A prompt whose actor ends before it has
 drawn is drawn by another one, and a new actor takes the place of the old. docs/machines.md says what has to lie on each
@@ -303,7 +303,7 @@ def line(hands: int, board: Board, seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m examples.over_ray", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m machines.over_ray", description=__doc__.split("\n\n")[0])
     parser.add_argument("--comfyui", help="ComfyUI's folder, the same on each machine")
     parser.add_argument("--plugin", default=str(PLUGIN), help="this plugin's folder, the same on each machine")
     parser.add_argument("--pack", default=SEEDLING, help="a pack's folder, from the plugin's (the seedling)")

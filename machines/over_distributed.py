@@ -1,5 +1,5 @@
 """A graph drawn by several ComfyUI servers at once, spread by ComfyUI-Distributed:
-python -m examples.over_distributed GRAPH.json --server http://127.0.0.1:8188.
+python -m machines.over_distributed GRAPH.json --server http://127.0.0.1:8188.
 
 GRAPH.json is in API format, as docs/scripting.md exports it. Its seeds and its pictures are led through the two nodes
 of ComfyUI-Distributed, and the server that has that plugin gives the graph to the workers of its settings: each draws
@@ -82,7 +82,7 @@ def draw(graph: Mapping[str, dict], server: str, workers: Sequence[str], timeout
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws; returns the exit code: 1 also if a worker's picture is missing."""
-    parser = argparse.ArgumentParser(prog="python -m examples.over_distributed", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m machines.over_distributed", description=__doc__.split("\n\n")[0])
     parser.add_argument("graph", type=Path, help="a file in API format")
     parser.add_argument("--server", default="http://127.0.0.1:8188", help="the one with ComfyUI-Distributed's settings")
     parser.add_argument("--workers", nargs="*", help="ids of the workers (those that its settings enable)")
