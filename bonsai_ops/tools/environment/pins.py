@@ -37,6 +37,7 @@ TEST_REQUIREMENTS = (
     "accelerate==1.15.0",
     'mlx[cpu]==0.32.4; sys_platform == "linux"',
     'mlx==0.32.4; sys_platform == "darwin" and platform_machine == "arm64"',
+    'ray==2.60.0; sys_platform == "linux"',
 )
 # Their declared dependencies would replace the torch above. What decodes the packs that the readers are compared with
 # is taken by its hash; `python -m tests.renew_pins` prints newer lines.
