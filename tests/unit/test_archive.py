@@ -15,7 +15,10 @@ LEFT_OUT = [line.strip("/") for line in (REPOSITORY / ".comfyignore").read_text(
 FOLDERS = ("machines", "tests", "training")
 MODULE = re.compile(rf"({'|'.join((*FOLDERS, 'peers'))})(\..*|$)")
 PATH = re.compile(rf"(^|.*[\s/\\])({'|'.join(FOLDERS)})[/\\].*", re.DOTALL)
-DOES_WITHOUT = {"/gpu_check/project.py": "runs the tests where they are, says where they are not"}
+DOES_WITHOUT = {
+    "/gpu_check/project.py": "runs the tests where they are, says where they are not",
+    "/environment/locks.py": "takes packages of the tests by version where no lock is",
+}
 """{end of a file's name: what it does with a folder that is left out}."""
 
 

@@ -225,8 +225,7 @@ class TestSteps:
         def install(arguments: list[str], tick: object) -> None:
             assert arguments[:2] == ["install", "--no-deps"]
             target = Path(arguments[arguments.index("--target") + 1])
-            target.mkdir()
-            (target / arguments[-1]).touch()
+            (target / Path(arguments[arguments.index("-r") + 1]).read_text().strip()).touch()
 
         monkeypatch.setattr(steps, "pip", install)
         folder = environment.newest_packages_path()
@@ -244,7 +243,7 @@ class TestSteps:
 
     def test_failed_folder_of_packages_is_not_done(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(arguments: list[str], tick: object) -> None:
-            Path(arguments[arguments.index("--target") + 1]).mkdir(parents=True)
+            assert Path(arguments[arguments.index("--target") + 1]).is_dir()
             raise environment.SetupError("no network")
 
         monkeypatch.setattr(steps, "pip", fail)

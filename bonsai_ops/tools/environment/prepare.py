@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .comfyui_download import comfyui_requirements, comfyui_step
 from .lock import hold_lock
+from .locks import locked
 from .own_comfyui import find_own
 from .pins import (
     MANAGER_REQUIREMENTS,
@@ -158,14 +159,12 @@ def _steps(tests: bool, versions: Sequence[str]) -> list[Step]:
     ]
     if tests:
         bare = TEST_REQUIREMENTS_WITHOUT_DEPENDENCIES
+        tools, options = locked("tools", TEST_REQUIREMENTS)
+        newer, _ = locked("newer", (*NEWEST_PACKAGES, *MANAGER_REQUIREMENTS))
         steps += [
-            pip_step("tests", "test tools", lambda: TEST_REQUIREMENTS),
+            pip_step("tests", "test tools", lambda: tools, *options),
             pip_step("tests-bare", "reference packages for the tests", lambda: bare, "--no-deps"),
-            folder_step(
-                "newer packages than ComfyUI asks for",
-                newest_packages_path(),
-                (*NEWEST_PACKAGES, *MANAGER_REQUIREMENTS),
-            ),
+            folder_step("newer packages than ComfyUI asks for", newest_packages_path(), newer),
         ]
     return steps
 

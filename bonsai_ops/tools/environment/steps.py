@@ -128,8 +128,10 @@ def folder_step(title: str, folder: Path, requirements: Sequence[str]) -> Step:
         for path in (folder, temporary):
             if path.exists():
                 shutil.rmtree(path)
-        pip(["install", "--no-deps", "--target", str(temporary), *requirements], tick)
-        (temporary / stamp.name).write_bytes(content.encode())
+        temporary.mkdir(parents=True)
+        file = temporary / stamp.name  # pip takes hashes from a file only
+        file.write_bytes(content.encode())
+        pip(["install", "--no-deps", "--target", str(temporary), "-r", str(file)], tick)
         temporary.rename(folder)
 
     return Step(title, is_done, run)
