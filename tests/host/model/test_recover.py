@@ -15,7 +15,7 @@ import torch
 from families import CONTEXT, KINDS, POOLED, patch, random_tensors, sample, stock
 from lora_training import DenseWeights
 from small_disk import small_disk
-from twins import low_rank, packed_layers, same_state, state_bytes, with_lora
+from twins import load_device, low_rank, packed_layers, same_state, state_bytes, with_lora
 
 pytestmark = pytest.mark.host
 SIGMAS = {"sdxl": (14.6, 3.0, 0.0)}
@@ -249,7 +249,7 @@ def test_no_room_for_the_points(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp
         assert not any((tmp_path / "disk").iterdir())
         with points.room_for(2, (128, 8, 4)) as held:
             held.add(0, 1.0, torch.ones(1, 128, 8, 4), torch.ones(1, 128, 8, 4))
-            assert held.get(0, torch.device("cpu"))[1].sum() == 128 * 32
+            assert held.get(0, load_device())[1].sum() == 128 * 32
 
 
 def test_cancel_leaves_nothing(models: tuple[Any, Any], unload: Callable[[], None], comfy: Any) -> None:
