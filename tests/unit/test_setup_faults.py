@@ -180,9 +180,9 @@ class Run:
         return self.process.returncode, out, said
 
     def children(self) -> list[str]:
-        """What still runs in its session, by command line."""
+        """What still runs in its session, by whole command line: COLUMNS, which some library sets, would cut it."""
         found = subprocess.run(
-            ["ps", "-o", "args=", "-s", str(self.process.pid)], capture_output=True, text=True, check=False
+            ["ps", "-ww", "-o", "args=", "-s", str(self.process.pid)], capture_output=True, text=True, check=False
         )
         return [line for line in found.stdout.splitlines() if "defunct" not in line]
 
