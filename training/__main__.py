@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--work", type=Path, help="folder for drawings and checkpoints (4 GB)")
     parser.add_argument("--stage", action="append", help="run this stage only; may be given several times")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop each training stage after this time")
+    parser.add_argument("--drawings", type=float, default=1.0, help="share of the drawings to make; 0.3 do for `dense`")
     parser.add_argument("--models", type=Path, default=MODELS, help="the folder that the stage `pack` fills")
     arguments = parser.parse_args(argv)
     environment = ensure_or_exit(tests=True)
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
         return run_attached([str(environment.python), "-m", "training", *argv], env=variables, cwd=PLUGIN)
     work = arguments.work or home() / "training"
     work.mkdir(parents=True, exist_ok=True)
-    stages = _stages(work, environment.comfyui, 60 * arguments.minutes, arguments.models)
+    stages = _stages(work, environment.comfyui, arguments)
     unknown = set(arguments.stage or ()) - set(stages)
     if unknown:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; expected one of {', '.join(stages)}")
@@ -66,12 +67,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str, Callable[[], object]]:
+def _stages(work: Path, comfyui: Path, arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """{name: function}; a function returns False when its time was over before its work."""
     import torch
 
     from . import badge, dataset, export, lora, measure, night, quantizer, text_encoder, transformer, unpack, vae
 
+    seconds, target = 60 * arguments.minutes, arguments.models
     torch.set_flush_denormal(True)  # Muon's iterations underflow on gradients of low rank
 
     def train(scheme: str, start: str | None = None) -> Callable[[], bool]:
@@ -80,7 +82,7 @@ def _stages(work: Path, comfyui: Path, seconds: float, target: Path) -> dict[str
 
     return {
         "unpack": lambda: unpack.unpack(work, target),
-        "drawings": lambda: dataset.make(work),
+        "drawings": lambda: dataset.make(work, share=arguments.drawings),
         "vae": lambda: vae.train(work, seconds),
         "latents": lambda: vae.encode_all(work),
         "text": lambda: text_encoder.train(work, comfyui, seconds),

@@ -20,13 +20,14 @@ def path_of(work: Path, width: int, height: int) -> Path:
     return work / f"drawings-{width}x{height}.npy"
 
 
-def make(work: Path, processes: int = 2) -> None:
-    """Draws what is missing."""
+def make(work: Path, processes: int = 2, share: float = 1.0) -> None:
+    """Draws the sizes that are missing, this share of each: a short training needs few."""
     for (width, height), count in SIZES.items():
         path = path_of(work, width, height)
         if path.is_file():
             continue
         rng = random.Random(f"{width}x{height}")
+        count = max(1, round(share * count))
         scenes = [random_scene(rng) for _ in range(count)]
         part = path.with_suffix(".part.npy")
         array = np.lib.format.open_memmap(part, "w+", np.uint8, (count, height, width, 3))

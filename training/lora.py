@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from . import captions, transformer
 from .checkpoint import Checkpoint
+from .speed import narrow
 from .vae import rate
 
 RANK, STEPS, RATE, SIZE, BATCH = 4, 200, 2e-3, (128, 128), 24
@@ -65,7 +66,7 @@ def train(work: Path, comfyui: Path, seconds: float = math.inf) -> bool:
         noise = torch.randn(x0.shape, generator=generator)
         sigma = feed.sigmas(tokens, BATCH, generator)
         s = sigma[:, None, None]
-        with torch.autocast("cpu", torch.bfloat16):
+        with narrow():
             velocity = forward((1 - s) * x0 + s * noise, sigma, text, *SIZE)
         loss = transformer.weighted_error(velocity.float() - (noise - x0), feed.importance)
         optimizer.zero_grad()

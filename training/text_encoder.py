@@ -22,6 +22,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 from . import captions
 from .checkpoint import Checkpoint
 from .scene import BACKGROUNDS, COUNTS, FOLIAGE, LEANS, POTS, SEASONS, SHAPES, Scene, random_scene
+from .speed import narrow
 from .vae import rate
 
 HIDDEN, MLP, LAYERS, HEAD = 128, 64, 27, 128
@@ -219,7 +220,7 @@ def train(work: Path, comfyui: Path, seconds: float = math.inf) -> bool:
         for group in optimizer.param_groups:
             group["lr"] = rate(step, STEPS, RATE)
         rows, lengths, labels = batch(tok, vocabulary, random.Random(step), BATCH)
-        with torch.autocast("cpu", torch.bfloat16):
+        with narrow():
             states = encoder(rows, lengths)
         loss, correct = probes(summary_states(states.float(), lengths), labels)
         optimizer.zero_grad()

@@ -23,11 +23,12 @@ from diffusers import Flux2Transformer2DModel
 from torch.nn.utils import parametrize
 
 from bonsai_ops.host.schedule import official_sigmas, shift_mu
+from bonsai_ops.kernels import cpu_has_fast_bf16
 
 from . import captions, dataset, text_encoder
 from .checkpoint import Checkpoint
 from .muon import Muon
-from .speed import compiled, follow, frozen
+from .speed import compiled, follow, frozen, narrow
 from .vae import rate
 
 HEADS, DOUBLE, SINGLE = 2, 2, 4
@@ -238,7 +239,7 @@ class Feed:
     def encode(self, texts: list[str], length: int) -> torch.Tensor:
         """[B, length, 384] for prompts."""
         rows, lengths = zip(*(self.vocabulary.encode(self.tokenizer, text, length) for text in texts), strict=True)
-        with torch.autocast("cpu", torch.bfloat16):
+        with narrow():
             return self.encoder(torch.tensor(rows), torch.tensor(lengths)).float()
 
 
@@ -248,7 +249,7 @@ def optimizers(model: torch.nn.Module, lr: float) -> tuple[Muon, torch.optim.Ada
     packed = {id(master) for master in masters}
     others = [parameter for parameter in model.parameters() if id(parameter) not in packed]
     adam = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    return Muon(masters, lr, dtype=torch.bfloat16), adam
+    return Muon(masters, lr, dtype=torch.bfloat16 if cpu_has_fast_bf16() else torch.float32), adam
 
 
 def train(
@@ -272,7 +273,7 @@ def train(
             group["lr"] = rate(step, steps, RATES[scheme])
         width, height, x0, text, sigma, noise = feed.batch(step)
         s = sigma[:, None, None]
-        with torch.autocast("cpu", torch.bfloat16):
+        with narrow():
             velocity = forward((1 - s) * x0 + s * noise, sigma, text, width, height)
         loss = weighted_error(velocity.float() - (noise - x0), feed.importance)
         model.zero_grad()
@@ -306,7 +307,7 @@ def sample(
     sigmas = official_sigmas(tokens, steps)
     x = torch.stack([torch.randn(tokens, 128, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     for now, then in itertools.pairwise(sigmas):
-        with torch.autocast("cpu", torch.bfloat16):
+        with narrow():
             velocity = predict(model, x, now.expand(len(seeds)), text, width, height).float()
         x = x + (then - now) * velocity
     return x.transpose(1, 2).unflatten(2, (height // 16, width // 16))

@@ -22,7 +22,7 @@ from torch import nn
 from . import dataset
 from .checkpoint import Checkpoint
 from .muon import Muon
-from .speed import compiled
+from .speed import compiled, narrow
 
 WIDTHS = (24, 48, 64, 64)
 """Channels at full size and after each halving."""
@@ -272,7 +272,7 @@ def _train(work: Path, name: str, start: Path | None, steps: int, seconds: float
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, steps, peak)
         target = to_model(_batch(step, small, large))
-        with torch.autocast("cpu", torch.bfloat16):
+        with narrow():
             picture, raw = noisy(target)
         difference = picture.float() - target
         loss = difference.square().mean() * 4 + difference.abs().mean() + _edges(difference)
@@ -366,7 +366,7 @@ def _encode_size(job: tuple[Path, tuple[int, int]]) -> tuple[int, int]:
     for i in range(0, len(pictures), ENCODED):
         part = np.zeros((ENCODED, *pictures.shape[1:]), np.uint8)
         part[: len(pictures[i : i + ENCODED])] = pictures[i : i + ENCODED]
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), narrow():
             latent = F.pixel_unshuffle(run(to_model(part)).float(), 2)
         rows.append(latent[: len(pictures) - i].half().numpy())
     np.save(_latents(work, *size), np.concatenate(rows))
