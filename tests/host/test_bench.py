@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bonsai_ops.tools import synthetic
-from bonsai_ops.tools.bench import overhead, picture, profile, quantize, session, step, train
+from bonsai_ops.tools.bench import overhead, picture, profile, quantize, recover, session, step, train
 from bonsai_ops.tools.bench.inside.step import STEPS
 from bonsai_ops.tools.bench.ways import STEP_WAYS, named
 from bonsai_ops.tools.environment import PLUGIN, inherited_environment
@@ -111,6 +111,15 @@ def test_quantizing(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.count("minutes") == 1
     with pytest.raises(SystemExit, match="expected some of ternary, rank32, mix"):
         quantize.measure(comfyui_path, work, ["binary"])
+
+
+def test_recovering(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = recover.measure(comfyui_path, work, [64], rank=4)
+    assert row["size"] == 64 and all(row[name] > 0 for name in ("sampled_s", "trained_s", "looked_s"))
+    assert 0 < row["after"] <= row["before"] and row["residual_bytes"] > 0 and row["peak"] > 1e8
+    whole = 320 * row["sampled_s"] + 960 * row["trained_s"] + 440 * row["looked_s"]
+    assert row["hours"] == pytest.approx(whole / 3600)
+    assert capsys.readouterr().out.count("s trained") == 1
 
 
 def test_a_child_on_a_gpu_begins_as_main_py(comfyui_path: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ OPTIONS = {
     "size": Option("width and height in pixels", {"type": int, "default": 512}),
     "sizes": Option("widths and heights in pixels (512 1024)", {"type": int, "nargs": "+", "default": [512, 1024]}),
     "seconds": Option("most that one model may train at one size", {"type": float, "default": 1800.0}),
-    "rank": Option("rank of the LoRA", {"type": int, "default": 16}),
+    "rank": Option("rank of the LoRA, or of the residual", {"type": int, "default": 16}),
     "mode": Option(
         "the mode (exact, fp16_accumulate, a8, a8_fp8); step takes several and measures them beside exact",
         {"nargs": "+", "default": ["exact"]},
@@ -138,6 +138,11 @@ def _picture(run: Run) -> dict:
 
 def _quantize(run: Run) -> list[dict]:
     return _call("quantize", "measure", run.comfyui, run.work, run.arguments.ways, run.arguments.device)
+
+
+def _recover(run: Run) -> list[dict]:
+    given = run.arguments
+    return _call("recover", "measure", run.comfyui, run.work, given.sizes, given.rank, given.device)
 
 
 def _overhead(run: Run) -> list[dict]:
@@ -236,6 +241,13 @@ BENCHMARKS = (
         _quantize,
         in_host=True,
         options=("ways",),
+    ),
+    Benchmark(
+        "recover",
+        "what Recover BitLinear takes for a 4B model in the real host: seconds a point, peak memory, hours in all",
+        _recover,
+        in_host=True,
+        options=("sizes", "rank"),
     ),
     Benchmark(
         "overhead",
