@@ -15,6 +15,7 @@ Stages, in order; each goes on where it stopped, and all but the first and the l
     pack          the files that ship
     measure       prompt following and reconstruction of what is there
     quantize      what post-training quantization does to the dense one
+    fidelity      how close packed twins of the dense one come, by size and by way of making them
     badge         icon and banner for the ComfyUI registry, drawn by the seedling that ships; only if it is named
     night         what the shipped workflow trains on the packed one and on a dense one; needs no other stage
 
@@ -71,7 +72,8 @@ def _stages(work: Path, comfyui: Path, arguments: argparse.Namespace) -> dict[st
     """{name: function}; a function returns False when its time was over before its work."""
     import torch
 
-    from . import badge, dataset, export, lora, measure, night, quantizer, text_encoder, transformer, unpack, vae
+    from . import badge, dataset, export, fidelity, lora, measure, night, quantizer, text_encoder, transformer, unpack
+    from . import vae as autoencoder
 
     seconds, target = 60 * arguments.minutes, arguments.models
     torch.set_flush_denormal(True)  # Muon's iterations underflow on gradients of low rank
@@ -83,17 +85,18 @@ def _stages(work: Path, comfyui: Path, arguments: argparse.Namespace) -> dict[st
     return {
         "unpack": lambda: unpack.unpack(work, target),
         "drawings": lambda: dataset.make(work, share=arguments.drawings),
-        "vae": lambda: vae.train(work, seconds),
-        "latents": lambda: vae.encode_all(work),
+        "vae": lambda: autoencoder.train(work, seconds),
+        "latents": lambda: autoencoder.encode_all(work),
         "text": lambda: text_encoder.train(work, comfyui, seconds),
         "ternary": train("ternary"),
-        "decoder": lambda: vae.train_decoder(work, seconds),
+        "decoder": lambda: autoencoder.train_decoder(work, seconds),
         "binary": train("binary"),
         "dense": train("dense", "ternary"),
         "lora": lambda: lora.train(work, comfyui, seconds),
         "pack": lambda: export.pack(work, comfyui, target),
         "measure": lambda: measure.show(work, comfyui),
         "quantize": lambda: quantizer.show(work, comfyui),
+        "fidelity": lambda: fidelity.show(work, comfyui, seconds),
         "badge": lambda: badge.make(work, comfyui),
         "night": lambda: night.show(work, comfyui),
     }

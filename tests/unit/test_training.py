@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFilter
+from PIL import Image, ImageFilter
 
+from bonsai_ops.kernels import cpu_has_fast_bf16
 from bonsai_ops.weights.codec import decode, spread_fields
 from bonsai_ops.weights.packed_weight import pack_signs
-from training import badge, captions, text_encoder, transformer, vae
+from training import badge, captions, curve, dataset, fidelity, speed, text_encoder, transformer, vae
 from training.drawing import draw
 from training.export import words
 from training.judge import judge
@@ -147,3 +149,51 @@ def test_badges_are_set_the_same_every_time() -> None:
     assert banner.size == (1260, 540) and banner.tobytes() == badge.banner(drawings).tobytes()
     shown = np.asarray(banner.convert("RGB").crop((450, 270, 720, 540)).resize((256, 256)), np.float32)
     assert np.abs(shown - np.asarray(drawings[3], np.float32)).mean() < 8
+
+
+def test_products_are_in_the_fast_number_format() -> None:
+    """bf16 is emulated on processors without it, where a stage of the training would never end."""
+    with speed.narrow():
+        found = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert found.dtype == (torch.bfloat16 if cpu_has_fast_bf16() else torch.float32)
+
+
+def test_a_share_of_the_drawings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the first of all of them."""
+    monkeypatch.setattr(dataset, "SIZES", {(128, 128): 10})
+    for share in (0.3, 1.0):
+        (tmp_path / str(share)).mkdir()
+        dataset.make(tmp_path / str(share), 1, share)
+    few, scenes = dataset.load(tmp_path / "0.3", 128, 128)
+    every, all_scenes = dataset.load(tmp_path / "1.0", 128, 128)
+    assert len(few) == 3 and np.array_equal(few, every[:3]) and scenes == all_scenes[:3]
+
+
+def test_every_way_has_a_name_of_its_own() -> None:
+    names = [way.name for way in fidelity.ways()]
+    assert len(set(names)) == len(names) > 40
+    assert names[0] == "dense, rounded" and "binary, calibrated, rank 32, recovered, seed 0" in names
+
+
+def test_the_hadamard_basis() -> None:
+    """Orthonormal and its own inverse, 128 inputs at a time: products stay, and one input becomes even."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(4, 256, generator=generator), torch.randn(5, 256, generator=generator)
+    turned = fidelity.turn(weight)
+    torch.testing.assert_close(fidelity.turn(turned), weight)
+    torch.testing.assert_close(fidelity.turn(x) @ turned.T, x @ weight.T)
+    one = torch.zeros(1, 256)
+    one[0, 3] = 1
+    assert fidelity.turn(one)[0].abs().tolist() == pytest.approx([128**-0.5] * 128 + [0] * 128)
+
+
+def test_the_curve_shows_what_there_is(tmp_path: Path) -> None:
+    rows = {way.name: {"bits": 1 + way.rank / 12, "velocity": 0.3 / (1 + way.rank)} for way in fidelity.ways()}
+    few = {name: row for name, row in rows.items() if name.startswith("binary")}
+    pictures = []
+    for number, part in enumerate((rows, few)):
+        curve.draw(tmp_path / f"{number}.png", part)
+        with Image.open(tmp_path / f"{number}.png") as picture:
+            pictures.append(np.asarray(picture.convert("RGB"), np.int64))
+    blues = [int((abs(picture - curve.BLUE).sum(2) < 60).sum()) for picture in pictures]
+    assert blues[0] > 100 and blues[1] == 0
