@@ -10,10 +10,11 @@
 // the screenshot then shows nothing but the nodes. The page stays open between jobs that see the same one, as a user's
 // does who opens one workflow after the other.
 // Answer: {types: unknown node types, widgets: {id: values}, missing: [{node, name, url, directory}], media: [names],
-// errors: what failed (page, validation, execution), outputs: {id: output}, titles: [as shown], found: [titles that the
+// errors: what failed (page, console, validation, execution), outputs: {id: output}, titles: [as shown], found: [titles that the
 // search offers], shown: {id: {width, pictures: how many the node draws, texts: those of its read-only widgets}},
 // outside: [titles of nodes that reach out of their group before anything runs], exported: what the
-// page saved, dropped: the workflow that is open after the drop}
+// page saved, dropped: the workflow that is open after the drop, inserted: {title, widgets: [[name, label, value]]},
+// help: text and pictures of the help page, app: {inputs: [labels], pictures: how many it shows}}
 // or {failed: what drive.cjs itself could not do}
 
 const fs = require('fs')
@@ -28,11 +29,23 @@ const FLAGS = [
   '--disable-sync'
 ]
 
+const RUN_APP = '[data-testid="linear-run-button"]'
+// What the page asks for and does without: help in its language, downloads of which it wants to know the size.
+const EXPECTED = /huggingface\.co|\/docs\/\w+\/[\w-]+\.md/
+
+function isOurs(error) {
+  return /bonsai|bitlinear/i.test(error) && !EXPECTED.test(error)
+}
+
 async function openPage(browser, job) {
   const [width, height] = job.size || [1800, 1000]
   const page = await browser.newPage({ viewport: { width, height } })
   const failures = []
   page.on('pageerror', (error) => failures.push(`page: ${error.message}`))
+  page.on('console', (message) => {
+    if (message.type() === 'error' && isOurs(`${message.text()} ${message.location().url}`))
+      failures.push(`console: ${message.text()} ${message.location().url}`)
+  })
   const settings = {
     'Comfy.Locale': job.locale || 'en',
     'Comfy.VueNodes.Enabled': Boolean(job.vue),
@@ -59,9 +72,20 @@ async function openPage(browser, job) {
 
 // Runs in the page.
 async function load(graph) {
-  const pinia = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia.state.value
   await window.app.loadGraphData(graph)
-  await new Promise((resolve) => setTimeout(resolve, 1500))
+}
+
+// Opens a template as a user does; it is there once the graph has its id.
+async function openTemplate(page, title, graph) {
+  await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates'))
+  await page.getByText('Bonsai Image', { exact: true }).first().click()
+  await page.locator(`[data-testid="template-workflow-${title}"]`).click()
+  await page.waitForFunction((id) => window.app.graph.id === id, graph.id, { timeout: 30000 })
+}
+
+// Runs in the page.
+function opened() {
+  const pinia = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia.state.value
   const nodes = window.app.graph.nodes
   const known = window.LiteGraph.registered_node_types
   return {
@@ -79,8 +103,8 @@ async function load(graph) {
   }
 }
 
-// Runs in the page. Resolves to {outputs, errors} when the prompt has ended.
-async function run(timeout) {
+// Runs in the page. Resolves to {outputs, errors} when the prompt has ended; button: what to press, or null to queue it.
+async function run([timeout, button]) {
   const api = window.app.api ?? window.comfyAPI.api.api
   const outputs = {}
   const listeners = []
@@ -101,7 +125,8 @@ async function run(timeout) {
       finish([`node ${detail.node_id} (${detail.node_type}): ${detail.exception_type}: ${detail.exception_message}`])
     )
   })
-  await window.app.queuePrompt(0, 1)
+  if (button) document.querySelector(button).click()
+  else await window.app.queuePrompt(0, 1)
   const refused = window.app.lastNodeErrors
   if (refused && Object.keys(refused).length) return { outputs, errors: [`refused: ${JSON.stringify(refused)}`] }
   return ended
@@ -216,6 +241,51 @@ async function search(page, words) {
   return (await offered.allInnerTexts()).map((text) => text.trim())
 }
 
+// Puts what a search finds first onto the graph, and connects its first output to the Save Image there.
+async function insert(page, name) {
+  const saves = await page.evaluate(() => window.app.graph.nodes.map((node) => node.id))
+  await search(page, name)
+  await page.keyboard.press('Enter')
+  await page.waitForTimeout(500)
+  await page.mouse.click(700, 250) // newer pages have the node follow the pointer until then
+  await page.waitForFunction((known) => window.app.graph.nodes.length > known, saves.length, { timeout: 15000 })
+  await page.waitForTimeout(1000)
+  return page.evaluate((known) => {
+    const node = window.app.graph.nodes.find(({ id }) => !known.includes(id))
+    const save = window.app.graph.nodes.find(({ type }) => type === 'SaveImage')
+    node.pos = [0, 0]
+    save.pos = [node.size[0] + 80, 0]
+    node.connect(0, save, 0)
+    const widgets = (node.widgets ?? []).map(({ name, label, value }) => [name, label, value])
+    return { title: node.getTitle(), widgets }
+  }, saves)
+}
+
+// The help of an HTML node, opened with the button that appears over it when it is selected.
+async function help(page, type) {
+  const id = await page.evaluate((type) => window.app.graph.nodes.find((node) => node.type === type).id, type)
+  await page.locator(`[data-node-id="${id}"]`).click({ position: { x: 60, y: 12 } })
+  await page.locator('[data-testid="info-button"]').first().click()
+  const found = page.locator('.node-help-content')
+  await found.locator('h1').waitFor({ timeout: 15000 })
+  await page.waitForTimeout(500)
+  const widths = await found.locator('img').evaluateAll((images) => images.map((image) => image.naturalWidth))
+  return { text: await found.innerText(), pictures: widths }
+}
+
+// Runs what is open in app mode; null where it is not.
+async function runApp(page, timeout) {
+  if (!(await page.locator(RUN_APP).count())) return null
+  await page.keyboard.press('Escape') // the tour that newer pages offer
+  await page.waitForTimeout(500)
+  const inputs = await page.locator('[data-testid="app-mode-widget-item"]').allInnerTexts()
+  const ended = await page.evaluate(run, [timeout, `${RUN_APP} button:last-of-type`])
+  await page.waitForTimeout(1000)
+  const shown = page.locator('[data-testid="linear-center-panel"] img')
+  const widths = await shown.evaluateAll((images) => images.map((image) => image.naturalWidth))
+  return { ...ended, inputs: inputs.map((text) => text.split('\n')[0]), pictures: widths }
+}
+
 async function fit(page) {
   await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
   await page.waitForTimeout(1000)
@@ -225,19 +295,27 @@ async function drive(page, failures, job) {
   failures.length = 0
   const graph = JSON.parse(fs.readFileSync(job.graph, 'utf8'))
   if (job.places) return portray(page, graph, job.places, job.screenshot)
-  const answer = await page.evaluate(load, graph)
-  await fit(page)
+  if (job.template) await openTemplate(page, job.template, graph)
+  else await page.evaluate(load, graph)
+  await page.waitForTimeout(1500)
+  const answer = await page.evaluate(opened)
+  if (job.app) answer.app = await runApp(page, job.timeout)
+  else if (await page.locator(RUN_APP).count())
+    await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.ToggleLinear'))
+  if (!answer.app) await fit(page)
   answer.outside = await page.evaluate(outside)
+  if (job.insert) answer.inserted = await insert(page, job.insert)
   if (job.export) answer.exported = await exportGraph(page)
   if (job.run) {
-    const { outputs, errors } = await page.evaluate(run, job.timeout)
+    const { outputs, errors } = await page.evaluate(run, [job.timeout, null])
     answer.outputs = outputs
     answer.errors.push(...errors)
     await page.waitForTimeout(500)
     answer.shown = await drawn(page, outputs)
   }
+  if (job.help) answer.help = await help(page, job.help)
   if (job.screenshot) {
-    await fit(page)
+    if (!answer.app) await fit(page)
     await page.screenshot({ path: job.screenshot })
   }
   if (job.search) {

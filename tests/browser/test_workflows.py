@@ -158,17 +158,49 @@ def test_a_picture_dropped_on_the_page_opens_its_workflow(page: Page) -> None:
 
 @each_workflow
 def test_workflow_as_shipped_names_its_files(path: Path, page: Page) -> None:
-    """Drawn as HTML nodes, the other way the page draws them. Node titles are those of the schemas."""
+    """Clicked in the template browser, drawn as HTML nodes, the other way the page draws them."""
     graph = read(path)
-    for node in graph["nodes"]:
-        if node["type"] in tiny_files.NOT_SHIPPED:
-            node["widgets_values"][0] = tiny_files.NOT_SHIPPED[node["type"]]
-    answer = page.drive(f"{path.stem}-shipped", graph, run=False, vue=True)
-    assert answer["errors"] == [] and answer["types"] == [] and answer["media"] == []
+    answer = page.drive(f"{path.stem}-shipped", graph, run=False, vue=True, template=path.stem)
+    assert answer["errors"] == [] and answer["types"] == []
     assert answer["widgets"] == values_of(graph)
+    assert answer["media"] == [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "LoadImage"]
     shipped = [{"node": str(n["id"]), **model} for n in graph["nodes"] for model in n["properties"].get("models", ())]
-    assert sorted(answer["missing"], key=str) == sorted(shipped, key=str)
+    missing = [model for model in answer["missing"] if model.get("url")]
+    assert sorted(missing, key=str) == sorted(shipped, key=str)
+    brought = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] in tiny_files.NOT_SHIPPED]
+    assert {model["name"] for model in answer["missing"]} - {model["name"] for model in shipped} <= {*brought}
     assert answer["outside"] == []
+
+
+def saving() -> dict[str, Any]:
+    """A workflow of nothing but Save Image."""
+    node = {"id": 1, "type": "SaveImage", "pos": [600, 80], "widgets_values": ["page/blueprint"]}
+    return {"last_node_id": 1, "last_link_id": 0, "nodes": [node], "links": [], "version": 0.4}
+
+
+@pytest.mark.parametrize("name", ["Text to Image (Bonsai)", "Text to Image with LoRA (Bonsai)"])
+def test_a_blueprint_is_found_and_draws(name: str, page: Page) -> None:
+    """One node with prompt, size and seed, put onto the graph by a search, draws with what the plugin brings."""
+    (shipped,) = read(REPOSITORY / "subgraphs" / f"{name}.json")["nodes"]
+    graph = saving()
+    answer = page.drive(f"blueprint-{name}", graph, run=True, vue=True, insert=name)
+    assert answer["errors"] == [], page.server.log_tail()
+    assert answer["inserted"]["title"] == name
+    shown = {widget: value for widget, _, value in answer["inserted"]["widgets"]}
+    names = [entry["name"] for entry in shipped["inputs"] if "widget" in entry]
+    assert {widget: shown[widget] for widget in names} == dict(zip(names, shipped["widgets_values"], strict=True))
+    assert {"text", "width", "height", "seed"} <= {*names}
+    (file,) = saved_pictures(graph, answer, page.server)
+    with Image.open(file) as picture:
+        assert picture.size == (128, 128) and len(picture.convert("RGB").getcolors(1 << 24)) > 1000
+
+
+def test_help_opens_on_the_page(page: Page) -> None:
+    """With its table of inputs and its picture."""
+    answer = page.drive("help", read(FIRST_RUN), run=False, vue=True, help="BonsaiSampler")
+    assert answer["errors"] == []
+    assert "Typical wiring" in answer["help"]["text"] and "denoise" in answer["help"]["text"]
+    assert len(answer["help"]["pictures"]) == 1 and answer["help"]["pictures"][0] >= 400
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -99,6 +99,12 @@ def test_the_page_for_maintainers_names_what_is_there() -> None:
     assert [name for name in sorted(named) if not any((root / name).exists() for root in roots)] == []
 
 
+def test_what_the_page_shows_is_published() -> None:
+    """Templates, blueprints, texts and help, none of which Python code names."""
+    for folder in ("workflows", "subgraphs", "locales", "web"):
+        assert any((REPOSITORY / folder).iterdir()) and folder not in LEFT_OUT
+
+
 def test_the_registry_shows_icon_and_banner() -> None:
     """Square and 21 : 9, small; at the address of this repository, where a file of it is."""
     project = pytest.importorskip("tomllib").loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))

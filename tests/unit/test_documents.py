@@ -20,7 +20,7 @@ PAGES = (
 ROOT = {
     *("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"),
     *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
-    *("bonsai_ops", "nodes", "locales", "web", "workflows", "docs", "machines", "tests", "training"),
+    *("bonsai_ops", "nodes", "locales", "web", "workflows", "subgraphs", "docs", "machines", "tests", "training"),
 }
 """What the root may hold beside hidden files: one who opens the repository reads this list first."""
 NOT_OURS = {".pytest_cache", "__pycache__", "venv", "build", "dist", "node_modules"}
