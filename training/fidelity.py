@@ -106,7 +106,8 @@ def line(name: str, row: Mapping) -> str:
     text = f"{name:42} {row['bits']:5.2f} bits  velocity {row['velocity']:.4f}  latent {row['latent']:.4f}"
     shares = row["attributes"]
     mean = sum(share for key, share in shares.items() if key != "all") / (len(shares) - 1)
-    return f"{text}  {row['psnr']:5.2f} dB  attributes {100 * mean:.1f} %, all {100 * shares['all']:.1f} %"
+    psnr = "same pictures" if row["psnr"] is None else f"{row['psnr']:5.2f} dB"
+    return f"{text}  {psnr}  attributes {100 * mean:.1f} %, all {100 * shares['all']:.1f} %"
 
 
 @dataclass

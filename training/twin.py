@@ -166,11 +166,12 @@ class Twin:
         )
 
     @torch.no_grad()
-    def distances(self) -> dict[str, float]:
+    def distances(self) -> dict[str, float | None]:
         """Of the model as it is now.
 
         velocity: relative root mean square error at the dense model's points. latent: the same of the last latents,
-        each model from the same noise by itself. psnr: of the pictures decoded from these, all at once, in dB.
+        each model from the same noise by itself. psnr: of the pictures decoded from these, all at once,
+        in dB, None if they are the same.
         """
         truth = self.measured
         squares = [float(self.error(truth, batch)) for batch in truth.batches(GROUP)]
@@ -180,7 +181,7 @@ class Twin:
         return {
             "velocity": math.sqrt(sum(squares) / len(squares)),
             "latent": float((mine.last - truth.last).norm() / truth.last.norm()),
-            "psnr": 10 * math.log10(255**2 / error) if error else math.inf,
+            "psnr": 10 * math.log10(255**2 / error) if error else None,
         }
 
     def attributes(self) -> dict[str, float]:
