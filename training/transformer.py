@@ -291,7 +291,7 @@ def train(
                 flush=True,
             )
             recent.clear()
-        if step % 250 == 0 or step == steps or over:
+        if step % 50 == 0 or step == steps or over:
             checkpoint.save(step)
         if over:
             break

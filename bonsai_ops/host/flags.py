@@ -60,7 +60,8 @@ FLAGS = (
     Flag("reserve-vram vram-headroom disable-nvml-pressure disable-smart-memory", "ComfyUI's memory management asks"),
     Flag("async-offload disable-async-offload", "codes come through comfy.ops.cast_bias_weight, which asks"),
     Flag("disable-pinned-memory force-non-blocking fast-disk", "codes come through comfy.ops, which asks"),
-    Flag("cache-classic cache-lru cache-none cache-ram high-ram", "ComfyUI's executor asks; nodes keep no results"),
+    Flag("cache-classic cache-lru cache-ram high-ram", "ComfyUI's executor asks; a text encoder keeps some results"),
+    Flag("cache-none", "ComfyUI's executor asks; text encoders keep nothing either", "host/text_states.py"),
     # attention
     Flag(
         "use-split-cross-attention use-quad-cross-attention use-pytorch-cross-attention use-sage-attention "

@@ -33,6 +33,7 @@ from .patcher import adopt, refuse_patched
 from .precision import DTYPES, make_text_ops, text_dtype
 from .progress import Progress
 from .record import saved_text_record
+from .text_states import RememberingCLIP
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -108,6 +109,7 @@ def load_bonsai_text_encoder(
         embedding_directory=embedding_directory,
         disable_dynamic=disable_dynamic,
     )
+    clip = RememberingCLIP(clip)
     adopt(clip.patcher)
     clip.tokenizer.encoder = weakref.ref(clip.cond_stage_model)
     clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (str(path), embedding_directory, compute_dtype))

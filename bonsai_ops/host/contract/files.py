@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .need import BASE_MODEL, CONFIGURATION, KLEIN, NO_ENCODER, PATCHER, SAVED, Need
+from .need import BASE_MODEL, CONFIGURATION, KEPT_STATES, KLEIN, NO_ENCODER, PATCHER, SAVED, Need
 
 NEEDS = (
     Need(
@@ -53,6 +53,10 @@ NEEDS = (
         takes="state_dict model_options embedding_directory disable_dynamic",
     ),
     Need("host/text_encoder.py", PATCHER, "to be cloned", words="cached_patcher_init"),
+    Need("host/text_states.py", "comfy.sd.CLIP", KEPT_STATES, "encode_from_tokens", "patcher layer_idx"),
+    Need("host/text_states.py", "comfy.sd.CLIP", KEPT_STATES, takes="no_init"),
+    Need("host/text_states.py", PATCHER, KEPT_STATES, words="forced_hooks patches_uuid"),
+    Need("host/text_states.py", "comfy.cli_args.args", KEPT_STATES, "cache_none"),
     Need("host/flags.py", "comfy.model_management.text_encoder_dtype", "to keep layers as it is asked to"),
     Need(
         "host/flags.py",

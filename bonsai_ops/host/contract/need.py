@@ -36,6 +36,7 @@ TENSOR, PARAMS = "comfy_kitchen.tensor.QuantizedTensor", "comfy_kitchen.tensor.b
 KLEIN = "comfy.text_encoders.flux"
 BYPASS, BYPASS_WORDS = "comfy.weight_adapter.BypassInjectionManager", "hooks module adapter multiplier"
 MISFIT = "to tell what belongs to another model"
+KEPT_STATES = "to encode a prompt once"
 SAVED = "to say what a saved text encoder is"
 NO_ENCODER = "no pack's text encoder is loaded; CLIPLoader with qwen_3_4b.safetensors and type flux2 serves as well"
 SLOW_LORAS = "LoRAs on packed layers are exact but slow: each call unpacks the layer"
