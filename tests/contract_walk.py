@@ -7,6 +7,7 @@ alone is needed by nobody who runs the plugin.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import textwrap
@@ -188,35 +189,47 @@ def unspelled(name: str, words: str) -> Iterator[str]:
     spelled: set[str] = set()
     patterns: set[str] = set()
     for text in _sources(comfyui.find(name)) if words else ():
-        for node in ast.walk(ast.parse(textwrap.dedent(text))):
-            if isinstance(node, ast.Attribute):
-                spelled.add(node.attr)
-            elif isinstance(node, ast.Name):
-                spelled.add(node.id)
-            elif isinstance(node, (ast.arg, ast.keyword)):
-                spelled.add(node.arg or "")
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                spelled.add(node.name)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                spelled.add(node.value)
-                if re.fullmatch(r"\w*\{\}\w*", node.value) and len(node.value) > len("set_"):
-                    patterns.add(node.value.replace("{}", r"\w+"))
-                elif re.fullmatch(r"_\w{5,}", node.value):
-                    patterns.add(rf"\w+{node.value}")
-            elif isinstance(node, ast.JoinedStr):
-                patterns.add(
-                    "".join(re.escape(p.value) if isinstance(p, ast.Constant) else r"\w+" for p in node.values)
-                )
-    patterns.discard(r"\w+")
+        found, begun = _spelling(text)
+        spelled |= found
+        patterns |= begun
     for word in words.split():
         if word not in spelled and not any(re.fullmatch(pattern, word) for pattern in patterns):
             yield word
+
+
+@functools.cache
+def _spelling(text: str) -> tuple[set[str], set[str]]:
+    """(what a source spells, patterns of what it makes names of)."""
+    spelled: set[str] = set()
+    patterns: set[str] = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(text))):
+        if isinstance(node, ast.Attribute):
+            spelled.add(node.attr)
+        elif isinstance(node, ast.Name):
+            spelled.add(node.id)
+        elif isinstance(node, (ast.arg, ast.keyword)):
+            spelled.add(node.arg or "")
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            spelled.add(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            spelled.add(node.value)
+            if re.fullmatch(r"\w*\{\}\w*", node.value) and len(node.value) > len("set_"):
+                patterns.add(node.value.replace("{}", r"\w+"))
+            elif re.fullmatch(r"_\w{5,}", node.value):
+                patterns.add(rf"\w+{node.value}")
+        elif isinstance(node, ast.JoinedStr):
+            patterns.add("".join(re.escape(p.value) if isinstance(p, ast.Constant) else r"\w+" for p in node.values))
+    return spelled, patterns - {r"\w+"}
 
 
 def _sources(found: Any) -> Iterator[str]:
     if inspect.isclass(found):
         for kind in found.__mro__:
             if kind.__module__.partition(".")[0] in HOST_PACKAGES:
-                yield inspect.getsource(kind)
+                yield _source(kind)
     else:
-        yield inspect.getsource(found if inspect.ismodule(found) else inspect.getmodule(inspect.unwrap(found)))
+        yield _source(found if inspect.ismodule(found) else inspect.getmodule(inspect.unwrap(found)))
+
+
+_source = functools.cache(inspect.getsource)
+"""Python parses the whole file again for each class."""
