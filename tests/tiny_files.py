@@ -39,6 +39,10 @@ STOCK_LOADERS = {"VAELoader": 2}
 """Loader: output of Load Bonsai Pack that takes its place."""
 TRAINING, STEPS_AT, STEPS = "TrainLoraNode", 2, 2
 """A node that takes minutes as it is saved, the place of its steps among its values, and how many are enough here."""
+SIDES_AT = {"EmptyFlux2LatentImage": (0, 1), "ImageScale": (1, 2), "PrimitiveInt": (0,), "Flux2Scheduler": (1, 2)}
+"""{node: places of width and height}. Half of them is enough: a quarter of the time, and noise in any case."""
+MEGAPIXELS, MEGAPIXELS_AT, LARGE = "ImageScaleToTotalPixels", 1, 256
+"""A node that is told the area, where; sides from which on a workflow is drawn smaller."""
 
 
 @contextlib.contextmanager
@@ -73,7 +77,7 @@ def written(base_directory: Path) -> Iterator[None]:
 def instead_of_published(graph: dict[str, Any]) -> dict[str, Any]:
     """A workflow as saved with the tiny files' names, and Load Bonsai Pack instead of ComfyUI's own loaders.
 
-    What it trains is trained for some steps only.
+    What it trains is trained for some steps only, and what is large is drawn with half its sides.
     """
     for node in graph["nodes"]:
         node["properties"].pop("models", None)
@@ -81,6 +85,10 @@ def instead_of_published(graph: dict[str, Any]) -> dict[str, Any]:
             node["widgets_values"][0] = REPLACED[node["type"]]
         if node["type"] == TRAINING:
             node["widgets_values"][STEPS_AT] = STEPS
+        for place in SIDES_AT.get(node["type"], ()):
+            node["widgets_values"][place] = _smaller(node["widgets_values"][place])
+        if node["type"] == MEGAPIXELS:
+            node["widgets_values"][MEGAPIXELS_AT] /= 4
     replaced = {node["id"]: STOCK_LOADERS[node["type"]] for node in graph["nodes"] if node["type"] in STOCK_LOADERS}
     if not replaced:
         return graph
@@ -110,12 +118,16 @@ def instead_of_published(graph: dict[str, Any]) -> dict[str, Any]:
 
 
 def pixels(graph: dict[str, Any]) -> int:
-    """About how many pixels the pictures of a workflow as saved have."""
+    """About how many pixels the pictures of a workflow as saved have when they are drawn instead."""
     for node in graph["nodes"]:
         if node["type"] == "EmptyFlux2LatentImage":
             width, height = node["widgets_values"][:2]
-            return width * height
-    return 512 * 512
+            return _smaller(width) * _smaller(height)
+    return _smaller(512) ** 2
+
+
+def _smaller(side: int) -> int:
+    return side // 2 if side > LARGE else side
 
 
 def _write_lora(path: Path) -> None:
