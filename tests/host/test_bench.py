@@ -42,7 +42,10 @@ def test_a_picture_part_by_part(comfyui_path: Path, work: Path, capsys: pytest.C
     assert "VAE decode" in capsys.readouterr().out
 
 
-def test_a_step_in_turns(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_in_turns(
+    comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "TURNS", 2)
     figures = step.measure(comfyui_path, work, 64)
     measured = [way for way in STEP_WAYS if way.mode == "exact"]
     assert [f"{way.name}_s" for way in measured] == [key for key in figures if key.endswith("_s")]
