@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from twins import with_short_texts
 
 from bonsai_ops.tools.bench import memory
 
@@ -15,8 +18,11 @@ LIMITS = {"ternary": 1.19e9, "binary": 0.91e9}
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("full-size")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for the packs, 4.5 GB, which does not stay until the end of the run."""
+    folder = tmp_path_factory.mktemp("full-size")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,7 @@ def test_one_step(figures: dict, work: Path, variant: str, comfyui_path: Path) -
     from bonsai_ops.host.sampling import sample_official
 
     with torch.inference_mode():
-        model = load_bonsai_model(work / variant / "native.safetensors")
+        model = with_short_texts(load_bonsai_model(work / variant / "native.safetensors"))
         embeds = torch.randn(1, 32, 7680, generator=torch.Generator().manual_seed(0))
         empty = {"samples": torch.zeros(1, 128, 4, 8)}
         latent = sample_official(model, [[embeds, {"pooled_output": None}]], empty, 0, 1, 1.0)["samples"]

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from twins import SMALL, Pair, bfl_lora, draw, latent, loaded, predict, relative, run_node, text, unloaded, with_lora
+from twins import (
+    SMALL,
+    Pair,
+    bfl_lora,
+    draw,
+    latent,
+    loaded,
+    predict,
+    relative,
+    run_node,
+    text,
+    unloaded,
+    with_lora,
+    with_short_texts,
+)
 
 pytestmark = pytest.mark.host
+
+
+@pytest.fixture
+def make_pair(make_pair: Callable[..., Pair]) -> Callable[..., Pair]:
+    """Pairs that read a text without its padding."""
+    return lambda variant="ternary": make_pair(variant).both(with_short_texts)
 
 
 def changed(found: torch.Tensor, other: torch.Tensor) -> bool:

@@ -35,9 +35,17 @@ from twins import (
     stock_text_encoder,
     unloaded,
     with_lora,
+    with_short_texts,
 )
 
 pytestmark = pytest.mark.host
+
+
+@pytest.fixture
+def make_pair(make_pair: Callable[..., Pair]) -> Callable[..., Pair]:
+    """Pairs that read a text without its padding."""
+    return lambda variant="ternary": make_pair(variant).both(with_short_texts)
+
 
 LoraFile = Callable[[Mapping[str, torch.Tensor]], str]
 

@@ -45,6 +45,7 @@ from twins import (
     run_node,
     stock_text_encoder,
     with_lora,
+    with_short_texts,
     write_pack,
 )
 
@@ -119,11 +120,6 @@ def dense_twin(path: Path, disable_dynamic: bool = False) -> Any:
     return model
 
 
-def unpadded(forward: Callable, x: Any, timestep: Any, context: torch.Tensor, *rest: Any, **options: Any) -> Any:
-    """Without the zeros that make every text 512 tokens long: they would take nearly all of the time."""
-    return forward(x, timestep, context[:, -TOKENS:], *rest, **options)
-
-
 class Pixels(torch.nn.Module):
     """A VAE of no weights, exact and quick: a picture [B, 3, H, W] and the latent [B, 128, H / 16, W / 16]."""
 
@@ -144,20 +140,20 @@ class Table:
         self.files, self.nodes = files, all_nodes()
         ours = load_bonsai_text_encoder(files["folder"], compute_dtype="fp32")
         self.clips = (ours, stock_text_encoder(files["folder"] / "text_encoder-mlx-4bit" / "model.safetensors", TEXT))
+        for clip in self.clips:  # without the padding of a prompt to 512 tokens, as with_short_texts
+            clip.tokenizer.qwen3_4b.min_length = TOKENS
         self.vae = load_vae(SHIPPED_PACK)
         self.vae.first_stage_model = Pixels()
         self.make()
 
     def make(self) -> None:
-        import comfy.patcher_extension
-
         from bonsai_ops.host.loader import load_bonsai_model
 
         paths = (self.files["model"], self.files["other"])
         packed = [load_bonsai_model(path, {"compute_dtype": "fp32"}) for path in paths]
         dense = [dense_twin(path) for path in paths]
         for model in packed + dense:
-            model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "node table", unpadded)
+            with_short_texts(model)
         self.sides = [
             Side(*models, clip, self.vae, self.files["lora"], GEOMETRY.context)
             for models, clip in zip((packed, dense), self.clips, strict=True)
