@@ -37,8 +37,8 @@ NOT_SHIPPED = {"LoadImage": PICTURE, "LoadImageTextDataSetFromFolder": PICTURES,
 """Node: file that takes the place of one that the user brings, for which the workflow names no address."""
 STOCK_LOADERS = {"VAELoader": 2}
 """Loader: output of Load Bonsai Pack that takes its place."""
-TRAINING, STEPS_AT, STEPS = "TrainLoraNode", 2, 2
-"""A node that takes minutes as it is saved, the place of its steps among its values, and how many are enough here."""
+TRAINING = {"TrainLoraNode": {2: 2}, "RecoverBitLinear": {2: 8, 3: 1, 4: 1}}
+"""Nodes that take minutes as they are saved: {place among their values: what is enough here} of steps and the like."""
 SIDES_AT = {"EmptyFlux2LatentImage": (0, 1), "ImageScale": (1, 2), "PrimitiveInt": (0,), "Flux2Scheduler": (1, 2)}
 """{node: places of width and height}. Half of them is enough: a quarter of the time, and noise in any case."""
 MEGAPIXELS, MEGAPIXELS_AT, LARGE = "ImageScaleToTotalPixels", 1, 256
@@ -83,8 +83,8 @@ def instead_of_published(graph: dict[str, Any]) -> dict[str, Any]:
         node["properties"].pop("models", None)
         if node["type"] in REPLACED and node["widgets_values"][0] != SHIPPED_PACK:
             node["widgets_values"][0] = REPLACED[node["type"]]
-        if node["type"] == TRAINING:
-            node["widgets_values"][STEPS_AT] = STEPS
+        for place, enough in TRAINING.get(node["type"], {}).items():
+            node["widgets_values"][place] = enough
         for place in SIDES_AT.get(node["type"], ()):
             node["widgets_values"][place] = _smaller(node["widgets_values"][place])
         if node["type"] == MEGAPIXELS:

@@ -103,7 +103,8 @@ function opened() {
   }
 }
 
-// Runs in the page. Resolves to {outputs, errors} when the prompt has ended; button: what to press, or null to queue it.
+// Runs in the page. Resolves to {outputs, errors} when the prompt has ended; button: of these the last is
+// pressed; null queues it.
 async function run([timeout, button]) {
   const api = window.app.api ?? window.comfyAPI.api.api
   const outputs = {}
@@ -125,7 +126,7 @@ async function run([timeout, button]) {
       finish([`node ${detail.node_id} (${detail.node_type}): ${detail.exception_type}: ${detail.exception_message}`])
     )
   })
-  if (button) document.querySelector(button).click()
+  if (button) [...document.querySelectorAll(button)].at(-1).click()
   else await window.app.queuePrompt(0, 1)
   const refused = window.app.lastNodeErrors
   if (refused && Object.keys(refused).length) return { outputs, errors: [`refused: ${JSON.stringify(refused)}`] }
@@ -279,7 +280,7 @@ async function runApp(page, timeout) {
   await page.keyboard.press('Escape') // the tour that newer pages offer
   await page.waitForTimeout(500)
   const inputs = await page.locator('[data-testid="app-mode-widget-item"]').allInnerTexts()
-  const ended = await page.evaluate(run, [timeout, `${RUN_APP} button:last-of-type`])
+  const ended = await page.evaluate(run, [timeout, `${RUN_APP} button`])
   await page.waitForTimeout(1000)
   const shown = page.locator('[data-testid="linear-center-panel"] img')
   const widths = await shown.evaluateAll((images) => images.map((image) => image.naturalWidth))

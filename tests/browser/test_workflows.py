@@ -203,6 +203,15 @@ def test_help_opens_on_the_page(page: Page) -> None:
     assert len(answer["help"]["pictures"]) == 1 and answer["help"]["pictures"][0] >= 400
 
 
+def test_the_app_opens_and_draws(page: Page) -> None:
+    """A page with what one asks for and a button instead of the graph."""
+    (path,) = (path for path in WORKFLOWS if path.stem.endswith("as an app"))
+    answer = page.drive("app", read(path), run=False, vue=True, template=path.stem, app=True)
+    assert answer["errors"] == [] and answer["app"]["errors"] == [], page.server.log_tail()
+    assert answer["app"]["inputs"] == ["prompt", "width", "height", "seed"]
+    assert 128 in answer["app"]["pictures"]
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_page_shows_translated_titles(language: str, page: Page) -> None:
     texts = read(REPOSITORY / "locales" / language / "nodeDefs.json")

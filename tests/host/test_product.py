@@ -179,6 +179,31 @@ def test_no_node_that_the_help_warns_of(path: Path) -> None:
     assert [node["type"] for node in read(path)["nodes"] if node["type"] in WARNED_OF] == []
 
 
+def test_every_node_has_an_example() -> None:
+    """A template or a blueprint that uses it."""
+    files = [*WORKFLOWS, *(REPOSITORY / "subgraphs").glob("*.json")]
+    assert {*OURS} - {node["type"] for path in files for node in all_nodes(read(path))} == set()
+
+
+def all_nodes(workflow: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Those of a saved workflow, and of the subgraphs in it."""
+    for graph in (workflow, *workflow.get("definitions", {}).get("subgraphs", ())):
+        yield from graph["nodes"]
+
+
+def test_one_opens_as_an_app() -> None:
+    """With inputs and outputs that are there; the form holds for pages that keep widgets by node and name."""
+    (path,) = (path for path in WORKFLOWS if read(path)["extra"].get("linearMode"))
+    graph = read(path)
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    shown = [(number, name) for number, name, *_ in graph["extra"]["linearData"]["inputs"]]
+    for number, name in shown:
+        assert name in [slot["name"] for slot in nodes[number]["inputs"] if "widget" in slot]
+    assert {"text", "width", "height", "seed"} == {name for _, name in shown}
+    (output,) = graph["extra"]["linearData"]["outputs"]
+    assert nodes[output]["type"] == "SaveImage"
+
+
 @each_workflow
 def test_node_types_exist_in_every_version(path: Path, every_comfy_server: ComfyServer) -> None:
     """And none of them is one that ComfyUI asks users to replace."""

@@ -100,7 +100,7 @@ def test_dynamic_vram_rounds_no_lora_away(pair: Pair, lora_file: Callable[..., s
 
 def test_nothing_recommends_a_loader_that_drops_loras() -> None:
     """Trap 13. ComfyUI's LoraLoaderBypass drops split LoRAs and the first of two: nothing we ship names it."""
-    folders = ("web", "workflows", "locales", "nodes")
+    folders = ("web", "workflows", "subgraphs", "locales", "nodes")
     files = [f for folder in folders for f in (REPOSITORY / folder).rglob("*") if f.suffix in (".md", ".json", ".py")]
     files.append(REPOSITORY / "README.md")
     assert [str(f) for f in files if "loraloaderbypass" in f.read_text(encoding="utf-8").lower().replace(" ", "")] == []
