@@ -31,9 +31,10 @@ class Series:
 
 
 def draw(file: Path, rows: Mapping[str, Mapping]) -> None:
-    """Writes a PNG of the rows that there are, {name of a way: its figures}."""
+    """Writes a PNG of the rows that there are, {name of a way: its figures}; none if there is nothing to show."""
     series = [part for part in _series(rows) if part.points]
-    _Chart(series).image().save(file, format="PNG", optimize=True)
+    if series:
+        _Chart(series).image().save(file, format="PNG", optimize=True)
 
 
 def _series(rows: Mapping[str, Mapping]) -> Iterator[Series]:

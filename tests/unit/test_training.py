@@ -197,3 +197,5 @@ def test_the_curve_shows_what_there_is(tmp_path: Path) -> None:
             pictures.append(np.asarray(picture.convert("RGB"), np.int64))
     blues = [int((abs(picture - curve.BLUE).sum(2) < 60).sum()) for picture in pictures]
     assert blues[0] > 100 and blues[1] == 0
+    curve.draw(tmp_path / "none.png", {})
+    assert not (tmp_path / "none.png").exists()
