@@ -19,7 +19,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -189,12 +189,25 @@ def _trained(original: ModelPatcher, patched: ModelPatcher) -> list[str]:
             "no packed layer of the patched model has a residual to train: set rank in Patch to BitLinear to 16 or "
             "more, with 32 as a good start"
         )
-    if patched.patches or patched.weight_wrapper_patches or patched.injections:
+    if _has_more(original, patched, {layer.key for layer, _ in pairs}):
         raise ValueError(
             "the patched model carries LoRAs: connect them behind Recover BitLinear instead of before it, where they "
             "do the same"
         )
     return names
+
+
+def _has_more(original: ModelPatcher, patched: ModelPatcher, packed: Collection[str]) -> bool:
+    """Whether the patched model carries what the original does not, or anything on the keys of packed weights.
+
+    A merge is in the codes of packed layers already; on the others it stays a patch, on both models the same.
+    """
+    for key, patches in patched.patches.items():
+        others = original.patches.get(key, ())
+        same = len(patches) == len(others) and all(one is other for one, other in zip(patches, others, strict=True))
+        if patches and (key in packed or not same):
+            return True
+    return bool(patched.weight_wrapper_patches or patched.injections)
 
 
 def _held_out(samplings: int, prompts: int, steps: int) -> list[int]:

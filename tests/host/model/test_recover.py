@@ -15,7 +15,7 @@ import torch
 from families import CONTEXT, KINDS, POOLED, patch, random_tensors, sample, stock
 from lora_training import DenseWeights
 from small_disk import small_disk
-from twins import load_device, low_rank, packed_layers, same_state, state_bytes, with_lora
+from twins import load_device, low_rank, packed_layers, run_node, same_state, state_bytes, with_lora
 
 pytestmark = pytest.mark.host
 SIGMAS = {"sdxl": (14.6, 3.0, 0.0)}
@@ -320,6 +320,24 @@ def test_a_packed_file_is_recovered_too(
     assert origin == attached_inventory(loaded).origin and codecs == ("crumb",)
 
 
+def test_a_merged_model(unload: Callable[[], None]) -> None:
+    """A merge is in the codes of packed layers, and stays a patch of the others on both models."""
+    node = "comfy_extras.nodes_model_merging.ModelMergeSimple"
+    first = stock("flux2")
+    second = stock("flux2", {name: 0.9 * tensor for name, tensor in random_tensors(first.model).items()})
+    with torch.inference_mode():
+        source = run_node(node, model1=first, model2=second, ratio=0.5)
+        patched, _ = patch(source, rank=4)
+    found, report = recover(source, patched, "flux2")
+    assert report.tuned.best.held_out < 0.99 * report.tuned.before.held_out, report.to_text()
+    assert patched.patches and {key: len(p) for key, p in found.patches.items()} == {
+        key: len(p) for key, p in patched.patches.items()
+    }
+    unload()
+    with pytest.raises(ValueError, match="the patched model carries LoRAs"):
+        recover(first, patched, "flux2")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -331,6 +349,7 @@ def test_a_packed_file_is_recovered_too(
         ("other model", "in the patched model and missing in the original: connect the model that was patched"),
         ("one model", "original and patched are one model: connect the dense model"),
         ("lora", "the patched model carries LoRAs: connect them behind Recover BitLinear"),
+        ("lora on a kept layer", "the patched model carries LoRAs: connect them behind Recover BitLinear"),
         ("no prompt", "there is no conditioning to recover with: connect CLIP Text Encode to prompts"),
         ("few points", "3 points are less than two samplings of 2 steps: ask for 4 points or more"),
         ("no step", "sigmas has no step: connect a scheduler"),
@@ -357,8 +376,8 @@ def test_wrong_inputs(
         source = stock("sd3")
     if wrong == "one model":
         source = patched.clone()
-    if wrong == "lora":
-        layer = KINDS["flux2"].layer
+    if wrong.startswith("lora"):
+        layer = KINDS["flux2"].layer if wrong == "lora" else "final_layer.linear"
         shape = tuple(dict(source.model.diffusion_model.named_modules())[layer].weight.shape)
         patched = with_lora(patched, lora_file(low_rank({f"diffusion_model.{layer}": shape})))
     if wrong == "no prompt":
