@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from random_weights import random_weight
+from random_weights import random_weight, truth
 
 from bonsai_ops import kernels
 from bonsai_ops.kernels import BackendError, cpu, dispatch, eager, is_the_devices, machine
@@ -20,6 +20,13 @@ from bonsai_ops.weights.packed_weight import PackedWeight
 
 SCHEME = {"bit": "binary", "trit5": "ternary", "crumb": "ternary"}
 """{codec: scheme} of what the fast backends take."""
+WITH_ZEROS = [
+    ("affine", "bit"),
+    ("affine", "crumb"),
+    ("affine", "nibble"),
+    ("affine", "byte"),
+    ("zero_point", "nibble"),
+]
 SHAPES = [(1, 128), (8, 256), (130, 384), (384, 512), (1000, 1024)]
 
 
@@ -62,6 +69,37 @@ def test_cpu_backend_stays_within_its_scratch(
     assert 5_000_000 < nbytes <= cpu.SCRATCH_BYTES
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("scheme", "codec"), WITH_ZEROS)
+def test_cpu_backend_with_zeros(scheme: str, codec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64 and a decoder of its own, in one product and in many: rows across planes, pieces of chunks."""
+    for shape in ((1000, 256, 64), (83, 384, 128), (1, 96, 32)):
+        weight = random_weight(scheme, codec, *shape)
+        x = torch.randn(50, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+        values, y = truth(weight, dtype), torch.randn(6, shape[0]).to(dtype)
+        for piece, rows in ((1 << 19, 384), (3000, 64)):
+            monkeypatch.setattr(cpu, "ZERO_PIECE", piece)
+            monkeypatch.setattr(cpu, "ZERO_ROWS", rows)
+            limit = 2**-7 if dtype == torch.bfloat16 else 5e-6
+            for found, exact in (
+                (cpu.multiply(x, weight), x.double() @ values.t()),
+                (cpu.multiply_transposed(y, weight), y.double() @ values),
+            ):
+                assert float((found.double() - exact).norm() / exact.norm()) < limit, (shape, piece)
+
+
+@pytest.mark.parametrize(("dtype", "rows", "columns"), [(torch.bfloat16, 3840, 3072), (torch.float32, 448, 12288)])
+def test_cpu_backend_stays_within_its_scratch_with_zeros(
+    dtype: torch.dtype, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest groups, and as many rows together as for any number of tokens."""
+    monkeypatch.setattr(cpu, "ZERO_ROWS", rows)
+    weight, x = random_weight("affine", "nibble", rows, columns, 32), torch.ones(4, columns, dtype=dtype)
+    found, nbytes = run_with_scratch(lambda: cpu.multiply(x, weight), "cpu")
+    assert found.shape == (4, rows)
+    assert 20_000_000 < nbytes <= cpu.SCRATCH_BYTES
+
+
 def test_choice_and_reasons() -> None:
     """fp16 goes to the reference with the reason; bf16 and fp32 to the CPU's own path where the CPU can."""
     weight = random_weight("ternary", "trit5", 128, 256)
@@ -75,9 +113,12 @@ def test_choice_and_reasons() -> None:
         assert choice.backend.NAME == "cpu"
     else:
         assert "AVX-512 BF16" in choice.declined["cpu"]
-    for name in ("crumb", "nibble", "byte"):
-        affine = kernels.Call(device, torch.bfloat16, 128, 256, "affine", name, 128)
-        assert "affine weights stored as" in kernels.resolve(affine).declined["cpu"]
+    for scheme, codec in WITH_ZEROS:
+        call = kernels.Call(device, torch.float32, 128, 256, scheme, codec, 64)
+        assert kernels.resolve(call).backend.NAME == "cpu"
+        choice = kernels.resolve(dataclasses.replace(call, mode="a8"))
+        assert (choice.backend.NAME, choice.mode) == ("cpu", "exact")
+        assert f"cpu: mode a8 has no kernel for {scheme} weights stored as {codec}" in choice.declined["a8"]
 
 
 @pytest.mark.parametrize(
