@@ -158,11 +158,13 @@ def _plain(weights: Mapping[str, PackedWeight]) -> _Made:
 
 
 def _mixed(twin: Twin, bits: float) -> dict[str, PackedWeight]:
-    """Layers in three levels, 4 or 8 bits, so that all have this many bits a weight and the least error."""
+    """Layers in three levels, 4 or 8 bits, as Patch to BitLinear spends a size of this many bits a weight."""
     tried = {recipe: twin.packed(Settings(recipe, GROUP)) for recipe in ("ternary", "4bit", "8bit")}
     options = {
         name: [
-            budget.Option(recipe, made[name].nbytes, measured(weight, made[name], twin.statistics[name]).squared)
+            budget.Option(
+                recipe, made[name].nbytes, measured(weight, made[name], twin.statistics[name]).error.output ** 2
+            )
             for recipe, made in tried.items()
         ]
         for name, weight in twin.dense.items()
