@@ -77,7 +77,8 @@ class _Chart:
             for bits, error, label in part.points:
                 x, y = self._place(bits, error)
                 self._mark(x, y, part)
-                self._text(x + 8, y - 8, label, 13, PALE, "lm")
+                left = label == "rounded"  # which may lie on top of the next one
+                self._text(x - 8 if left else x + 8, y - 8, label, 13, PALE, "rm" if left else "lm")
             y = TOP + 8 + 20 * number
             self._mark(WIDTH - RIGHT - 250, y, part)
             self._text(WIDTH - RIGHT - 236, y, part.name, 14, INK, "lm")
