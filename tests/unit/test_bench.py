@@ -357,7 +357,7 @@ def test_a_benchmark_is_listed_once() -> None:
         assert set(benchmark.options) <= set(table.OPTIONS)
     assert {name for benchmark in table.BENCHMARKS for name in benchmark.options} == set(table.OPTIONS)
     assert [benchmark.name for benchmark in table.chosen(parser.parse_args([]))] == list(table.USUAL)
-    assert "--rank RANK lora, train: rank of the LoRA" in text
+    assert "--rank RANK lora, train, recover: rank of the LoRA, or of the residual" in text
 
 
 def test_the_command_line_reaches_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
