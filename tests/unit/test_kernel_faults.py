@@ -221,8 +221,8 @@ def test_an_error_of_the_device_is_no_kernels(
 
 @pytest.mark.parametrize("name", ["reference", "gradient"])
 def test_a_lost_device_is_named_by_whoever_meets_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference too, and the product of a gradient."""
-    weight, x = random_weight("affine", "nibble", 40, 256), torch.ones(3, 256)
+    """The reference too, which multiplies fp16 on a CPU, and the product of a gradient."""
+    weight, x = random_weight("affine", "nibble", 40, 256), torch.ones(3, 256, dtype=torch.float16)
     function = "multiply" if name == "reference" else "multiply_transposed"
 
     def lost(*_arguments: Any) -> torch.Tensor:
@@ -233,4 +233,4 @@ def test_a_lost_device_is_named_by_whoever_meets_it(name: str, monkeypatch: pyte
         if name == "reference":
             kernels.linear(x, weight)
         else:
-            dispatch.multiply_transposed(torch.ones(3, 40), weight)
+            dispatch.multiply_transposed(torch.ones(3, 40, dtype=torch.float16), weight)
