@@ -1,8 +1,7 @@
 """A size of the benchmark of Recover BitLinear, a process of its own (session.py): recover {"file", "size", ..}.
 
 Loads a dense file through ComfyUI in bf16, packs it as options say, and has the node's work done on the fewest points:
-two steps of the dense model, one held out, and one step of training on the other. A packed model that is in a file
-already, beside the dense one, spares the packing.
+two steps of the dense model, one held out, and one step of training on the other.
 """
 
 from __future__ import annotations
