@@ -33,6 +33,7 @@ def models(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "models"
     folder.mkdir()
     monkeypatch.setattr(folder_paths, "models_dir", str(folder))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})  # else lists of a folder that is gone stay
     known = folder_paths.folder_names_and_paths
     for kind in KINDS[1:]:
         monkeypatch.setitem(known, kind, ([str(folder / kind)], known[kind][1]))
