@@ -57,7 +57,8 @@ def text_dtype(name: str) -> io.Combo.Input:
         default="auto",
         optional=True,
         tooltip="Number format in which the text encoder multiplies. auto: bf16 or fp16 on a GPU that is fast in it, "
-        "fp32 on a CPU. fp32: the most exact, also on a GPU. The packed weights stay the same in every format.",
+        "bf16 on a CPU that has it in hardware, else fp32. fp32: the most exact, also on a GPU. The packed weights "
+        "stay the same in every format.",
         **_advanced(),
     )
 

@@ -34,7 +34,7 @@ FLAGS = (
     Flag("disable-mmap", "files are read into memory: after loading nothing of them is mapped", "host/flags.py"),
     Flag("mmap-torch-files", "as without it: .pt files are mapped like all others, unless disable-mmap forbids it"),
     # number formats: transformer
-    Flag("force-fp32", "auto computes in fp32", "host/precision.py"),
+    Flag("force-fp32", "auto computes in fp32, in text encoders too", "host/precision.py"),
     Flag("fp32-unet", "auto computes in fp32", "host/precision.py"),
     Flag("fp64-unet", "auto computes in fp32, the most exact that packed layers know", "host/precision.py"),
     Flag("bf16-unet", "auto computes in bf16; on a GPU that cannot, in what ComfyUI casts to", "host/precision.py"),
@@ -46,7 +46,7 @@ FLAGS = (
     # number formats: text encoder, VAE
     Flag(
         "fp8_e4m3fn-text-enc fp8_e5m2-text-enc fp16-text-enc bf16-text-enc fp32-text-enc",
-        "the linear layers of an unpacked text encoder are kept in that dtype; packed ones stay packed. On a GPU auto "
+        "the linear layers of an unpacked text encoder are kept in that dtype; packed ones stay packed. auto "
         "multiplies both in it, but for fp8; all else of a text encoder is computed in fp32, as in ComfyUI's",
         "host/flags.py",
     ),

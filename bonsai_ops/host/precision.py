@@ -47,16 +47,16 @@ def _on_a_cpu() -> torch.dtype:
 def text_dtype(choice: str, device: torch.device) -> torch.dtype:
     """The dtype that the linear layers of a text encoder multiply in on `device`, for auto or one of DTYPES.
 
-    auto is fp32 on a CPU, elsewhere what the command line asks for (--bf16-text-enc and the like, --force-fp32), else
-    bf16 or fp16 where ComfyUI finds them fast: bf16 is what it generates text in there, and what the packs' pipelines
-    encode prompts in.
+    auto is what the command line asks for (--bf16-text-enc and the like, --force-fp32), else bf16 on a CPU that has it
+    in hardware and on a GPU that ComfyUI finds fast in it, then fp16 on such a GPU: bf16 is what ComfyUI generates text
+    in on GPUs, and what the packs' pipelines encode prompts in.
     """
     if choice != "auto":
         return DTYPES[choice]
-    if device.type == "cpu":
-        return torch.float32
     if (asked := asked_text_dtype()) in DTYPES.values():
         return asked
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_has_fast_bf16() and not args.force_fp32 else torch.float32
     if comfy.model_management.should_use_bf16(device):
         return torch.bfloat16
     return torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32

@@ -1,4 +1,4 @@
-"""What a prompt was encoded to, kept from prompt to prompt: encoding takes half a minute on a CPU.
+"""What a prompt was encoded to, kept from prompt to prompt: encoding takes up to half a minute on a CPU.
 
 ComfyUI keeps the result of CLIP Text Encode while the prompt stays; changed and changed back it is encoded again,
 whatever is free: its newest versions let go of what the last graph did not use at the first node that runs.

@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.host]
 LATENT_TOLERANCE = 1e-5
 EMBEDS_TOLERANCE = 1e-5
 FP32 = {"compute_dtype": "fp32", "memory": "auto"}
+TEXT_FP32 = {"text_compute_dtype": "fp32"}
 
 
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -84,7 +85,7 @@ def check(found: tuple[torch.Tensor, np.ndarray], truth: Truth) -> None:
 
 
 def load_pack(name: str) -> dict:
-    return {"pack": {"class_type": "LoadBonsaiPack", "inputs": {"pack_name": name, **FP32}}}
+    return {"pack": {"class_type": "LoadBonsaiPack", "inputs": {"pack_name": name, **FP32, **TEXT_FP32}}}
 
 
 def load_model(name: str) -> dict:
@@ -150,7 +151,7 @@ def test_text_encoder(family: Family, layout: str, comfyui_path: Path) -> None:
     folder = getattr(family, layout)
     truth = family.truth.embeds if layout == "unpacked" else reference.reference_embeds(folder, PROMPT)
     with torch.inference_mode():
-        clip = load_bonsai_text_encoder(folder)
+        clip = load_bonsai_text_encoder(folder, compute_dtype="fp32")
         found = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))[0][0]
     assert found.shape == truth.shape
     assert relative(found, truth) <= EMBEDS_TOLERANCE
@@ -163,7 +164,7 @@ def test_long_prompt_is_cut_like_the_official_one(family: Family, comfyui_path: 
     prompt = "a small tree " * 300
     truth = reference.reference_embeds(family.mlx, prompt)
     with torch.inference_mode():
-        clip = load_bonsai_text_encoder(family.mlx)
+        clip = load_bonsai_text_encoder(family.mlx, compute_dtype="fp32")
         found = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0][0]
     assert found.shape == truth.shape == (1, 512, truth.shape[-1])
     assert relative(found, truth) <= EMBEDS_TOLERANCE

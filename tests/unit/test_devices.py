@@ -27,7 +27,7 @@ NAME_ONE = {
     "test_kept.py:<module>": "loads by hand, on a CPU only",
     "test_overhead.py:test_an_unwrapped_weight_follows_its_tensor": "of a layer made by hand",
     "test_layout.py:<module>": "of a tensor made by hand",
-    "test_text_dtype.py:test_auto_is_fp32_on_a_processor": "says what holds on which",
+    "test_text_dtype.py:test_auto_is_what_the_processor_is_fast_in": "says what holds on which",
     "test_text_dtype.py:test_auto_follows_the_command_line": "asks about both",
 }
 """{file:function: what the device that it names is}."""

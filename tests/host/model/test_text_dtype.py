@@ -69,48 +69,67 @@ def test_error_of_the_embeddings(name: str, dtype: str, embeddings: Callable[[st
     assert (float(truth.abs().max()) > torch.finfo(torch.float16).max) == (name == "large")
 
 
-def test_auto_is_fp32_on_a_processor(
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_what_the_processor_is_fast_in(
+    fast: bool,
     load: Callable[..., Any],
     folders: dict[str, Path],
     embeddings: Callable[[str, str], torch.Tensor],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from bonsai_ops.host import precision
+
+    monkeypatch.setattr(precision, "cpu_has_fast_bf16", lambda: fast)
     with caplog.at_level("INFO"):
         clip = load(folders["random"])
     if load_device().type == "cpu":
-        assert "multiplies in float32" in caplog.text
-        assert torch.equal(encoded(clip), embeddings("random", "fp32"))
+        expected = "bf16" if fast else "fp32"
+        assert f"multiplies in {'bfloat16' if fast else 'float32'}" in caplog.text
+        assert torch.equal(encoded(clip), embeddings("random", expected))
     else:
         assert "multiplies in bfloat16" in caplog.text or "multiplies in float16" in caplog.text
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "of_gpu", "of_cpu"),
     [
-        (("bf16_text_enc",), torch.bfloat16),
-        (("fp16_text_enc",), torch.float16),
-        (("fp32_text_enc",), torch.float32),
-        (("force_fp16",), torch.float16),
-        (("fp8_e4m3fn_text_enc", "force_fp16"), torch.float16),
+        (("bf16_text_enc",), torch.bfloat16, torch.bfloat16),
+        (("fp16_text_enc",), torch.float16, torch.float16),
+        (("fp32_text_enc",), torch.float32, torch.float32),
+        (("force_fp16",), torch.float16, None),
+        (("force_fp32",), torch.float32, torch.float32),
+        (("fp8_e4m3fn_text_enc", "force_fp16"), torch.float16, None),
     ],
     ids=str,
 )
 def test_auto_follows_the_command_line(
-    options: tuple[str, ...], expected: torch.dtype, comfy: Any, monkeypatch: pytest.MonkeyPatch
+    fast: bool,
+    options: tuple[str, ...],
+    of_gpu: torch.dtype,
+    of_cpu: torch.dtype | None,
+    comfy: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a GPU; a processor computes as ever, and the node has the last word."""
+    """None: what the processor is fast in. The node has the last word."""
+    import comfy.model_management
     from comfy.cli_args import args
 
-    from bonsai_ops.host.precision import text_dtype
+    from bonsai_ops.host import precision
 
-    if load_device().type != "cpu" and options[-1] == "force_fp16":
+    if load_device().type != "cpu" and options[-1].startswith("force"):
         pytest.skip("a GPU's own bf16 comes first")
+    monkeypatch.setattr(precision, "cpu_has_fast_bf16", lambda: fast)
     for option in options:
         monkeypatch.setattr(args, option, True)
+    monkeypatch.setattr(comfy.model_management, "FORCE_FP32", args.force_fp32)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert text_dtype("auto", gpu) == expected
-    assert text_dtype("auto", cpu) == torch.float32
-    assert text_dtype("fp32", gpu) == torch.float32 and text_dtype("bf16", cpu) == torch.bfloat16
+    assert precision.text_dtype("auto", gpu) == of_gpu
+    own = torch.bfloat16 if fast else torch.float32
+    assert precision.text_dtype("auto", cpu) == (of_cpu or own)
+    assert precision.text_dtype("fp32", gpu) == torch.float32
+    assert precision.text_dtype("bf16", cpu) == torch.bfloat16
 
 
 def test_a_clone_multiplies_in_the_same(
