@@ -1,4 +1,7 @@
-"""`python -m bonsai_ops.convert SRC DST`: any pack -> one native .safetensors, without ComfyUI's graph."""
+"""`python -m bonsai_ops.convert SRC DST`: any pack's transformer or text encoder -> one native .safetensors.
+
+ComfyUI's graph is not needed. A folder that has both is taken for its transformer.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .tools.environment import ending_by_exception, relaunch_if_needed
 from .weights.errors import PackError
+
+if TYPE_CHECKING:
+    from .weights.formats import Pack
 
 BAR_WIDTH = 40
 
@@ -18,9 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     """Converts; returns the exit code: 0, or 1 with one sentence on standard error."""
     parser = argparse.ArgumentParser(
         prog="python -m bonsai_ops.convert",
-        description="Converts a Bonsai pack (MLX, gemlite, unpacked; a file or a folder) to one native .safetensors.",
+        description="Converts a Bonsai pack's transformer (MLX, gemlite, unpacked; a file or a folder), or its text "
+        "encoder (its file or own folder), to one native .safetensors, which is used as it lies on the disk.",
     )
-    parser.add_argument("source", type=Path, help="pack file or folder")
+    parser.add_argument("source", type=Path, help="pack file or folder, or a text encoder's")
     parser.add_argument("target", type=Path, help="new .safetensors file (or a folder to put it in)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file that is not the source")
     parser.add_argument("--yes", action="store_true", help="download what this Python lacks without asking")
@@ -64,9 +72,9 @@ def _without_page(error: PackError) -> PackError:
 def _convert(source: Path, target: Path, overwrite: bool) -> Path:
     """Packs `source` and writes `target`; returns the file written. Raises PackError or OSError."""
     from .weights.formats import native  # torch is there only after the relaunch
-    from .weights.read import as_transformer, open_transformer, read_weights, source_record
+    from .weights.read import read_weights, source_record
 
-    pack = open_transformer(source)
+    pack, architecture, check = _open(source)
     if target.is_dir():
         target = target / f"{source.stem if source.is_file() else source.name}-bonsai.safetensors"
     if target.suffix != ".safetensors":
@@ -77,9 +85,30 @@ def _convert(source: Path, target: Path, overwrite: bool) -> Path:
         raise PackError(target, "exists", "Choose another name or say --overwrite.")
     weights = read_weights(pack, _bar("packing"))
     source = source_record(pack.path, pack.format, pack.source)
-    record = native.make_record(weights, source, pack.architecture, pack.configuration)
-    native.write(target, weights, record, _bar("writing"), overwrite, check=as_transformer)
+    record = native.make_record(weights, source, architecture, pack.configuration)
+    native.write(target, weights, record, _bar("writing"), overwrite, check=check)
     return target
+
+
+def _open(source: Path) -> tuple[Pack, str, Callable[[Pack], object]]:
+    """(the transformer or the text encoder of `source`, its architecture in a record, what checks a file of it).
+
+    A text encoder that has all its layers keeps them. Raises PackError.
+    """
+    from .weights.formats.native import TEXT_ENCODER
+    from .weights.read import as_text_encoder, as_transformer, open_text_encoder, open_transformer
+
+    try:
+        pack = open_transformer(source)
+    except PackError as error:
+        try:
+            pack, _ = open_text_encoder(source)
+        except PackError:
+            raise error from None
+    else:
+        return pack, pack.architecture, as_transformer
+    whole = 0 < pack.counts["layers in all"] <= pack.counts["layers"]
+    return open_text_encoder(source, whole=whole)[0], TEXT_ENCODER, as_text_encoder
 
 
 def _bar(stage: str) -> Callable[[int, int], None]:

@@ -2,6 +2,9 @@
 
 ComfyUI keeps the result of CLIP Text Encode while the prompt stays; changed and changed back it is encoded again,
 whatever is free: its newest versions let go of what the last graph did not use at the first node that runs.
+
+Where a CPU encodes, the text encoder's weights are read again only for the next prompt: those that are mapped from a
+file leave the process's memory.
 """
 
 from __future__ import annotations
@@ -12,6 +15,10 @@ from typing import Any
 import comfy.sd
 import torch
 from comfy.cli_args import args
+
+from ..weights.mapped import give_back
+from .layout import is_packed, unwrap
+from .tensors import tensors_of
 
 LARGEST = 128 << 20
 """Bytes that one text encoder may keep: eight prompts of Bonsai Image 4B."""
@@ -65,6 +72,9 @@ class RememberingCLIP(comfy.sd.CLIP):
         if found is not None:
             return found
         found = super().encode_from_tokens(tokens, return_pooled, return_dict)
+        if self.patcher.load_device.type == "cpu":
+            tensors = tensors_of(self.cond_stage_model).values()
+            give_back(unwrap(tensor).codes if is_packed(tensor) else tensor for tensor in tensors)
         if key is not None:
             self._states.put(key, found)
         return found

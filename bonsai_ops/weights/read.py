@@ -17,6 +17,7 @@ from .errors import PackError
 from .finite import NOT_FINITE, is_finite
 from .formats import DenseTensor, Entry, Pack, dense, native, open_pack
 from .formats.entries import DOWNLOAD_AGAIN
+from .mapped import give_back
 from .packed_weight import PackedWeight, at_density
 from .release import find_text_encoder, find_transformer, shards_of
 from .releases import sha256_of
@@ -79,6 +80,11 @@ def open_text_encoder(path: str | Path, mapped: bool = True, *, whole: bool = Fa
     for `open_transformer`. Raises PackError.
     """
     packs = [open_pack(file, "text_encoder", mapped) for file in find_text_encoder(Path(path))]
+    return as_text_encoder(*packs, whole=whole)
+
+
+def as_text_encoder(*packs: Pack, whole: bool = False) -> tuple[Pack, dict[str, Any]]:
+    """The same of open files, the parts of one text encoder."""
     entries: dict[str, Entry] = {}
     for pack in packs:
         for name, entry in pack.entries.items():
@@ -103,7 +109,8 @@ def read_weights(
     """{name: packed or dense weight} of an open pack, ternary weights in a density of DENSITIES.
 
     Codes are repacked layer by layer; dense tensors and codes that are in the density already stay mapped from the
-    file. progress(weights done, weights in all) is called a matrix. Raises PackError, also for NaN and infinity.
+    file, of which no page that was looked at stays in the process. progress(weights done, weights in all) is called a
+    matrix. Raises PackError, also for NaN and infinity.
     """
     total = sum(_matrix_size(entry) for entry in pack.entries.values())
     done = 0
@@ -116,6 +123,7 @@ def read_weights(
         if progress is not None and _matrix_size(entry):
             done += _matrix_size(entry)
             progress(done, total)
+    give_back(weight.codes if isinstance(weight, PackedWeight) else weight for weight in weights.values())
     return weights
 
 

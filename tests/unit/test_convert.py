@@ -15,9 +15,11 @@ from random_weights import random_weight
 from safetensors.torch import load_file, save_file
 
 from bonsai_ops import convert
-from bonsai_ops.tools.synthetic import TINY, write_dense, write_gemlite, write_mlx
+from bonsai_ops.tools.synthetic import TINY, TextGeometry, write_dense, write_gemlite, write_mlx, write_text_encoder
+from bonsai_ops.weights.errors import PackError
 from bonsai_ops.weights.formats import native, open_pack
-from bonsai_ops.weights.read import open_transformer
+from bonsai_ops.weights.packed_weight import PackedWeight
+from bonsai_ops.weights.read import open_text_encoder, open_transformer, read_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MLX_FILE = "diffusion_pytorch_model.safetensors"
@@ -244,3 +246,28 @@ def test_wrong_arguments(arguments: tuple[str, ...], capsys: pytest.CaptureFixtu
         run(*arguments)
     assert ended.value.code == 2
     assert "usage: python -m bonsai_ops.convert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_text_encoder_becomes_a_native_file(tmp_path: Path, whole: bool) -> None:
+    """The same codes and tables, mapped from the file and not repacked; all layers if they are all there."""
+    geometry = TextGeometry(hidden=256, mlp=512, heads=2, key_heads=1, vocabulary=320)
+    write_text_encoder(tmp_path / "mlx", geometry)
+    source, target = tmp_path / "mlx" / "model.safetensors", tmp_path / "native.safetensors"
+    if not whole:
+        tensors = load_file(source)
+        del tensors["model.norm.weight"]
+        save_file(tensors, source)
+    assert run(source.parent, target) == 0
+    asked, _ = open_text_encoder(source, whole=whole)
+    expected, found = read_weights(asked), read_weights(open_text_encoder(target, whole=whole)[0])
+    assert found.keys() == expected.keys() and open_pack(target).format == "native"
+    for name, weight in expected.items():
+        if isinstance(weight, PackedWeight):
+            assert found[name].nbytes == weight.nbytes and torch.equal(found[name].codes, weight.codes)
+            assert torch.equal(found[name].dequantize(), weight.dequantize())
+        else:
+            assert torch.equal(found[name], weight)
+    if not whole:
+        with pytest.raises(PackError, match="enough for prompts only"):
+            open_text_encoder(target, whole=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from resident import resident
 
 from bonsai_ops.tools.environment import PLUGIN
+from bonsai_ops.weights.mapped import SMAPS
 
 pytestmark = pytest.mark.host
 
@@ -120,3 +123,25 @@ def test_the_oldest_leaves_at_the_limit(comfy: Any) -> None:
     assert states.get("c") is None and states.get("b") is not None
     states.put("large", torch.zeros(1000))
     assert states.get("large") is None and states.get("d") is not None
+
+
+def test_a_mapped_encoder_leaves_memory_after_a_prompt(comfy: Any, tmp_path: Path) -> None:
+    """Its pages are read again for the next prompt, which is encoded as in a process that never gave them back."""
+    from bonsai_ops import convert
+    from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
+
+    file = tmp_path / "encoder.safetensors"
+    assert convert.main([str(SEEDLING / "text_encoder-mlx-4bit"), str(file)]) == 0
+    clip, repacked = load_bonsai_text_encoder(file), load_bonsai_text_encoder(SEEDLING)
+    if clip.patcher.load_device.type != "cpu" or not SMAPS.is_file():
+        pytest.skip("only a CPU under Linux gives pages back")
+    read = []
+    model = clip.cond_stage_model.qwen3_4b.transformer
+    handle = model.register_forward_hook(lambda *_: read.append(resident(file)))
+    for text in ("a red tree", "a blue pot"):
+        ((found, _),) = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        ((expected, _),) = repacked.encode_from_tokens_scheduled(repacked.tokenize(text))
+        assert torch.equal(found, expected)
+        assert resident(file) < read[-1] / 8
+    handle.remove()
+    assert read[1] > file.stat().st_size / 8
