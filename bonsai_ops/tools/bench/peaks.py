@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .machine import peak_rss, reset_peak_rss
+from .machine import own_rss, peak_rss, reset_peak_rss
 
 EVERY = 0.005
 """Seconds between two looks at the device."""
@@ -34,6 +34,9 @@ class Peaks(Protocol):
     def peak(self) -> int:
         """Bytes."""
 
+    def own_peak(self) -> int | None:
+        """Bytes of the whole time that are no pages of files, which the system takes back; None if it does not tell."""
+
     def torch_peak(self) -> int | None:
         """Bytes that torch's own allocator had given out at most; None on a CPU, which has no such count."""
 
@@ -45,7 +48,17 @@ def used_on_device() -> int:
 
 
 class ProcessPeaks:
-    """The resident set."""
+    """The resident set. The pages that are the process's own are counted every few milliseconds."""
+
+    def __init__(self, every: float = EVERY) -> None:
+        self._own = own_rss()
+        if self._own is not None:
+            threading.Thread(target=self._watch, args=(every,), daemon=True).start()
+
+    def _watch(self, every: float) -> None:
+        while True:
+            self._own = max(self._own, own_rss())
+            time.sleep(every)
 
     def reset(self) -> None:
         reset_peak_rss()
@@ -58,6 +71,9 @@ class ProcessPeaks:
 
     def peak(self) -> int:
         return peak_rss()
+
+    def own_peak(self) -> int | None:
+        return self._own
 
     def torch_peak(self) -> None:
         return None
@@ -102,6 +118,9 @@ class DevicePeaks:
     def peak(self) -> int:
         self._look()
         return self._most
+
+    def own_peak(self) -> None:
+        return None
 
     def torch_peak(self) -> int:
         return self._cuda.max_memory_allocated()

@@ -1,112 +1,173 @@
-"""A whole picture, part by part: text encoder, 4 steps, VAE decode; stable-diffusion.cpp beside it if it is given.
+"""A whole picture, part by part: text encoder, 4 steps, VAE decode; other programs beside it, in turns.
 
 Everything has the published sizes (Qwen3 4B in MLX 4-bit, the 4B transformer, the full VAE) and random weights.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
+import json
+import statistics
 import subprocess
-import tempfile
-import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..environment import PLUGIN, inherited_environment, module_command
 from . import session
-from .energy import Energy, find_energy, per_hour
+from .energy import find_energy, per_hour
 from .report import show_table
+from .sdcpp import PARTS, Sdcpp, run_sdcpp
+from .ways import PROGRAMS
 
 STEPS = 4
-PARTS = ("text_encoder_s", "steps_s", "vae_s")
-SDCPP_PARTS = {
-    "text_encoder_s": "get_learned_condition completed",
-    "steps_s": "sampling completed",
-    "vae_s": "decode_first_stage completed",
-}
-"""What sd-cli logs when a part is done, each followed by `, taking 12.34s` or, earlier, `, taking 1234 ms`."""
 PROMPT = "a bonsai tree in a blue pot, morning light"
+LINES = (
+    ("loading, s", "load_s"),
+    ("text encoder, s", "text_encoder_s"),
+    (f"{STEPS} steps, s", "steps_s"),
+    ("VAE decode, s", "vae_s"),
+    ("picture without loading, s", "total_s"),
+    ("picture with loading, s", "whole_s"),
+    ("peak memory, GB", "peak_bytes"),
+    ("of it not pages of files, GB", "own_peak_bytes"),
+    ("peak while loading, GB", "load_peak_bytes"),
+    ("of the text encoder, GB", "text_encoder_peak_bytes"),
+    ("of the steps, GB", "steps_peak_bytes"),
+    ("of VAE decode, GB", "vae_peak_bytes"),
+    ("joules", "joules"),
+    ("pictures an hour", "pictures_per_hour"),
+    ("pictures an hour and GB", "pictures_per_hour_per_gb"),
+)
 
 
 @dataclass(frozen=True)
-class Sdcpp:
-    """stable-diffusion.cpp's sd-cli and its files. `arguments`: further ones, such as --diffusion-fa."""
+class Program:
+    """What draws a picture of (width, height). name: of ways.PROGRAMS; run() -> its row, see `measure`.
 
-    program: Path
-    model: Path
-    llm: Path
-    vae: Path
-    arguments: tuple[str, ...] = ()
-
-    def command(self, size: int, threads: int, output: Path) -> list[str]:
-        """The command for one picture; options as docs/flux2.md and --help of stable-diffusion.cpp give them."""
-        options = {
-            "--diffusion-model": self.model,
-            "--llm": self.llm,
-            "--vae": self.vae,
-            "--prompt": PROMPT,
-            "--cfg-scale": 1.0,
-            "--steps": STEPS,
-            "--sampling-method": "euler",
-            "--seed": 0,
-            "--width": size,
-            "--height": size,
-            "--threads": threads,
-            "--output": output,
-        }
-        return [str(part) for pair in ((self.program,), *options.items(), self.arguments) for part in pair] + ["-v"]
-
-
-def sdcpp_of(arguments: argparse.Namespace) -> Sdcpp | None:
-    """What --sdcpp and its options describe, None without them. Ends the program if one is missing."""
-    if arguments.sdcpp is None:
-        return None
-    files = {name: getattr(arguments, f"sdcpp_{name}") for name in ("model", "llm", "vae")}
-    missing = [f"--sdcpp-{name}" for name, file in files.items() if file is None]
-    if missing:
-        raise SystemExit(f"--sdcpp also needs {', '.join(missing)}")
-    for file in (arguments.sdcpp, *files.values()):
-        if not file.is_file():
-            raise SystemExit(f"{file} is not there: --sdcpp and its options name files")
-    return Sdcpp(arguments.sdcpp, **files, arguments=tuple(arguments.sdcpp_argument))
-
-
-def measure(
-    comfyui: Path,
-    folder: Path,
-    size: int,
-    mode: str = "exact",
-    density: str = "compact",
-    device: str = "cpu",
-    sdcpp: Sdcpp | None = None,
-) -> dict:
-    """Prints the parts and returns {"size", "ours": row} and, with `sdcpp`, "sdcpp": row and "ours_of_sdcpp".
-
-    row: load_s, text_encoder_s, steps_s, step_s (a list), vae_s, total_s (without loading), peak_bytes, joules (None
-    where the machine does not tell), pictures_per_hour, pictures_per_hour_per_gb (of peak memory).
+    run raises SystemExit where the program fails.
     """
-    text = write_parts(folder, device)
-    ours = session.run(
-        "picture",
-        "the picture",
-        comfyui=comfyui,
-        device=device,
-        file=session.ternary_pack(folder, device),
-        text=text,
-        folder=folder,
-        size=size,
-        options={"mode": mode, "layout": density},
-        prompt=PROMPT,
-    )
-    figures: dict = {"size": size, "mode": mode, "device": device, "ours": with_totals(ours)}
-    if sdcpp is not None:
-        figures["sdcpp"] = with_totals(run_sdcpp(sdcpp, size, torch.get_num_threads(), find_energy(device)))
+
+    name: str
+    size: tuple[int, int]
+    run: Callable[[], dict]
+
+
+@dataclass(frozen=True)
+class Ours:
+    """How our own picture is drawn. comfyui: its folder; work: that of the packs. density, device: as the options."""
+
+    comfyui: Path
+    work: Path
+    density: str = "compact"
+    device: str = "cpu"
+
+    def row(self, files: Mapping[str, Path], size: tuple[int, int], mode: str = "exact", kind: str = "bonsai") -> dict:
+        """The row of one picture. files: {"file", "text"}. kind: bonsai, or stock for ComfyUI's own loaders."""
+        return session.run(
+            "picture",
+            "the picture",
+            comfyui=self.comfyui,
+            device=self.device,
+            kind=kind,
+            **files,
+            folder=self.work,
+            size=size,
+            options={"mode": mode, "layout": self.density},
+            prompt=PROMPT,
+        )
+
+
+def ours_of(ours: Ours, size: int, modes: Sequence[str], packs: Sequence[str]) -> Iterator[Program]:
+    """Our own programs: every mode with the first kind of files, every other kind of files in the first mode.
+
+    packs: some of mlx and native; none for a native transformer if there is one, and the published text encoder.
+    """
+    kinds = packs or (None,)
+    for kind, mode in [(kinds[0], mode) for mode in modes] + [(kind, modes[0]) for kind in kinds[1:]]:
+        files = files_of(ours, kind)
+        name = f"ours_{mode}" if mode != modes[0] else "ours" if kind == kinds[0] else f"ours_{kind}"
+        yield Program(name, (size, size), lambda files=files, mode=mode: ours.row(files, (size, size), mode))
+
+
+def files_of(ours: Ours, kind: str | None) -> dict[str, Path]:
+    """{"file", "text"}: transformer and text encoder of a kind, made where they are missing."""
+    text = write_parts(ours.work, ours.device)
+    if kind is None:
+        return {"file": session.ternary_pack(ours.work, ours.device), "text": text}
+    mlx = session.mlx_pack(ours.work, ours.device)
+    if kind == "mlx":
+        return {"file": mlx, "text": text}
+    native = {"file": mlx.with_name("native.safetensors"), "text": ours.work / "text_encoder-native.safetensors"}
+    for name, source in (("file", mlx), ("text", text)):
+        if not native[name].is_file():
+            command = [*module_command("bonsai_ops.convert"), str(source), str(native[name])]
+            if subprocess.run(command, cwd=PLUGIN, env=inherited_environment(), check=False).returncode:
+                raise SystemExit(f"{source} could not be converted")
+    return native
+
+
+def sdcpp_program(sdcpp: Sdcpp, size: tuple[int, int], device: str) -> Program:
+    """stable-diffusion.cpp with the threads of this process."""
+    threads, energy = torch.get_num_threads(), find_energy(device)
+    return Program("sdcpp", size, lambda: run_sdcpp(sdcpp, PROMPT, size, STEPS, threads, energy))
+
+
+def measure(programs: Sequence[Program], runs: int = 1, keep: Callable[[dict], None] | None = None) -> dict:
+    """Runs all programs in turns, so many times, prints the medians and returns {name: row} with "size" and "runs".
+
+    row: load_s, text_encoder_s, steps_s, step_s (a list, or one number), vae_s, total_s (without loading), whole_s,
+    peak_bytes, joules (None where the machine does not tell), pictures_per_hour, pictures_per_hour_per_gb (of peak
+    memory), width, height; of ours the peak of every part, and own_peak_bytes, which leaves out pages of files. A
+    program that tells no parts has whole_s alone. keep(figures so far) is called after each picture. A program that
+    fails is left out from then on, and one line says so; the first must not.
+    """
+    rows: dict[str, list[dict]] = {program.name: [] for program in programs}
+    failed: set[str] = set()
+    figures: dict = {"size": programs[0].size[0], "runs": runs}
+    for number in range(runs):
+        for program in (p for p in programs if p.name not in failed):
+            try:
+                row = with_totals(program.run())
+            except SystemExit as error:
+                if program is programs[0]:
+                    raise
+                failed.add(program.name)
+                print(f"{LABELS[program.name]} is left out: {error}", flush=True)
+                continue
+            width, height = program.size
+            rows[program.name].append({**row, "width": width, "height": height})
+            figures |= {name: median(found) for name, found in rows.items() if found}
+            print(f"run {number + 1}, {LABELS[program.name]}: {_said(row)}", flush=True)
+            if keep is not None:
+                keep(figures)
+    if "sdcpp" in figures:
         figures["ours_of_sdcpp"] = figures["ours"]["total_s"] / figures["sdcpp"]["total_s"]
     show(figures)
     return figures
+
+
+def keep_in(file: Path | None) -> Callable[[dict], None] | None:
+    """What writes figures so far to a file, as the benchmark itself does at its end; None without one."""
+    return file and (lambda figures: file.write_text(json.dumps({"picture": figures}, indent=1), encoding="utf-8"))
+
+
+def _said(row: dict) -> str:
+    parts = ((text, row.get(key)) for text, key in LINES[:6])
+    return ", ".join(f"{text} {value:.1f}" for text, value in parts if value is not None)
+
+
+def median(rows: Sequence[dict]) -> dict:
+    """The row of medians, lists of numbers element by element; what is no number as the first row has it."""
+    found: dict = {}
+    for key, first in rows[0].items():
+        values = [row[key] for row in rows]
+        if isinstance(first, list):
+            found[key] = [statistics.median(parts) for parts in zip(*values, strict=True)]
+        else:
+            found[key] = statistics.median(values) if isinstance(first, (int, float)) and None not in values else first
+    return found
 
 
 def write_parts(folder: Path, device: str = "cpu") -> Path:
@@ -122,90 +183,37 @@ def write_parts(folder: Path, device: str = "cpu") -> Path:
 
 
 def with_totals(row: dict) -> dict:
-    """`row` with total_s and what follows from it."""
+    """`row` with total_s and whole_s and what follows: of the former, of whole_s where the program tells no parts."""
+    if "load_s" not in row:
+        return {**row, **per_hour(row["whole_s"], row["peak_bytes"])}
     total = sum(row[part] for part in PARTS)
-    return {**row, "total_s": total, **per_hour(total, row["peak_bytes"])}
+    return {**row, "total_s": total, "whole_s": total + row["load_s"], **per_hour(total, row["peak_bytes"])}
+
+
+LABELS = {way.name: way.label for way in PROGRAMS}
 
 
 def show(figures: dict) -> None:
-    """Prints a column for each program."""
-    programs = [name for name in ("ours", "sdcpp") if name in figures]
-    print(f"one picture of {figures['size']}x{figures['size']}, {STEPS} steps, {figures['device']}")
-    lines = (
-        ("loading, s", "load_s"),
-        ("text encoder, s", "text_encoder_s"),
-        (f"{STEPS} steps, s", "steps_s"),
-        ("VAE decode, s", "vae_s"),
-        ("picture without loading, s", "total_s"),
-        ("peak memory, GB", "peak_bytes"),
-        ("joules", "joules"),
-        ("pictures an hour", "pictures_per_hour"),
-        ("pictures an hour and GB", "pictures_per_hour_per_gb"),
-    )
-    units = {"peak_bytes": 1e9}
-    show_table(
-        ("", *("Bonsai Image", "stable-diffusion.cpp")[: len(programs)]),
-        [
-            (text, *((figures[p][key] or 0) / units[key] if key in units else figures[p][key] for p in programs))
-            for text, key in lines
-        ],
-    )
+    """Prints a table for each size, a column for each program."""
+    names = [way.name for way in PROGRAMS if way.name in figures]
+    for size in dict.fromkeys((figures[name]["width"], figures[name]["height"]) for name in names):
+        columns = [name for name in names if (figures[name]["width"], figures[name]["height"]) == size]
+        print(f"one picture of {size[0]}x{size[1]}, {STEPS} steps, median of {figures['runs']}")
+        show_table(
+            ("", *(LABELS[name] for name in columns)),
+            [
+                (text, *(_in_gb(figures[name].get(key), key) for name in columns))
+                for text, key in LINES
+                if any(figures[name].get(key) is not None for name in columns)
+            ],
+        )
     if figures["ours"]["no_joules"]:
         print(f"no joules: {figures['ours']['no_joules']}")
     if "sdcpp" in figures:
         print(f"our picture takes {figures['ours_of_sdcpp']:.3f} of stable-diffusion.cpp's time")
-    else:
-        print("--sdcpp PATH (with --sdcpp-model, --sdcpp-llm, --sdcpp-vae) measures stable-diffusion.cpp beside it")
+    elif len(names) == 1:
+        print("--rivals measures other programs beside it, --sdcpp PATH your own stable-diffusion.cpp")
 
 
-def run_sdcpp(sdcpp: Sdcpp, size: int, threads: int, energy: Energy) -> dict:
-    """Runs sd-cli for one picture; its row. Raises SystemExit if it cannot be run or its log is not understood."""
-    with tempfile.TemporaryDirectory() as temporary:
-        log = Path(temporary) / "log.txt"
-        command = sdcpp.command(size, threads, Path(temporary) / "picture.png")
-        before, started = energy.read(), time.perf_counter()
-        with log.open("wb") as stream:
-            try:
-                process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-            except OSError as error:
-                raise SystemExit(f"--sdcpp {sdcpp.program} cannot be run: {error}") from None
-            code, peak = _wait(process)
-        seconds, joules = time.perf_counter() - started, energy.between(before, energy.read())
-        text = log.read_text(encoding="utf-8", errors="replace")
-    if code:
-        raise SystemExit(f"{' '.join(command)}\nended with code {code}:\n{text[-session.ERROR_CHARACTERS :]}")
-    row = parse_sdcpp(text)
-    load = max(0.0, seconds - sum(row[part] for part in PARTS))
-    return {**row, "load_s": load, "joules": joules, "no_joules": energy.why_not, "peak_bytes": peak}
-
-
-def _wait(process: subprocess.Popen) -> tuple[int, int]:
-    """(exit code, peak resident bytes) of a child; the peak is 0 where the system does not tell."""
-    if not hasattr(os, "wait4"):
-        return process.wait(), 0
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
-
-
-def parse_sdcpp(text: str) -> dict:
-    """{"text_encoder_s", "steps_s", "step_s", "vae_s"} from sd-cli's log; step_s: average seconds a step.
-
-    The format is that of stable-diffusion.cpp's source (src/stable-diffusion.cpp and src/core/util.cpp, August 2026,
-    and the pull request for FLUX.2 klein, number 1193): a line `[INFO ] file:line - <part> completed, taking 36.10s` a
-    part, seconds or ` ms`, and a progress bar `| 4/4 - 65.60s/it`, rewritten in place with carriage returns. Where a
-    part is logged more than once the last counts. Raises SystemExit if a part is missing.
-    """
-    row: dict = {}
-    for part, words in SDCPP_PARTS.items():
-        found = re.findall(rf"{re.escape(words)}, taking ([0-9.]+) ?(ms|s)\b", text)
-        if not found:
-            raise SystemExit(
-                f"sd-cli's log has no line `{words}, taking ..`: this benchmark reads the log of stable-diffusion.cpp "
-                f"from January to August 2026. The log ends:\n{text[-session.ERROR_CHARACTERS :]}"
-            )
-        value, unit = found[-1]
-        row[part] = float(value) / (1000 if unit == "ms" else 1)
-    counts = re.findall(r"\| *(\d+)/(\d+) - [0-9.]+(?:s/it|it/s)", text)
-    row["step_s"] = row["steps_s"] / (int(counts[-1][1]) if counts else STEPS)
-    return row
+def _in_gb(value: float | None, key: str) -> float | None:
+    return value / 1e9 if value and key.endswith("_bytes") else value

@@ -82,11 +82,15 @@ class Session:
 
 def ternary_pack(work: Path, device: str = "cpu") -> Path:
     """The synthetic 4B ternary pack, made on `device` if it is not there; our single-file form if there is one."""
+    native = work / "ternary" / "native.safetensors"
+    return native if native.is_file() else mlx_pack(work, device)
+
+
+def mlx_pack(work: Path, device: str = "cpu") -> Path:
+    """The synthetic 4B ternary pack in the form of the MLX releases, made on `device` if it is not there."""
     from .. import synthetic
 
-    native, mlx = work / "ternary" / "native.safetensors", work / "ternary" / "mlx.safetensors"
-    if native.is_file():
-        return native
+    mlx = work / "ternary" / "mlx.safetensors"
     if not mlx.is_file():
         synthetic.write_mlx(mlx, "ternary", device=device)
     return mlx

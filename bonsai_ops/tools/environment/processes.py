@@ -86,10 +86,17 @@ def call_quietly(command: Sequence[str]) -> int:
         return -1
 
 
-def run_logged(command: Sequence[str], log: Path, tick: Tick, clear: Path | None = None) -> int:
+def run_logged(
+    command: Sequence[str],
+    log: Path,
+    tick: Tick,
+    clear: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> int:
     """Run a command with its output appended to a file and return its exit code; `tick` is called each second.
 
-    clear: a folder that is deleted first. Waits for a command that an ended run left behind with this log.
+    clear: a folder that is deleted first. variables: further ones of its environment. Waits for a command that
+    an ended run left behind with this log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -99,7 +106,11 @@ def run_logged(command: Sequence[str], log: Path, tick: Tick, clear: Path | None
         output.write(f"\n$ {' '.join(command)}\n".encode())
         output.flush()
         with subprocess.Popen(
-            command, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            command,
+            env=clean_environment(variables),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         ) as process:
             try:
                 while True:

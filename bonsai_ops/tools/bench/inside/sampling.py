@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 TEXT_TOKENS = 512
 
 
-def empty_latent(size: int) -> torch.Tensor:
-    """Zeros [1, 128, size / 16, size / 16]."""
-    return torch.zeros(1, 128, size // 16, size // 16)
+def empty_latent(size: int | tuple[int, int]) -> torch.Tensor:
+    """Zeros [1, 128, height / 16, width / 16] for (width, height), or for one number that is both."""
+    width, height = (size, size) if isinstance(size, int) else size
+    return torch.zeros(1, 128, height // 16, width // 16)
 
 
 def random_condition(model: ModelPatcher) -> list:
@@ -28,7 +29,12 @@ def random_condition(model: ModelPatcher) -> list:
 
 
 def sample(
-    model: ModelPatcher, size: int, sigmas: torch.Tensor, condition: list, device: str, ended: Callable[[], None]
+    model: ModelPatcher,
+    size: int | tuple[int, int],
+    sigmas: torch.Tensor,
+    condition: list,
+    device: str,
+    ended: Callable[[], None],
 ) -> torch.Tensor:
     """The latent of seed 0; `ended` is called after each step, when the device has done it."""
     import comfy.sample
