@@ -91,28 +91,55 @@ def quantize_layer(weight: torch.Tensor, settings: Settings, statistics: Statist
     dense = weight.detach().to(torch.float32)
     if settings.recipe not in AFFINE and existing_scale(dense, settings.recipe, group_size) is not None:
         return measured(dense, _codes(dense, settings, None), statistics)
-    best = measured(dense, _codes(dense, settings, statistics), statistics)
+    base = _codes(dense, settings, statistics)
     if settings.rank:
-        base = best.weight
-        importance = None if statistics is None else statistics.power
-        for _ in range(max(1, settings.rounds)):
-            up, down = lowrank.fit(dense - base.dequantize(), settings.rank, importance)
-            best = min(
-                best, measured(dense, replace(base, up=up, down=down), statistics), key=lambda found: found.squared
-            )
-            base = _codes(dense - up.float() @ down.float(), settings, statistics)
-            found = measured(dense, replace(base, up=up, down=down), statistics)
-            best = min(best, found, key=lambda found: found.squared)
+        base = _with_residual(dense, base, settings, statistics)
+    return measured(dense, base, statistics)
+
+
+def _with_residual(
+    dense: torch.Tensor, plain: PackedWeight, settings: Settings, statistics: Statistics | None
+) -> PackedWeight:
+    """The best of `plain`, its codes with a residual, and what fitting the two to one another in turn comes to."""
+    importance = None if statistics is None else statistics.power
+    base, near, tried = plain, None, torch.empty_like(dense)
+    rest = _difference(dense, plain)
+    best, least = plain, float(squared_error(rest, statistics).sum())
+    for _ in range(max(1, settings.rounds)):
+        up, down = lowrank.fit(rest, settings.rank, importance, near)
+        near, residual = down, (up.float(), down.float())
+        torch.addmm(rest, *residual, alpha=-1, out=tried)
+        best, least = _better(best, least, replace(base, up=up, down=down), tried, statistics)
+        torch.addmm(dense, *residual, alpha=-1, out=tried)
+        base = _codes(tried, settings, statistics)
+        rest = _difference(tried, base)
+        best, least = _better(best, least, replace(base, up=up, down=down), rest, statistics)
+        rest.addmm_(*residual)
     return best
+
+
+def _better(
+    best: PackedWeight, least: float, other: PackedWeight, difference: torch.Tensor, statistics: Statistics | None
+) -> tuple[PackedWeight, float]:
+    """The weight whose squared error is smaller, and that error; difference: what `other` leaves over."""
+    error = float(squared_error(difference, statistics).sum())
+    return (other, error) if error < least else (best, least)
+
+
+def _difference(dense: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+    """[N, K], in the memory of the packed weight's values: new memory costs more here than arithmetic."""
+    values = packed.dequantize()
+    return torch.sub(dense, values, out=values)
 
 
 def squared_error(difference: torch.Tensor, statistics: Statistics | None) -> torch.Tensor:
     """float64 [N]: what a difference [N, K] of the weights costs in each row: outputs if inputs are known."""
     if statistics is None:
-        return torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64).square()
+        return torch.linalg.vector_norm(difference, dim=-1).double().square()
     if statistics.gram is not None:
         return output_error(difference, statistics.gram)
-    return (difference.double().square() * statistics.power.to(difference.device).double()).sum(-1)
+    width = statistics.power.to(difference.device, torch.float32).sqrt()
+    return torch.linalg.vector_norm(difference * width, dim=-1).double().square()
 
 
 def _codes(target: torch.Tensor, settings: Settings, statistics: Statistics | None) -> PackedWeight:
@@ -144,7 +171,7 @@ def _codes(target: torch.Tensor, settings: Settings, statistics: Statistics | No
 
 def measured(dense: torch.Tensor, packed: PackedWeight, statistics: Statistics | None = None) -> Quantized:
     """A packed weight with its errors against the dense one, float32 [N, K] on the same device."""
-    difference = dense - packed.dequantize()
+    difference = _difference(dense, packed)
     squared = float(squared_error(difference, None).sum())
     relative = _ratio(squared, float(squared_error(dense, None).sum()))
     if statistics is None:
