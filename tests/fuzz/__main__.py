@@ -1,9 +1,9 @@
 """Mutated files against every reader: python -m tests.fuzz [--cases N] [--format F ..] [--seed S] [--first I].
 
-Each case is a valid tiny file or folder of a format, changed in one to three ways, and read in a process of its own
-with limits. It has to be read, or refused by our error in one sentence, within 2 seconds of processor time and 500 MB;
-nothing is written, run or connected meanwhile. A failed case is printed with the command that does it again, and the
-exit code is 1.
+Each case is a valid tiny file or folder of a format, changed in one to three ways, and read in a process with limits
+that may have read others before. It has to be read, or refused by our error in one sentence, within 2 seconds of
+processor time and 500 MB; nothing is written, run or connected meanwhile. A failed case is printed with the command
+that does it again, and the exit code is 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""One case: a reader let loose on changed files, in a process of its own that is watched and limited."""
+"""One case: a reader let loose on changed files, in a process that is watched and limited."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -14,8 +15,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,8 @@ from .mutate import mutate
 SECONDS, WALL_SECONDS = 2.0, 60.0
 """Of the processor, and of the clock, after which it hangs."""
 MB = 500
+CASES, KEPT = 100, 64 << 20
+"""Read by one process at most; bytes that it may still hold after a case, before the next gets another process."""
 ROOM = 4 << 30
 """Bytes of addresses that a reader may take beyond what it starts with: mapped files are among them."""
 LONGEST = 1400
@@ -46,18 +49,32 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 @dataclass
 class Verdict:
-    """fault: what is wrong, empty if all is well. read: whether it was read. megabytes: more than before."""
+    """fault: what is wrong, empty if all is well. read: whether it was read. megabytes: more than before.
+
+    last: whether the process holds too much to read another.
+    """
 
     fault: str = ""
     read: bool = False
     seconds: float = 0.0
     megabytes: float = 0.0
     said: str = ""
+    last: bool = False
 
 
-def run_case(name: str, form: Format, seed_folder: Path, scratch: Path, key: str) -> tuple[Verdict, str]:
-    """(what came of a case, how its files were changed). key: what draws the changes."""
-    rng = random.Random(key)
+@dataclass(frozen=True)
+class Order:
+    """name: of the format. target: what is read; mapped: whether by mapping it. folder: that of the case."""
+
+    name: str
+    target: str
+    mapped: bool
+    folder: str
+
+
+def run_case(reader: Reader, name: str, seed_folder: Path, scratch: Path, key: str) -> tuple[Verdict, str]:
+    """(what came of a case, how its files were changed). name: of a format of the reader; key: draws the changes."""
+    rng, form = random.Random(key), reader.formats[name]
     folder = scratch / "case"
     shutil.rmtree(folder, ignore_errors=True)
     copied(seed_folder, folder)
@@ -70,14 +87,38 @@ def run_case(name: str, form: Format, seed_folder: Path, scratch: Path, key: str
     target = folder / form.target if form.target else folder
     # torch maps what it opens, and ComfyUI is told by its command line to map: there a process may end
     moving = rng.random() < 0.05 and not form.needs_comfyui and not form.target.endswith(".pt")
+    order = Order(name, str(target), not moving and rng.random() < 0.8, str(folder))
     if moving:
         changes.append("while it is read")
+        reader.end()
+        with _moved(folder, rng):
+            verdict = reader.read(order)
+        reader.end()
+        return verdict, ", ".join(changes)
     before = _listed(folder)
-    mapped = not moving and rng.random() < 0.8
-    verdict = _forked(lambda: form.read(target, mapped), folder, (lambda: _move(folder, rng)) if moving else None)
-    if not verdict.fault and not moving and _listed(folder) != before:
+    others, verdict = reader.cases, reader.read(order)
+    if verdict.fault and others:
+        alone = reader.read(order)
+        verdict = alone if alone.fault else replace(verdict, fault=f"after {others} others: {verdict.fault}")
+    if not verdict.fault and _listed(folder) != before:
         verdict.fault = "files were written"
     return verdict, ", ".join(changes)
+
+
+@contextlib.contextmanager
+def _moved(folder: Path, rng: random.Random) -> Iterator[None]:
+    """Inside, another process changes the files of a folder."""
+    mover = os.fork()
+    if not mover:
+        try:
+            _move(folder, rng)
+        finally:
+            os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(mover, signal.SIGKILL)
+        os.waitpid(mover, 0)
 
 
 def _move(folder: Path, rng: random.Random) -> None:
@@ -106,66 +147,108 @@ def _listed(folder: Path) -> dict[str, tuple]:
     return found
 
 
-def _forked(read: Callable[[], object], folder: Path, beside: Callable[[], None] | None) -> Verdict:
-    mover = os.fork() if beside else -1
-    if not mover:
-        try:
-            beside()
-        finally:
-            os._exit(0)
-    out, into = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(out)
-        _inside(read, folder, into)
-    os.close(into)
-    raw, until = b"", time.monotonic() + WALL_SECONDS
-    while select.select([out], [], [], max(0.0, until - time.monotonic()))[0]:
-        if not (piece := os.read(out, 1 << 16)):
-            break
-        raw += piece
-    hung = time.monotonic() >= until
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    os.close(out)
-    if mover > 0:
-        os.kill(mover, signal.SIGKILL)
-        os.waitpid(mover, 0)
-    if raw:
-        return Verdict(**json.loads(raw))
-    return Verdict(f"hung for {WALL_SECONDS:.0f} s" if hung else f"ended by signal {os.WTERMSIG(status)}")
+class Reader:
+    """Has cases read in a process that this one forks: another for each fault, and after CASES of them.
+
+    A fork copies the tables of all pages, which takes longer than most cases. formats: what it may be asked for, by
+    name; cases: how many its process has read.
+    """
+
+    def __init__(self, formats: Mapping[str, Format]) -> None:
+        self.formats, self.cases, self._child = formats, 0, 0
+
+    def read(self, order: Order) -> Verdict:
+        """What the reader of the format makes of the files, as they are."""
+        if not self._child:
+            self._begin()
+        os.write(self._orders, f"{json.dumps(astuple(order))}\n".encode())
+        raw, until = b"", time.monotonic() + WALL_SECONDS
+        while not raw.endswith(b"\n") and select.select([self._told], [], [], max(0.0, until - time.monotonic()))[0]:
+            if not (piece := os.read(self._told, 1 << 16)):
+                break
+            raw += piece
+        self.cases += 1
+        if raw.endswith(b"\n"):
+            verdict = Verdict(**json.loads(raw))
+            if verdict.fault or verdict.last or self.cases == CASES:
+                self.end()
+            return verdict
+        hung = time.monotonic() >= until
+        status = self.end()
+        return Verdict(f"hung for {WALL_SECONDS:.0f} s" if hung else f"ended by signal {os.WTERMSIG(status)}")
+
+    def end(self) -> int:
+        """Ends the process, if there is one; returns what waitpid says of it. The next case gets another."""
+        if not self._child:
+            return 0
+        for pipe in (self._orders, self._told):
+            os.close(pipe)
+        os.kill(self._child, signal.SIGKILL)
+        _, status = os.waitpid(self._child, 0)
+        self.cases, self._child = 0, 0
+        return status
+
+    def _begin(self) -> None:
+        orders, self._orders = os.pipe()
+        self._told, into = os.pipe()
+        self._child = os.fork()
+        if not self._child:
+            os.close(self._orders)
+            os.close(self._told)
+            _serve(self.formats, orders, into)
+        os.close(orders)
+        os.close(into)
 
 
-def _inside(read: Callable[[], object], folder: Path, into: int) -> NoReturn:
-    """The child: limits, watch, reader, verdict."""
-    verdict, seen = Verdict(), []
+def _serve(formats: Mapping[str, Format], orders: int, into: int) -> NoReturn:
+    """The child: limits, watch, and a line of JSON for each order."""
     try:
-        gc.disable()
+        gc.freeze()
         null = os.open(os.devnull, os.O_RDWR)
         for handle in (0, 1, 2):
             os.dup2(null, handle)
-        here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (here + ROOM, here + ROOM))
+        started = _held()
+        room = started[0] + ROOM
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        memory, started = _peak(), time.process_time()
+        seen: list[str] = []
         sys.addaudithook(lambda event, arguments: _watch(seen, event, arguments))
-        try:
-            read()
-            verdict.read = True
-        except PackError as error:
-            verdict.said = str(error)
-            verdict.fault = _wrong_message(verdict.said, folder)
-        except BaseException as error:
-            verdict.said = f"{type(error).__name__}: {error}"[:2000]
-            verdict.fault = "another exception\n" + "".join(traceback.format_exception(error))[-3000:]
-        seen = list(seen)
-        verdict.seconds, verdict.megabytes = time.process_time() - started, (_peak() - memory) / 1e6
-        if not verdict.fault:
-            verdict.fault = _excess(verdict, seen)
+        with os.fdopen(orders) as lines:
+            for line in lines:
+                verdict = _judged(formats, Order(*json.loads(line)), seen)
+                gc.collect()
+                verdict.last = any(now - then > KEPT for now, then in zip(_held(), started, strict=True))
+                os.write(into, json.dumps(asdict(verdict)).encode() + b"\n")
     finally:
-        os.write(into, json.dumps(asdict(verdict)).encode()[: 1 << 16])
         os._exit(0)
+
+
+def _judged(formats: Mapping[str, Format], order: Order, seen: list[str]) -> Verdict:
+    verdict, folder = Verdict(), Path(order.folder)
+    Path("/proc/self/clear_refs").write_text("5")  # the most that was held begins anew
+    seen.clear()
+    memory, started = _peak(), time.process_time()
+    try:
+        formats[order.name].read(Path(order.target), order.mapped)
+        verdict.read = True
+    except PackError as error:
+        verdict.said = str(error)
+        verdict.fault = _wrong_message(verdict.said, folder)
+    except BaseException as error:
+        verdict.said = f"{type(error).__name__}: {error}"[:2000]
+        verdict.fault = "another exception\n" + "".join(traceback.format_exception(error))[-3000:]
+    acts = list(seen)
+    verdict.seconds, verdict.megabytes = time.process_time() - started, (_peak() - memory) / 1e6
+    if not verdict.fault:
+        verdict.fault = _excess(verdict, acts)
+    return verdict
+
+
+def _held() -> tuple[int, int]:
+    """Bytes of addresses and of memory."""
+    size, resident = map(int, Path("/proc/self/statm").read_text().split()[:2])
+    return size * resource.getpagesize(), resident * resource.getpagesize()
 
 
 def _watch(seen: list[str], event: str, arguments: tuple[Any, ...]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from bonsai_ops.tools.environment import PLUGIN
 
-from .case import Verdict, run_case
+from .case import Reader, Verdict, run_case
 from .formats import FORMATS, Format
 
 SHOWN_FAULTS = 40
@@ -102,7 +102,7 @@ def _worker(
     scratch: Path,
     seed: str,
 ) -> tuple[int, int]:
-    """(what its lines of JSON are read from, its process). It forks once more for each case."""
+    """(what its lines of JSON are read from, its process). It forks a reader."""
     out, into = os.pipe()
     child = os.fork()
     if child:
@@ -112,9 +112,10 @@ def _worker(
         os.close(out)
         own = scratch / f"worker-{number}"
         own.mkdir()
+        reader = Reader(chosen)
         with os.fdopen(into, "w") as lines:
             for name, index in todo:
-                verdict, how = run_case(name, chosen[name], seeds[name], own, f"{seed}/{name}/{index}")
+                verdict, how = run_case(reader, name, seeds[name], own, f"{seed}/{name}/{index}")
                 print(json.dumps([name, index, how, vars(verdict)]), file=lines, flush=True)
     finally:
         os._exit(0)

@@ -65,7 +65,10 @@ def test_what_was_found_until_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_a_reader_must_not_do_is_seen(tmp_path: Path) -> None:
-    """A reader that hangs, takes memory, writes, runs, connects, raises or says too little is a failed case."""
+    """A reader that hangs, takes memory, writes, runs, connects, raises or says too little is a failed case.
+
+    So is one that fails after others only; what holds memory leaves none less for the next.
+    """
     script = tmp_path / "faults.py"
     script.write_text(FAULTS)
     line = [sys.executable, str(script), str(tmp_path)]
@@ -121,6 +124,21 @@ seed = scratch / "seed"
 seed.mkdir()
 (seed / "w.bin").write_bytes(bytes(100))
 for expected, read in READERS.items():
-    verdict, _ = case.run_case("a", Format(lambda folder: None, "w.bin", read), seed, scratch, "0")
+    verdict, _ = case.run_case(case.Reader({"a": Format(lambda folder: None, "w.bin", read)}), "a", seed, scratch, "0")
     assert (expected in verdict.fault) if expected else not verdict.fault, (expected, verdict)
+
+kept = []
+
+def again(path, mapped):
+    kept.append(path)
+    if len(kept) > 1:
+        raise KeyError("a")
+
+reader = case.Reader({"a": Format(lambda folder: None, "w.bin", again)})
+found = [case.run_case(reader, "a", seed, scratch, str(number))[0].fault for number in range(3)]
+assert [fault.partition("\\n")[0] for fault in found] == ["", *["after 1 others: another exception"] * 2], found
+
+reader = case.Reader({"a": Format(lambda folder: None, "w.bin", lambda *_: kept.append(torch.ones(30_000_000)))})
+for number in range(2):
+    assert not case.run_case(reader, "a", seed, scratch, str(number))[0].fault and not reader.cases
 """
