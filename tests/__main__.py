@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     variables = clean_environment(
         {
             # torch's threads of several processes on one processor wait for each other
+            "PYTHONDONTWRITEBYTECODE": "",  # dozens of processes would each compile ComfyUI anew
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(processors // workers),
             "BONSAI_HOME": str(home()),
             "BONSAI_COMFYUI": os.environ.get("BONSAI_COMFYUI") or str(environment.comfyui),
