@@ -3,7 +3,7 @@
 `PackedPatcher` is mixed into ComfyUI's ModelPatcher: it leaves the patch list of a packed layer on the layer instead of
 merging it into the weight. The layer finds its patches wherever ComfyUI put them: there (resident), in a LowVramPatch
 among its weight functions (offloaded) or in `weight_lowvram_function` (dynamic VRAM). While the model is sampled the
-patcher also lets the kernels keep memory from step to step.
+patcher also lets the kernels keep memory from step to step, and afterwards gives back what is mapped from files.
 
 Merges of whole models (a strength on the base weight other than 1) turn the layer dense until the patches are removed,
 as ComfyUI does.
@@ -23,6 +23,7 @@ import comfy.utils
 import torch
 
 from .. import kernels
+from ..weights.mapped import give_back
 from ..weights.packed_weight import TABLES
 from .dense_on_read import DenseOnRead
 from .kept import Kept
@@ -30,6 +31,7 @@ from .layout import is_packed, unwrap
 from .lora import LayerPatches, merges_models, model_as_lora, plain_terms
 from .model_class import is_dynamic
 from .record import saved_record, saved_text_record
+from .tensors import tensors_of
 
 if TYPE_CHECKING:
     from comfy.hooks import HookGroup, WeightHook
@@ -227,6 +229,13 @@ class PackedPatcher(Mixed):
     def cleanup(self) -> None:
         super().cleanup()
         kernels.release_memory()
+        self.give_back_pages()
+
+    def give_back_pages(self) -> None:
+        """Where a CPU computes, what is mapped from files leaves the process until it is read again."""
+        if self.load_device.type == "cpu":
+            tensors = tensors_of(self.model).values()
+            give_back(unwrap(tensor).codes if is_packed(tensor) else tensor for tensor in tensors)
 
     def add_hook_patches(self, hook: WeightHook, patches: Mapping[str | tuple, Any], *args: Any, **kwargs: Any) -> Any:
         """As ComfyUI's. Raises ValueError for a hook of codes or of weights of another size, and takes nothing."""

@@ -16,10 +16,6 @@ import comfy.sd
 import torch
 from comfy.cli_args import args
 
-from ..weights.mapped import give_back
-from .layout import is_packed, unwrap
-from .tensors import tensors_of
-
 LARGEST = 128 << 20
 """Bytes that one text encoder may keep: eight prompts of Bonsai Image 4B."""
 
@@ -72,9 +68,7 @@ class RememberingCLIP(comfy.sd.CLIP):
         if found is not None:
             return found
         found = super().encode_from_tokens(tokens, return_pooled, return_dict)
-        if self.patcher.load_device.type == "cpu":
-            tensors = tensors_of(self.cond_stage_model).values()
-            give_back(unwrap(tensor).codes if is_packed(tensor) else tensor for tensor in tensors)
+        self.patcher.give_back_pages()
         if key is not None:
             self._states.put(key, found)
         return found

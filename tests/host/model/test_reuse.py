@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from random_weights import random_weight
+from resident import resident
 from twins import QKV, Pair, bfl_lora, draw, loaded, module_of, with_lora
+
+from bonsai_ops.weights.mapped import SMAPS
 
 pytestmark = [pytest.mark.host, pytest.mark.processor]
 
@@ -133,3 +136,21 @@ def test_a_text_encoder_may_write_into_its_embedding(comfy: Any) -> None:
             assert torch.equal(rows, weight.dequantize(rows.dtype)[index])
             torch.add(rows, 1.0, out=rows)
             assert torch.equal(table(index, out_dtype=dtype), weight.dequantize(rows.dtype)[index])
+
+
+def test_a_mapped_model_leaves_memory_after_a_picture(comfy: Any, packs: Mapping[str, Path], tmp_path: Path) -> None:
+    """Its pages are read again for the next picture, which is the same."""
+    from bonsai_ops import convert
+    from bonsai_ops.host.loader import load_bonsai_model
+
+    file, read = tmp_path / "native.safetensors", []
+    assert convert.main([str(packs["ternary"]), str(file)]) == 0
+    model = load_bonsai_model(file, {"compute_dtype": "fp32"})
+    if model.load_device.type != "cpu" or not SMAPS.is_file():
+        pytest.skip("only a CPU under Linux gives pages back")
+    assert resident(file) < file.stat().st_size / 4
+    handle = model.model.diffusion_model.register_forward_hook(lambda *_: read.append(resident(file)))
+    first, second = draw(model, steps=1), draw(model, steps=1)
+    handle.remove()
+    assert torch.equal(first, second) and min(read) > file.stat().st_size / 2
+    assert resident(file) < file.stat().st_size / 4
