@@ -3,10 +3,13 @@
 //   node drive.cjs CHROMIUM      stdin: paths of jobs, one a line
 //   job.json: {url, graph, run, screenshot, size: [w, h], vue, locale, search, timeout}
 //
-// url: the running server. graph: path of a workflow in UI format. run: queue it once and wait. screenshot: path of a
-// .png, or null. size: of the window. vue: nodes drawn as HTML instead of on the canvas. locale: such as "en".
-// search: what is typed into the search for nodes, or null. export: whether to use File, Export (API). drop: path of a
-// file that is dropped on the page afterwards, or null. places: {id: [x, y, width]} for a graph in API format, of which
+// url: the running server. page: folder of another page that takes the place of the server's own, or null. graph: path
+// of a workflow in UI format. build: a graph that is put together with the mouse instead (hands.cjs). run: queue it once
+// and wait. cancel: kinds of nodes at which a run is cancelled, one run for each, before. screenshot: path of a .png, or
+// null. size: of the window. vue: nodes drawn as HTML instead of on the canvas. locale: such as "en".
+// search: what is typed into the search for nodes, or null. browse: the same for templates. export: whether to use File, Export (API). drop: path of a
+// file that is dropped on the page afterwards, or null. complaint: whether to open what the page says of an error.
+// places: {id: [x, y, width]} for a graph in API format, of which
 // the screenshot then shows nothing but the nodes. The page stays open between jobs that see the same one, as a user's
 // does who opens one workflow after the other.
 // Answer: {types: unknown node types, widgets: {id: values}, missing: [{node, name, url, directory}], media: [names],
@@ -14,27 +17,54 @@
 // search offers], shown: {id: {width, pictures: how many the node draws, texts: those of its read-only widgets}},
 // outside: [titles of nodes that reach out of their group before anything runs], exported: what the
 // page saved, dropped: the workflow that is open after the drop, inserted: {title, widgets: [[name, label, value]]},
-// help: text and pictures of the help page, app: {inputs: [labels], pictures: how many it shows}}
+// offered: [titles of templates], built: {ids: {name: id}, missing: links that did not come about}, cancelled: {kind: [how its run ended]},
+// complaint: text, help: text and pictures of the help page, app: {inputs: [labels], pictures: how many it shows}}
 // or {failed: what drive.cjs itself could not do}
 
 const fs = require('fs')
+const path = require('path')
 const readline = require('readline')
 const { chromium } = require('playwright-core')
+const { build, search } = require('./hands.cjs')
 
 const FLAGS = [
   '--no-sandbox',
   '--disable-gpu',
   '--disable-background-networking',
+  '--disable-features=LocalNetworkAccessChecks', // refuses websockets to a page that `serve` answers
   '--disable-component-update',
   '--disable-sync'
 ]
 
+const CANCEL = '[aria-label="Cancel current run"]'
 const RUN_APP = '[data-testid="linear-run-button"]'
-// What the page asks for and does without: help in its language, downloads of which it wants to know the size.
-const EXPECTED = /huggingface\.co|\/docs\/\w+\/[\w-]+\.md/
+// What the page asks for and does without: help in its language, downloads of which it wants to know the size, what
+// the registry knows of a node that failed.
+const EXPECTED = /huggingface\.co|api\.comfy\.org|\/docs\/\w+\/[\w-]+\.md/
 
 function isOurs(error) {
   return /bonsai|bitlinear/i.test(error) && !EXPECTED.test(error)
+}
+
+// Answers for the files of another page than the server's.
+async function serve(page, url, folder) {
+  await page.route(`${url}/**`, (route) => {
+    const name = decodeURIComponent(new URL(route.request().url()).pathname)
+    const file = path.join(folder, name === '/' ? 'index.html' : name)
+    return fs.statSync(file, { throwIfNoEntry: false })?.isFile() ? route.fulfill({ path: file }) : route.continue()
+  })
+}
+
+// What the page says when it has said the same for some time.
+async function settled(page, look) {
+  let last = null
+  for (let same = 0, tries = 0; same < 3 && tries < 40; tries++) {
+    const now = JSON.stringify(await page.evaluate(look))
+    same = now === last ? same + 1 : 0
+    last = now
+    await page.waitForTimeout(150)
+  }
+  return JSON.parse(last)
 }
 
 async function openPage(browser, job) {
@@ -52,7 +82,8 @@ async function openPage(browser, job) {
     'Comfy.TutorialCompleted': true,
     'Comfy.PromptFilename': false,
     'Comfy.Workflow.Persist': false,
-    'Comfy.Minimap.Visible': false
+    'Comfy.Minimap.Visible': false,
+    'Comfy.RightSidePanel.IsOpen': false
   }
   const answer = await fetch(`${job.url}/api/settings`, {
     method: 'POST',
@@ -60,13 +91,14 @@ async function openPage(browser, job) {
     body: JSON.stringify(settings)
   })
   if (!answer.ok) throw new Error(`the settings were refused: ${answer.status}`)
+  if (job.page) await serve(page, job.url, job.page)
   await page.goto(job.url)
   await page.waitForFunction(
     () => window.app?.graph && window.LiteGraph?.registered_node_types?.BonsaiSampler,
     null,
     { timeout: job.timeout }
   )
-  await page.waitForTimeout(1000)
+  await page.waitForTimeout(500)
   return { page, failures }
 }
 
@@ -81,6 +113,16 @@ async function openTemplate(page, title, graph) {
   await page.getByText('Bonsai Image', { exact: true }).first().click()
   await page.locator(`[data-testid="template-workflow-${title}"]`).click()
   await page.waitForFunction((id) => window.app.graph.id === id, graph.id, { timeout: 30000 })
+}
+
+// Types words into the search of the template browser, which stays open; the titles that it offers then.
+async function browse(page, words) {
+  await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates'))
+  await page.getByText('Bonsai Image', { exact: true }).first().waitFor({ timeout: 15000 })
+  await page.locator('[role="dialog"] input').first().fill(words)
+  const titles = () =>
+    [...document.querySelectorAll('[data-testid^="template-workflow-"]')].map((card) => card.dataset.testid.slice(18))
+  return settled(page, titles)
 }
 
 // Runs in the page.
@@ -104,8 +146,8 @@ function opened() {
 }
 
 // Runs in the page. Resolves to {outputs, errors} when the prompt has ended; button: of these the last is
-// pressed; null queues it.
-async function run([timeout, button]) {
+// pressed; null queues it. cancel: a kind of node and the button that is pressed once such a node runs.
+async function run([timeout, button, cancel]) {
   const api = window.app.api ?? window.comfyAPI.api.api
   const outputs = {}
   const listeners = []
@@ -119,6 +161,16 @@ async function run([timeout, button]) {
       resolve({ outputs, errors })
     }
     setTimeout(() => finish([`no end of the prompt within ${timeout / 1000} s`]), timeout)
+    if (cancel)
+      listen('executing', ({ detail }) => {
+        if (window.app.graph.getNodeById(detail?.node ?? detail)?.type !== cancel[0]) return
+        const press = () => {
+          const [found] = document.querySelectorAll(cancel[1])
+          if (found && !found.disabled) found.click()
+          else setTimeout(press, 5)
+        }
+        press()
+      })
     listen('executed', ({ detail }) => (outputs[detail.node] = detail.output))
     listen('execution_success', () => finish([]))
     listen('execution_interrupted', () => finish(['interrupted']))
@@ -173,8 +225,8 @@ async function drawn(page, outputs) {
   const awaited = Object.keys(outputs).filter((id) => outputs[id]?.images?.length)
   for (let tries = 0; ; tries++) {
     const found = await page.evaluate(shown)
-    if (tries === 20 || awaited.every((id) => found[id]?.pictures)) return found
-    await page.waitForTimeout(500)
+    if (tries === 50 || awaited.every((id) => found[id]?.pictures)) return found
+    await page.waitForTimeout(200)
   }
 }
 
@@ -233,22 +285,13 @@ async function drop(page, path) {
   return page.evaluate(() => window.app.graph.serialize())
 }
 
-async function search(page, words) {
-  await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle'))
-  await page.waitForTimeout(500)
-  await page.keyboard.type(words)
-  await page.waitForTimeout(1000)
-  const offered = page.locator('[role="option"]')
-  return (await offered.allInnerTexts()).map((text) => text.trim())
-}
-
 // Puts what a search finds first onto the graph, and connects its first output to the Save Image there.
 async function insert(page, name) {
   const saves = await page.evaluate(() => window.app.graph.nodes.map((node) => node.id))
   await search(page, name)
   await page.keyboard.press('Enter')
   await page.waitForTimeout(500)
-  await page.mouse.click(700, 250) // newer pages have the node follow the pointer until then
+  await page.mouse.click(700, 250) // the node follows the pointer until then
   await page.waitForFunction((known) => window.app.graph.nodes.length > known, saves.length, { timeout: 15000 })
   await page.waitForTimeout(1000)
   return page.evaluate((known) => {
@@ -281,15 +324,25 @@ async function runApp(page, timeout) {
   await page.waitForTimeout(500)
   const inputs = await page.locator('[data-testid="app-mode-widget-item"]').allInnerTexts()
   const ended = await page.evaluate(run, [timeout, `${RUN_APP} button`])
-  await page.waitForTimeout(1000)
   const shown = page.locator('[data-testid="linear-center-panel"] img')
+  await shown.first().waitFor({ timeout: 15000 })
+  await page.locator('[data-testid="linear-cancel-run"]').waitFor({ state: 'detached', timeout: 15000 })
+  await page.waitForTimeout(300)
   const widths = await shown.evaluateAll((images) => images.map((image) => image.naturalWidth))
   return { ...ended, inputs: inputs.map((text) => text.split('\n')[0]), pictures: widths }
 }
 
 async function fit(page) {
   await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
-  await page.waitForTimeout(1000)
+  await settled(page, () => [window.app.canvas.ds.scale, ...window.app.canvas.ds.offset])
+}
+
+// Opens the details of the error that the page shows; what they say.
+async function complaint(page) {
+  await page.locator('[data-testid="error-overlay-see-errors"]').click({ timeout: 15000 })
+  const panel = page.locator('[data-testid="runtime-error-panel"]')
+  await panel.waitFor({ timeout: 15000 })
+  return panel.innerText()
 }
 
 async function drive(page, failures, job) {
@@ -298,29 +351,37 @@ async function drive(page, failures, job) {
   if (job.places) return portray(page, graph, job.places, job.screenshot)
   if (job.template) await openTemplate(page, job.template, graph)
   else await page.evaluate(load, graph)
-  await page.waitForTimeout(1500)
-  const answer = await page.evaluate(opened)
+  await page.waitForTimeout(300)
+  const built = job.build && (await build(page, job.build))
+  const answer = { built, cancelled: {}, ...(await settled(page, opened)) }
   if (job.app) answer.app = await runApp(page, job.timeout)
   else if (await page.locator(RUN_APP).count())
     await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.ToggleLinear'))
-  if (!answer.app) await fit(page)
+  if (!answer.app && !built) await fit(page)
   answer.outside = await page.evaluate(outside)
   if (job.insert) answer.inserted = await insert(page, job.insert)
   if (job.export) answer.exported = await exportGraph(page)
+  for (const kind of job.cancel ?? [])
+    answer.cancelled[kind] = (await page.evaluate(run, [job.timeout, null, [kind, CANCEL]])).errors
   if (job.run) {
     const { outputs, errors } = await page.evaluate(run, [job.timeout, null])
     answer.outputs = outputs
     answer.errors.push(...errors)
-    await page.waitForTimeout(500)
     answer.shown = await drawn(page, outputs)
   }
+  if (job.complaint) answer.complaint = await complaint(page)
   if (job.help) answer.help = await help(page, job.help)
-  if (job.screenshot) {
-    if (!answer.app) await fit(page)
+  if (job.screenshot && !job.browse) {
+    if (!answer.app && !built) await fit(page)
     await page.screenshot({ path: job.screenshot })
   }
   if (job.search) {
     answer.found = await search(page, job.search)
+    await page.keyboard.press('Escape')
+  }
+  if (job.browse) {
+    answer.offered = await browse(page, job.browse)
+    if (job.screenshot) await page.screenshot({ path: job.screenshot })
     await page.keyboard.press('Escape')
   }
   if (job.drop) answer.dropped = await drop(page, job.drop)
@@ -333,10 +394,10 @@ async function main() {
   let open = null
   let seen = null
   for await (const path of readline.createInterface({ input: process.stdin })) {
-    let answer
+    let answer, job
     try {
-      const job = { timeout: 300000, ...JSON.parse(fs.readFileSync(path, 'utf8')) }
-      const sees = JSON.stringify([job.url, job.size, job.vue, job.locale])
+      job = { timeout: 300000, ...JSON.parse(fs.readFileSync(path, 'utf8')) }
+      const sees = JSON.stringify([job.url, job.page, job.size, job.vue, job.locale])
       if (sees !== seen) {
         await open?.page.close()
         seen = null
@@ -346,6 +407,7 @@ async function main() {
       answer = await drive(open.page, open.failures, job)
     } catch (error) {
       seen = null // the next job gets a page of its own
+      if (job?.screenshot) await open?.page.screenshot({ path: job.screenshot }).catch(() => {})
       answer = { failed: `${error.stack || error}` }
     }
     process.stdout.write(`${JSON.stringify(answer)}\n`)

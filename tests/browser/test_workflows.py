@@ -1,6 +1,7 @@
 """The shipped workflows in ComfyUI's real page: loaded, checked, queued and watched in Chromium (drive.cjs).
 
-Tests that see the same page (canvas, HTML nodes, a language) stand together: between them it stays open.
+Tests that see the same page (canvas, HTML nodes, a language) stand together: between them it stays open. Some see the
+newest page instead of the server's own, which asks the same server.
 
 The published weights cannot be had in a test, so every run uses the files of tiny_files.py. A workflow as shipped, with
 its own loaders, is only loaded and compared: the page must name exactly the missing files, with the addresses they can
@@ -25,6 +26,7 @@ import pytest
 import tiny_files
 from PIL import Image
 
+from bonsai_ops.tools.environment import newest_packages_path
 from bonsai_ops.tools.server import ComfyServer
 from bonsai_ops.tools.workflow import to_api
 
@@ -33,10 +35,75 @@ pytestmark = [pytest.mark.browser, pytest.mark.host, pytest.mark.slow]
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 FIRST_RUN = WORKFLOWS[0]
-LANGUAGES = ("en", "zh", "ar")
-"""A sample; the page has no German yet. tests/unit/test_locales.py reads them all."""
+LANGUAGES = ("zh", "ar")
+"""A sample, beside the English of all others; tests/unit/test_locales.py reads them all."""
+NEWEST_PAGE = newest_packages_path() / "comfyui_frontend_package" / "static"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 DRIVE_SECONDS = 400
+
+CANCELLED = {
+    "Bonsai 01": ["LoadBonsaiPack", "CLIPTextEncode", "BonsaiSampler", "VAEDecode"],
+    "Bonsai 09": ["CalibrateBitLinear", "PatchToBitLinear", "MeasureBitLinear"],
+    "Bonsai 10": ["TrainLoraNode"],
+    "Bonsai 14": ["RecoverBitLinear"],
+}
+"""{beginning of a workflow's name: nodes at which Cancel is pressed, each in a run of its own, before it is run}."""
+ASKED = ("positive", "negative")
+WALK = {
+    "nodes": {
+        "pack": ("Load Bonsai Pack", 260, 130),
+        "text": ("CLIP Text Encode (Prompt)", 560, 130),
+        "empty": ("Empty Flux 2 Latent", 560, 320),
+        "sampler": ("Bonsai Sampler", 860, 130),
+        "decode": ("VAE Decode", 1100, 130),
+        "picture": ("Save Image", 1340, 130),
+        "model": ("Load Bonsai Model", 260, 620),
+        "info": ("Bonsai Model Info", 1640, 130),
+        "dense": ("Load Diffusion Model", 260, 350),
+        "right": ("Right Gradients for Training", 860, 320),
+        "encoder": ("Load Bonsai Text Encoder", 260, 480),
+        "prompt": ("CLIP Text Encode (Prompt)", 560, 460),
+        "sigmas": ("Flux2Scheduler", 260, 790),
+        "calibrate": ("Calibrate for BitLinear", 560, 660),
+        "patch": ("Patch to BitLinear", 880, 420),
+        "measure": ("Measure BitLinear", 880, 660),
+        "report": ("Preview as Text", 1220, 760),
+        "recover": ("Recover BitLinear", 1220, 470),
+        "save": ("Save Bonsai Model", 1600, 560),
+    },
+    "links": [
+        *(("pack", "MODEL", "sampler", "model"), ("pack", "CLIP", "text", "clip"), ("pack", "VAE", "decode", "vae")),
+        *(("text", "CONDITIONING", "sampler", "positive"), ("empty", "LATENT", "sampler", "latent")),
+        *(("sampler", "LATENT", "decode", "samples"), ("decode", "IMAGE", "picture", "images")),
+        *(
+            ("model", "MODEL", "info", "model"),
+            ("encoder", "CLIP", "prompt", "clip"),
+            ("dense", "MODEL", "right", "model"),
+        ),
+        *(("right", "MODEL", "calibrate", "model"), ("right", "MODEL", "patch", "model")),
+        ("calibrate", "calibration", "patch", "calibration"),
+        *(("right", "MODEL", node, "original") for node in ("measure", "recover")),
+        *(("patch", "MODEL", node, "patched") for node in ("measure", "recover")),
+        *(("prompt", "CONDITIONING", node, name) for node in ("calibrate", "measure") for name in ASKED),
+        *(("empty", "LATENT", node, "latent") for node in ("calibrate", "measure", "recover")),
+        *(("prompt", "CONDITIONING", "recover", "prompts"), ("sigmas", "SIGMAS", "recover", "sigmas")),
+        *(("measure", "report", "report", "source"), ("recover", "MODEL", "save", "model")),
+    ],
+    "values": {
+        "pack": {"pack_name": tiny_files.SHIPPED_PACK},
+        "model": {"model_name": tiny_files.MODEL},
+        "dense": {"unet_name": tiny_files.DENSE},
+        "encoder": {"text_encoder_name": tiny_files.ENCODER},
+        "text": {"text": "a green bonsai tree in a blue pot, summer"},
+        "empty": {"width": 128, "height": 128},
+        "sigmas": {"steps": 2, "width": 128, "height": 128},
+        "patch": {"rank": 16},
+        "measure": {"steps": 1},
+        "recover": {"points": 8, "steps": 1, "batch": 1},
+        "save": {"filename_prefix": "page/walk"},
+    },
+}
+"""A graph of all our nodes: title and place in the window of each, links, and values other than the defaults."""
 
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
@@ -127,7 +194,9 @@ def saved_pictures(graph: dict[str, Any], answer: dict[str, Any], server: ComfyS
 @each_workflow
 def test_workflow_runs(path: Path, page: Page) -> None:
     graph = tiny_files.instead_of_published(read(path))
-    answer = page.drive(f"{path.stem}-run", graph, run=True, export=True)
+    stages = next((kinds for name, kinds in CANCELLED.items() if path.stem.startswith(name)), [])
+    answer = page.drive(f"{path.stem}-run", graph, run=True, export=True, cancel=stages)
+    assert answer["cancelled"] == {stage: ["interrupted"] for stage in stages}
     assert answer["errors"] == [], page.server.log_tail()
     assert answer["types"] == [] and answer["missing"] == [] and answer["media"] == []
     assert answer["widgets"] == values_of(graph)
@@ -156,20 +225,54 @@ def test_a_picture_dropped_on_the_page_opens_its_workflow(page: Page) -> None:
     assert [link[1:] for link in opened["links"]] == [link[1:] for link in graph["links"]]
 
 
-@each_workflow
-def test_workflow_as_shipped_names_its_files(path: Path, page: Page) -> None:
-    """Clicked in the template browser, drawn as HTML nodes, the other way the page draws them."""
-    graph = read(path)
-    answer = page.drive(f"{path.stem}-shipped", graph, run=False, vue=True, template=path.stem)
-    assert answer["errors"] == [] and answer["types"] == []
-    assert answer["widgets"] == values_of(graph)
-    assert answer["media"] == [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "LoadImage"]
-    shipped = [{"node": str(n["id"]), **model} for n in graph["nodes"] for model in n["properties"].get("models", ())]
-    missing = [model for model in answer["missing"] if model.get("url")]
-    assert sorted(missing, key=str) == sorted(shipped, key=str)
-    brought = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] in tiny_files.NOT_SHIPPED]
-    assert {model["name"] for model in answer["missing"]} - {model["name"] for model in shipped} <= {*brought}
-    assert answer["outside"] == []
+def empty() -> dict[str, Any]:
+    """A workflow without a node."""
+    return {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "version": 0.4}
+
+
+def walk(driver: Page, name: str, seed: int, **seen: object) -> None:
+    """All our nodes, found by their titles, put down and connected with the mouse, and run: what each then shows.
+
+    seed: another one each time, for a page shows nothing of what the server took from its cache.
+    """
+    values = {**WALK["values"], "calibrate": {"steps": 1, "seed": seed}}
+    answer = driver.drive(name, empty(), build={**WALK, "values": values}, run=True, search="1 bit", **seen)
+    built = answer["built"]
+    assert built["missing"] == []
+    assert answer["errors"] == [], driver.server.log_tail()
+    shown = {name: answer["shown"][str(number)] for name, number in built["ids"].items()}
+    outputs = {name: answer["outputs"].get(str(number)) for name, number in built["ids"].items()}
+    for node in ("picture", "info", "patch", "measure", "recover"):
+        assert shown[node]["pictures"] == 1, node
+    for node in ("info", "calibrate", "patch", "measure", "recover", "save"):
+        assert shown[node]["width"] >= 400, node
+    assert shown["save"]["pictures"] == 0 and "walk" in shown["save"]["texts"][0]
+    assert "21 of 21 layers" in shown["calibrate"]["texts"][0]
+    assert "error" in outputs["report"]["text"][0]
+    assert any("Load Bonsai Model" in offered for offered in answer["found"])  # by words that are not in its name
+
+
+def test_walk(page: Page) -> None:
+    """Drawn on the canvas."""
+    walk(page, "walk-canvas", seed=1)
+
+
+def test_the_page_says_what_is_wrong_with_a_file(page: Page) -> None:
+    """With a Git LFS pointer in place of a model: file, finding and cure, one click behind the red box."""
+    file = page.server.base_directory / "models" / "diffusion_models" / "pointer.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1430000000\n", encoding="utf-8")
+    graph = {
+        "nodes": {"model": ("Load Bonsai Model", 300, 200), "info": ("Bonsai Model Info", 900, 200)},
+        "links": [("model", "MODEL", "info", "model")],
+        "values": {"model": {"model_name": file.name}},
+    }
+    try:
+        answer = page.drive("wrong-file", empty(), build=graph, run=True, complaint=True)
+    finally:
+        file.unlink()
+    assert len(answer["errors"]) == 1 and "PackError" in answer["errors"][0]
+    for words in (file.name, "is a Git LFS pointer", "git lfs pull"):
+        assert words in answer["complaint"]
 
 
 def saving() -> dict[str, Any]:
@@ -195,6 +298,12 @@ def test_a_blueprint_is_found_and_draws(name: str, page: Page) -> None:
         assert picture.size == (128, 128) and len(picture.convert("RGB").getcolors(1 << 24)) > 1000
 
 
+def test_the_search_for_templates_finds_the_first_run(page: Page) -> None:
+    """By the words of README it stands first."""
+    answer = page.drive("templates", read(FIRST_RUN), run=False, vue=True, browse="bonsai 01")
+    assert answer["errors"] == [] and answer["offered"][0] == FIRST_RUN.stem
+
+
 def test_help_opens_on_the_page(page: Page) -> None:
     """With its table of inputs and its picture."""
     answer = page.drive("help", read(FIRST_RUN), run=False, vue=True, help="BonsaiSampler")
@@ -212,34 +321,30 @@ def test_the_app_opens_and_draws(page: Page) -> None:
     assert 128 in answer["app"]["pictures"]
 
 
+@each_workflow
+def test_workflow_as_shipped_names_its_files(path: Path, page: Page) -> None:
+    """Clicked in the template browser of the newest page, drawn as HTML nodes, the other way pages draw them."""
+    graph = read(path)
+    answer = page.drive(f"{path.stem}-shipped", graph, run=False, vue=True, template=path.stem, page=str(NEWEST_PAGE))
+    assert answer["errors"] == [] and answer["types"] == []
+    assert answer["widgets"] == values_of(graph)
+    assert answer["media"] == [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "LoadImage"]
+    shipped = [{"node": str(n["id"]), **model} for n in graph["nodes"] for model in n["properties"].get("models", ())]
+    missing = [model for model in answer["missing"] if model.get("url")]
+    assert sorted(missing, key=str) == sorted(shipped, key=str)
+    brought = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] in tiny_files.NOT_SHIPPED]
+    assert {model["name"] for model in answer["missing"]} - {model["name"] for model in shipped} <= {*brought}
+    assert answer["outside"] == []
+
+
+def test_walk_on_the_newest_page(page: Page) -> None:
+    """Drawn as HTML nodes."""
+    walk(page, "walk-newest", seed=2, vue=True, page=str(NEWEST_PAGE))
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_page_shows_translated_titles(language: str, page: Page) -> None:
     texts = read(REPOSITORY / "locales" / language / "nodeDefs.json")
     graph = read(WORKFLOWS[1])
     answer = page.drive(f"titles-{language}", graph, run=False, locale=language)
     assert {texts["LoadBonsaiModel"]["display_name"], texts["BonsaiSampler"]["display_name"]} <= set(answer["titles"])
-
-
-def reporting() -> dict[str, Any]:
-    """A workflow of the nodes that report on a packed model, as the page makes them: none has a size yet."""
-    kinds = (("LoadBonsaiPack", [tiny_files.PACK]), ("BonsaiModelInfo", []), ("SaveBonsaiModel", ["page/saved", False]))
-    nodes = [
-        {"id": i, "type": kind, "pos": [40 + 520 * (i - 1), 80], "widgets_values": values}
-        for i, (kind, values) in enumerate(kinds, 1)
-    ]
-    nodes[0]["outputs"] = [{"name": "MODEL", "type": "MODEL", "links": [1, 2]}]
-    for link, node in enumerate(nodes[1:], 1):
-        node["inputs"] = [{"name": "model", "type": "MODEL", "link": link}]
-    links = [[1, 1, 0, 2, 0, "MODEL"], [2, 1, 0, 3, 0, "MODEL"]]
-    return {"last_node_id": 3, "last_link_id": 2, "nodes": nodes, "links": links, "version": 0.4}
-
-
-@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
-def test_reports_are_drawn_on_their_nodes(vue: bool, page: Page) -> None:
-    """A picture, or text where there is none; and a search finds nodes by words that are not in their names."""
-    answer = page.drive(f"reports-{vue}", reporting(), run=True, vue=vue, search="1 bit")
-    assert answer["errors"] == [], page.server.log_tail()
-    info, saved = answer["shown"]["2"], answer["shown"]["3"]
-    assert info["pictures"] == 1 and info["width"] >= 400
-    assert saved["pictures"] == 0 and ".safetensors" in saved["texts"][0]
-    assert any("Load Bonsai Model" in offered for offered in answer["found"])
