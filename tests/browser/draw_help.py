@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,42 +194,57 @@ def main(argv: list[str]) -> int:
     names = parser.parse_args(argv).nodes or list(GRAPHS)
     if unknown := {*names} - {*GRAPHS}:
         parser.error(f"no graph for {', '.join(sorted(unknown))}")
+    PICTURES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        orders = {name: _order(name) for name in names}
+        for name, picture in shots(orders, Path(folder), FILES).items():
+            save(picture, SCALE, PICTURES / f"{name}.webp")
+    return 0
+
+
+def shots(jobs: dict[str, dict[str, Any]], work: Path, files: Sequence[str] = ()) -> dict[str, Image.Image]:
+    """{name: picture of the page} of jobs for drive.cjs, one after the other; each job's graph is given as it is.
+
+    files: paths below models/ that are there, empty, for the page marks what it does not find. work: an empty folder.
+    Raises SystemExit when something needed is missing or a job fails.
+    """
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     node = shutil.which("node")
     if chromium is None or node is None:
         raise SystemExit("Chromium or Node.js is missing: this draws on ComfyUI's page.")
-    PICTURES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        link_plugin(work / "base")
-        for name in FILES:  # empty, for the page marks what it does not find
-            (work / "base" / "models" / name).parent.mkdir(parents=True, exist_ok=True)
-            (work / "base" / "models" / name).touch()
-        with ComfyServer(Path(sys.executable), comfyui_path(NEWEST), work / "base") as server:
-            orders = [_order(name, work, server.url) for name in names]
-            drive = [node, str(Path(__file__).with_name("drive.cjs")), chromium]
-            answer = subprocess.run(
-                drive, input="\n".join(map(str, orders)), stdout=subprocess.PIPE, encoding="utf-8", env=os.environ
+    link_plugin(work / "base")
+    for name in files:
+        (work / "base" / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / "base" / "models" / name).touch()
+    orders = [work / f"{number}.job.json" for number in range(len(jobs))]
+    with ComfyServer(Path(sys.executable), comfyui_path(NEWEST), work / "base") as server:
+        for order, job in zip(orders, jobs.values(), strict=True):
+            graph = order.with_suffix(".graph")
+            graph.write_text(json.dumps(job["graph"]), encoding="utf-8")
+            order.write_text(
+                json.dumps({**job, "url": server.url, "graph": str(graph), "screenshot": f"{order}.png"}),
+                encoding="utf-8",
             )
-        print(answer.stdout, end="")
-        for name in names:
-            with Image.open(work / f"{name}.png") as picture:
-                small = picture.convert("RGB").resize(
-                    (round(picture.width * SCALE), round(picture.height * SCALE)), Image.Resampling.LANCZOS
-                )
-                small.save(PICTURES / f"{name}.webp", quality=QUALITY, method=6)
-    return answer.returncode
+        command = [node, str(Path(__file__).with_name("drive.cjs")), chromium]
+        lines = "\n".join(map(str, orders))
+        done = subprocess.run(command, input=lines, stdout=subprocess.PIPE, encoding="utf-8", env=os.environ)
+        answers = [json.loads(line) for line in done.stdout.splitlines()]
+        bad = [answer for answer in answers if answer.get("failed") or answer.get("errors")]
+        if bad or len(answers) < len(jobs):
+            raise SystemExit(f"{bad}\n{server.log_tail()}")
+    return {name: Image.open(f"{order}.png").convert("RGB") for name, order in zip(jobs, orders, strict=True)}
 
 
-def _order(name: str, work: Path, url: str) -> Path:
+def save(picture: Image.Image, scale: float, path: Path) -> None:
+    """Write a picture of the page as .webp."""
+    size = round(picture.width * scale), round(picture.height * scale)
+    picture.resize(size, Image.Resampling.LANCZOS).save(path, quality=QUALITY, method=6)
+
+
+def _order(name: str) -> dict[str, Any]:
     """The job of one picture for drive.cjs."""
     graph = {number: {"class_type": kind, "inputs": inputs} for number, (kind, *_, inputs) in GRAPHS[name].items()}
-    file, order = work / f"{name}.json", work / f"{name}.job.json"
-    file.write_text(json.dumps(graph), encoding="utf-8")
-    places = {number: place for number, (_, *place, _) in GRAPHS[name].items()}
-    job = {"url": url, "graph": str(file), "places": places, "screenshot": str(work / f"{name}.png")}
-    order.write_text(json.dumps(job), encoding="utf-8")
-    return order
+    return {"graph": graph, "places": {number: place for number, (_, *place, _) in GRAPHS[name].items()}}
 
 
 if __name__ == "__main__":
