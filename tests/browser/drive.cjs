@@ -319,7 +319,8 @@ async function help(page, type) {
 
 // Runs what is open in app mode; null where it is not.
 async function runApp(page, timeout) {
-  if (!(await page.locator(RUN_APP).count())) return null
+  const button = page.locator(RUN_APP).first()
+  if (!(await button.waitFor({ timeout: 15000 }).then(() => true, () => false))) return null
   await page.keyboard.press('Escape') // the tour that newer pages offer
   await page.waitForTimeout(500)
   const inputs = await page.locator('[data-testid="app-mode-widget-item"]').allInnerTexts()
@@ -355,8 +356,10 @@ async function drive(page, failures, job) {
   const built = job.build && (await build(page, job.build))
   const answer = { built, cancelled: {}, ...(await settled(page, opened)) }
   if (job.app) answer.app = await runApp(page, job.timeout)
-  else if (await page.locator(RUN_APP).count())
+  else if (await page.locator(RUN_APP).count()) {
     await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.ToggleLinear'))
+    await page.locator(RUN_APP).first().waitFor({ state: 'hidden', timeout: 15000 })
+  }
   if (!answer.app && !built) await fit(page)
   answer.outside = await page.evaluate(outside)
   if (job.insert) answer.inserted = await insert(page, job.insert)
