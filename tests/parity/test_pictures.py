@@ -136,7 +136,7 @@ def test_whole_pack(server: ComfyServer, family: Family, layout: str) -> None:
 def test_what_mlx_quantizes_itself(server: ComfyServer, variant: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     """mx.quantize of dense weights has four (2 bit) or two (1 bit) uneven levels: kept exactly, with both tables."""
     dense, pack, unpacked = tmp_path / "dense", tmp_path / "pack", tmp_path / "reference"
-    tiny_klein.write_pipeline(dense, tokenizer=tokenizer_folder, variant=None)
+    tiny_klein.write_pipeline(dense, tokenizer=tokenizer_folder, variant=None, te_hidden=128)
     mlx_pack.write_mlx_pack(dense, pack, variant, quantizer="mlx", reference_folder=unpacked)
     embeds = reference.reference_embeds(pack, PROMPT)
     name = place(server, pack, f"mlx-own-{variant}")

@@ -13,7 +13,7 @@ from . import gemlite_pack, mlx_pack, reference, tiny_klein
 PROMPT = "a bonsai tree in a blue pot, morning light"
 WIDTH, HEIGHT, SEED = 192, 128, 7
 GEOMETRIES = {
-    "narrow": {"heads": 2, "depth": 1, "depth_single": 2},
+    "narrow": {"heads": 2, "depth": 1, "depth_single": 2, "te_hidden": 128},
     "wide": {"heads": 3, "depth": 2, "depth_single": 3},
 }
 
