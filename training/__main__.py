@@ -1,6 +1,6 @@
 """Makes the seedling: python -m training [--work FOLDER] [--stage NAME] [--minutes M].
 
-Stages, in order; each goes on where it stopped, and all but the first and the last run if none is named:
+Stages, in order; each goes on where it stopped, and all but unpack, figures and badge run if none is named:
 
     unpack        checkpoints from the shipped files, to go on from them instead of from the beginning
     drawings      pictures and captions, drawn by code
@@ -16,7 +16,9 @@ Stages, in order; each goes on where it stopped, and all but the first and the l
     measure       prompt following and reconstruction of what is there
     quantize      what post-training quantization does to the dense one
     fidelity      how close packed twins of the dense one come, by size and by way of making them
-    badge         icon and banner for the ComfyUI registry, drawn by the seedling that ships; only if it is named
+    other         the same for a small random model of another architecture; needs no other stage
+    figures       docs/results, the curve and the tables of docs/benchmarks.md from what these two found
+    badge         icon and banner for the ComfyUI registry, drawn by the seedling that ships
     night         what the shipped workflow trains on the packed one and on a dense one; needs no other stage
 
 Runs for hours on two processor cores, in the environment of the tests. Everything is kept in the work folder.
@@ -35,7 +37,7 @@ from bonsai_ops.tools.environment import PLUGIN, clean_environment, ensure_or_ex
 
 STEPS = {"ternary": 2900, "binary": 2800, "dense": 300}
 MODELS = PLUGIN / "bonsai_ops" / "models"
-OPTIONAL = ("unpack", "badge")
+OPTIONAL = ("unpack", "figures", "badge")
 _INSIDE = "BONSAI_TRAINING"
 
 
@@ -72,7 +74,21 @@ def _stages(work: Path, comfyui: Path, arguments: argparse.Namespace) -> dict[st
     """{name: function}; a function returns False when its time was over before its work."""
     import torch
 
-    from . import badge, dataset, export, fidelity, lora, measure, night, quantizer, text_encoder, transformer, unpack
+    from . import (
+        badge,
+        dataset,
+        export,
+        fidelity,
+        figures,
+        lora,
+        measure,
+        night,
+        other,
+        quantizer,
+        text_encoder,
+        transformer,
+        unpack,
+    )
     from . import vae as autoencoder
 
     seconds, target = 60 * arguments.minutes, arguments.models
@@ -97,6 +113,8 @@ def _stages(work: Path, comfyui: Path, arguments: argparse.Namespace) -> dict[st
         "measure": lambda: measure.show(work, comfyui),
         "quantize": lambda: quantizer.show(work, comfyui),
         "fidelity": lambda: fidelity.show(work, comfyui, seconds),
+        "other": lambda: other.show(work, comfyui, seconds),
+        "figures": lambda: figures.show(work),
         "badge": lambda: badge.make(work, comfyui),
         "night": lambda: night.show(work, comfyui),
     }

@@ -105,9 +105,28 @@ def line(name: str, row: Mapping) -> str:
     """One row as text."""
     text = f"{name:42} {row['bits']:5.2f} bits  velocity {row['velocity']:.4f}  latent {row['latent']:.4f}"
     shares = row["attributes"]
-    mean = sum(share for key, share in shares.items() if key != "all") / (len(shares) - 1)
     psnr = "same pictures" if row["psnr"] is None else f"{row['psnr']:5.2f} dB"
-    return f"{text}  {psnr}  attributes {100 * mean:.1f} %, all {100 * shares['all']:.1f} %"
+    return f"{text}  {psnr}  attributes {100 * _mean(shares):.1f} %, all {100 * shares['all']:.1f} %"
+
+
+def table(rows: Mapping[str, Mapping]) -> Iterator[str]:
+    """The rows that there are as lines of Markdown."""
+    yield "| | bits a weight | velocity | latent | PSNR | attributes right | pictures right in all five |"
+    yield "| --- " * 7 + "|"
+    for way in ways():
+        if way.name not in rows:
+            continue
+        row, shares = rows[way.name], rows[way.name]["attributes"]
+        psnr = "" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+        name = f"**{way.name}**" if way.training else way.name
+        errors = ("", "") if row["psnr"] is None else (f"{row['velocity']:.3f}", f"{row['latent']:.3f}")
+        right = (f"{100 * _mean(shares):.1f} %", f"{100 * shares['all']:.1f} %")
+        yield "| " + " | ".join((name, f"{row['bits']:.2f}", *errors, psnr, *right)) + " |"
+
+
+def _mean(shares: Mapping[str, float]) -> float:
+    """Of the attributes alone."""
+    return sum(share for key, share in shares.items() if key != "all") / (len(shares) - 1)
 
 
 @dataclass

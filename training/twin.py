@@ -6,6 +6,7 @@ prompts and noise that nothing was calibrated, trained or chosen on.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -24,7 +25,7 @@ from . import transformer, vae
 from .captions import caption
 from .measure import accuracy, held_out, painter
 from .scene import random_scene
-from .speed import frozen
+from .speed import frozen, narrow
 
 SIZE, TOKENS, TEXT = (128, 128), 64, transformer.SHORT_TEXT
 PROMPTS, CALIBRATED, CHOOSING, MEASURED = 320, 24, 24, 24
@@ -73,7 +74,7 @@ class Twin:
         for name, layer in self.layers.items():
             layer.register_forward_hook(lambda _, inputs, y, name=name: self._beside(name, inputs[0], y))
         prompts = [prompt for _, prompt in held_out(HELD_OUT)]
-        self._prompts, self._packed = prompts[:MEASURED], {}
+        self._prompts, self._packed, self._known = prompts[:MEASURED], {}, {}
         self.statistics = self._calibrated()
         self.measured = self.points(self._prompts, 700)
         self.choosing = self.points(prompts[-CHOOSING:], 500)
@@ -112,10 +113,13 @@ class Twin:
         return Points(text, sigmas[:-1], torch.stack(states), torch.stack(velocities), x)
 
     def known(self, seed: int) -> Points:
-        """The dense model's, for a training with this seed."""
-        rng = random.Random(f"recovery {seed}")
-        self.put(self.dense)
-        return self.points([caption(random_scene(rng), rng)[0] for _ in range(PROMPTS)], 10_000 * (seed + 1))
+        """The dense model's, for trainings with this seed. Those of the last seed asked for are kept."""
+        if seed not in self._known:
+            rng = random.Random(f"recovery {seed}")
+            self.put(self.dense)
+            prompts = [caption(random_scene(rng), rng)[0] for _ in range(PROMPTS)]
+            self._known = {seed: self.points(prompts, 10_000 * (seed + 1))}
+        return self._known[seed]
 
     def _calibrated(self) -> dict[str, Statistics]:
         rng, recorder = random.Random("calibration"), Recorder("full")
@@ -135,9 +139,13 @@ class Twin:
     def error(
         self, points: Points, batch: Sequence[tuple[int, int]], metric: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Square of the velocity's error relative to all of them; in a metric of `transformer.importance` if given."""
+        """Square of the velocity's error relative to all of them; in a metric of `transformer.importance` if given.
+
+        Where it is differentiated, products are `narrow`; where it is only looked at, they are in fp32.
+        """
         steps, prompts = (torch.tensor(numbers) for numbers in zip(*batch, strict=True))
-        found = self.predict(points.x[steps, prompts], points.sigmas[steps], points.text[prompts])
+        with narrow() if torch.is_grad_enabled() else contextlib.nullcontext():
+            found = self.predict(points.x[steps, prompts], points.sigmas[steps], points.text[prompts])
         difference = found - points.velocity[steps, prompts]
         if metric is None:
             return difference.square().mean() / points.velocity.square().mean()

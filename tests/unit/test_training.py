@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image, ImageFilter
 from bonsai_ops.kernels import cpu_has_fast_bf16
 from bonsai_ops.weights.codec import decode, spread_fields
 from bonsai_ops.weights.packed_weight import pack_signs
-from training import badge, captions, curve, dataset, fidelity, speed, text_encoder, transformer, vae
+from training import badge, captions, curve, dataset, fidelity, figures, other, speed, text_encoder, transformer, vae
 from training.drawing import draw
 from training.export import words
 from training.judge import judge
@@ -173,6 +175,30 @@ def test_every_way_has_a_name_of_its_own() -> None:
     names = [way.name for way in fidelity.ways()]
     assert len(set(names)) == len(names) > 40
     assert names[0] == "dense, rounded" and "binary, calibrated, rank 32, recovered, seed 0" in names
+
+
+def test_the_tables_of_the_documents_are_filled_in(tmp_path: Path) -> None:
+    """What a work folder has goes into the figures' file and its table; nothing else of the document changes."""
+    shares = {"pot": 1.0, "season": 0.5, "all": 0.5}
+    row = {"bits": 1.125, "velocity": 0.5, "latent": 0.25, "psnr": 20.0, "attributes": shares, "seconds": 1.0}
+    docs, work = tmp_path / "docs", tmp_path / "work"
+    (docs / "results").mkdir(parents=True)
+    work.mkdir()
+    before = (figures.DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    (docs / "benchmarks.md").write_text(before, encoding="utf-8")
+    trained = "binary, calibrated, rank 32, recovered, seed 0"
+    (work / fidelity.FILE).write_text(json.dumps({trained: row, "binary, rounded": row}), encoding="utf-8")
+    (work / other.FILE).write_text(json.dumps({"ternary, rounded": row}), encoding="utf-8")
+    figures.show(work, docs)
+    after = (docs / "benchmarks.md").read_text(encoding="utf-8")
+    plain = "| 1.12 | 0.500 | 0.250 | 20.0 dB | 75.0 % | 50.0 % |"
+    assert f"| --- |\n| binary, rounded {plain}\n| **{trained}** {plain}\n<!-- end of fidelity -->" in after
+    assert "| --- |\n| ternary, rounded | 1.12 | 0.500 | 0.250 |\n<!-- end of other -->" in after
+    outside = [re.sub(r"<!-- (\w+) -->.*?<!-- end", "", text, flags=re.DOTALL) for text in (before, after)]
+    assert outside[0] == outside[1]
+    assert (docs / fidelity.PICTURE).is_file() and (docs / "results" / other.FILE).is_file()
+    with pytest.raises(ValueError, match="found 0"):
+        figures.filled(before, "nothing", "")
 
 
 def test_the_hadamard_basis() -> None:
