@@ -5,6 +5,8 @@ TAESD family (keys `taesd_encoder.*`, `taesd_decoder.*`, numbered as in comfy.ta
 and lack blocks: what is missing is zeros, and a residual block of zeros hands on what it gets. Its latents
 [B, 32, H/8, W/8] are folded to FLUX.2's [B, 128, H/16, W/16], channel c of row y and column x of a 2 x 2 patch at
 4 c + 2 y + x.
+
+On a CPU the convolutional one computes its wide convolutions with a quarter of the products (kernels/winograd.py).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 import comfy.sd
 import torch
 
-from ..kernels import is_the_devices
+from ..kernels import is_the_devices, winograd
 from ..weights.errors import PackError
 from ..weights.files import is_file
 from ..weights.finite import NOT_FINITE, is_finite
@@ -72,7 +74,21 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     if config is not None:  # ComfyUI knows these sizes only of VAEs it recognises
         vae.latent_channels = PATCH * PATCH * config["params"]["embed_dim"]
         vae.downscale_ratio = vae.upscale_ratio = PATCH * 2 ** (len(config["params"]["ddconfig"]["ch_mult"]) - 1)
+    _convolve_with_fewer_products(vae.first_stage_model)
     return vae
+
+
+def _convolve_with_fewer_products(model: torch.nn.Module) -> None:
+    """Has those convolutions that winograd.convolve is for computed by it, and all of their kind channels last."""
+    found = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d) and _is_plain(module)]
+    if any(min(conv.in_channels, conv.out_channels) >= winograd.LEAST_CHANNELS for conv in found):
+        for conv in found:
+            conv._conv_forward = winograd.convolve
+
+
+def _is_plain(conv: torch.nn.Conv2d) -> bool:
+    sizes = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return sizes == ((KERNEL, KERNEL), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
 def _misfit(path: Path, sizes: str) -> PackError:

@@ -5,6 +5,7 @@ dispatch.py    which backend multiplies a call, and why the others do not
 contest.py     which of two is faster for a card and a shape; choices.py keeps that in a file
 custom_op.py   the product as an operator of torch: `linear`, for everyone outside
 eager.py       the reference; cpu.py, triton/, unpack/: the fast ones
+winograd.py    convolutions of a VAE on a CPU; nothing packed
 """
 
 from ..weights.device_errors import is_the_devices

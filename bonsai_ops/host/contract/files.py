@@ -110,6 +110,12 @@ NEEDS = (
     ),
     Need(
         "host/vae.py",
+        "comfy.ops.disable_weight_init.Conv2d",
+        "to decode pictures faster on a CPU",
+        words="_conv_forward",
+    ),
+    Need(
+        "host/vae.py",
         "comfy.taesd.taesd.TAESD",
         "to decode pictures with a tiny VAE",
         words="taesd_encoder taesd_decoder",
