@@ -7,7 +7,9 @@ Needs what the browser tests need, and the environment of the tests. Drawn with 
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -66,8 +68,9 @@ def _with_lora() -> dict[str, Any]:
     return {**graph, "last_node_id": 10, "last_link_id": 11}
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Draw them all."""
+    argparse.ArgumentParser(prog="python -m tests.browser.draw_tour", description=__doc__).parse_args(argv)
     PICTURES.mkdir(exist_ok=True)
     jobs = {
         "first-run": {"graph": _graph(FIRST), "run": True, "vue": True, "size": SIZE},
@@ -84,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
