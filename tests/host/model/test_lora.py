@@ -40,6 +40,9 @@ from twins import (
 
 pytestmark = pytest.mark.host
 
+TEXT_WIDTH = 128
+"""Of the text encoder, which reads 512 tokens in every test of it."""
+
 
 @pytest.fixture
 def make_pair(make_pair: Callable[..., Pair]) -> Callable[..., Pair]:
@@ -252,16 +255,17 @@ def text_encoders(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
     from bonsai_ops.host import text_encoder
     from bonsai_ops.tools import synthetic
 
-    folder = tmp_path_factory.mktemp("pack") / "tiny"
-    synthetic.write_pipeline(folder)
-    stock = stock_text_encoder(folder / "text_encoder-mlx-4bit" / "model.safetensors", synthetic.TINY_TEXT)
+    folder = tmp_path_factory.mktemp("pack")
+    geometry = synthetic.TextGeometry(hidden=TEXT_WIDTH, mlp=256, heads=2, key_heads=1)
+    synthetic.write_text_encoder(folder / "text_encoder-mlx-4bit", geometry)
+    stock = stock_text_encoder(folder / "text_encoder-mlx-4bit" / "model.safetensors", geometry)
     return text_encoder.load_bonsai_text_encoder(folder, compute_dtype="fp32"), stock
 
 
 def test_text_encoder_lora(pair: Pair, text_encoders: tuple[Any, Any], lora_file: LoraFile) -> None:
     """LoraLoader on MODEL and CLIP; a difference on the packed embedding table goes through the dense path."""
-    layer, hidden = "text_encoders.qwen3_4b.transformer.model.layers.3", 256
-    tensors = low_rank({f"{layer}.self_attn.q_proj": (256, hidden), f"{layer}.mlp.down_proj": (hidden, 512)})
+    layer = "text_encoders.qwen3_4b.transformer.model.layers.3"
+    tensors = low_rank({f"{layer}.self_attn.q_proj": (256, TEXT_WIDTH), f"{layer}.mlp.down_proj": (TEXT_WIDTH, 256)})
     name = lora_file(FORMS["bfl"] | tensors)
 
     def encode(clip: Any) -> torch.Tensor:
@@ -277,7 +281,7 @@ def test_text_encoder_lora(pair: Pair, text_encoders: tuple[Any, Any], lora_file
     assert relative(found, truth) < 1e-5 and relative(found, base[0]) > 1e-3
     Pair(pair.path, changed[0][0], changed[1][0]).check()
     key = "qwen3_4b.transformer.model.embed_tokens.weight"
-    table = torch.zeros(151936, hidden)
+    table = torch.zeros(151936, TEXT_WIDTH)
     table[:2000] = 0.3
     embedded = []
     for clip in text_encoders:
@@ -292,7 +296,7 @@ def test_the_text_encoder_gives_its_weights_too(text_encoders: tuple[Any, Any], 
     """CLIPSubtract and a LoRA on a packed CLIP: offloaded layers were given as codes."""
     layer = "text_encoders.qwen3_4b.transformer.model.layers.3.self_attn.q_proj"
     key = f"{layer.removeprefix('text_encoders.')}.weight"
-    name = lora_file(low_rank({layer: (256, 256)}))
+    name = lora_file(low_rank({layer: (256, TEXT_WIDTH)}))
     weights = []
     for clip in text_encoders:
         _, changed = run_node_outputs(
