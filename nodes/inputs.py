@@ -83,8 +83,8 @@ def _mode() -> io.Combo.Input:
         tooltip="How packed layers are multiplied. exact: the weights' values, fp32 sums. fp16_accumulate: sums of up "
         "to 128 products in fp16; for GeForce cards, with compute_dtype fp16. a8: activations rounded to 8 bit; "
         "fast, and less exact: on a CPU about half the time a layer, and about twice the error of bf16. a8_fp8: to "
-        "8-bit floats, on NVIDIA GPUs from RTX 40 and H100 on; the least exact. Where the device does not offer a mode, "
-        "exact is used; Bonsai Model Info says why.",
+        "8-bit floats, on NVIDIA GPUs from RTX 40 and H100 on; the least exact. Where the device does not offer a "
+        "mode, exact is used; Bonsai Model Info says why.",
         **_advanced(),
     )
 
