@@ -108,16 +108,17 @@ def _worker(
     if child:
         os.close(into)
         return out, child
+    reader = Reader(chosen)
     try:
         os.close(out)
         own = scratch / f"worker-{number}"
         own.mkdir()
-        reader = Reader(chosen)
         with os.fdopen(into, "w") as lines:
             for name, index in todo:
                 verdict, how = run_case(reader, name, seeds[name], own, f"{seed}/{name}/{index}")
                 print(json.dumps([name, index, how, vars(verdict)]), file=lines, flush=True)
     finally:
+        reader.end()  # which may hang
         os._exit(0)
 
 
