@@ -45,11 +45,11 @@ CONFIG = {
     "time_scale": 1000.0,
 }
 """Eight of the published model's 34 blocks, at 512 of its 3840 channels."""
-LATENT, TEXT = (1, 16, 16, 16), 12
+LATENT, TEXT = (1, 16, 8, 8), 12
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
-PROMPTS, CALIBRATED, MEASURED = 24, 8, 8
+PROMPTS, CALIBRATED, MEASURED = 24, 24, 8
 """Prompts, which are random text states, that a recovery learns from, that calibrate, and for the distances."""
-STEPS, BATCH, POINTS, LEARNING_RATE = 120, 8, 192, 1e-3
+STEPS, BATCH, POINTS, LEARNING_RATE = 100, 8, 96, 1e-3
 RANKS = (32, 8)
 
 
