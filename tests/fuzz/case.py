@@ -256,6 +256,8 @@ def _watch(seen: list[str], event: str, arguments: tuple[Any, ...]) -> None:
         path, _, flags = arguments
         if isinstance(flags, int) and flags & WRITES and path not in (os.devnull,):
             seen.append(f"open {path!r} to write")
+    elif event == "ctypes.dlopen" and arguments == (None,):
+        pass  # the functions of this process itself: no file is loaded
     elif EVENTS.match(event) or MORE_EVENTS.match(event):
         seen.append(f"{event} {arguments!r}"[:200])
 
