@@ -50,11 +50,15 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where rivals are made. kept: folder of what is built; ours: whose weights they get; size: of the pictures."""
+    """Where rivals are made. kept: folder of what is built; ours: whose weights they get; size: of the pictures.
+
+    pack: the kind of our files beside Trillim, as `files_of` takes it.
+    """
 
     kept: Path
     ours: Ours
     size: int
+    pack: str | None = None
 
     def run(self, what: str, command: Sequence[object], variables: Mapping[str, str] | None = None) -> None:
         """Runs a command, its output in the log of the folder. Raises UnavailableError with the end of that.
@@ -107,7 +111,7 @@ def measure(run: Run) -> dict:
         programs.append(sdcpp_program(sdcpp, (given.size, given.size), given.device))
     if given.rivals is not None:
         kept = (given.work or home()) / "rivals"
-        programs += programs_of(Workshop(kept, ours, given.size), given.rivals)
+        programs += programs_of(Workshop(kept, ours, given.size, next(iter(given.packs), None)), given.rivals)
     return picture.measure(programs, given.runs, picture.keep_in(given.json))
 
 
@@ -214,7 +218,7 @@ def trillim(workshop: Workshop) -> list[Program]:
         store.mkdir(parents=True, exist_ok=True)
         write_unpacked(workshop, pack)
         workshop.run("having Trillim quantize", [programs / "trillim", "quantize", pack], variables)
-    files = files_of(workshop.ours, None)
+    files = files_of(workshop.ours, workshop.pack)
 
     def run() -> dict:
         output = workshop.kept / "trillim.png"
