@@ -95,7 +95,7 @@ def show(work: Path, comfyui: Path, seconds: float = math.inf) -> bool:
     started = time.monotonic()
     with torch.inference_mode():
         other = Other()
-        for way in ways():
+        for way in sorted(ways(), key=lambda way: way.recovered):
             if way.name in rows:
                 continue
             if time.monotonic() - started > seconds:
