@@ -34,7 +34,7 @@ LIMITS = Limits(("cpu",), (torch.bfloat16, torch.float32), {scheme.name: scheme.
 SIGNS = Limits(LIMITS.devices, LIMITS.dtypes, {"binary": ("bit",), "ternary": ("trit5", "crumb")})
 """What a8 takes: three levels and a scale make one of int8, sixteen do not."""
 
-NO_BF16 = "this CPU has no AVX-512 BF16 or AMX"
+NO_BF16 = "this CPU has no AVX-512 BF16, AMX or ARM bf16"
 
 SCRATCH_BYTES = 32_000_000
 """Bound on what a call allocates beside its result."""

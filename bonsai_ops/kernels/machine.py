@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import torch
 
+MOST_BYTES = 1 << 14
+"""Bound on what is read of a file of the system."""
 
-def cpu_has_fast_bf16() -> bool:
-    """True if this CPU multiplies bf16 matrices in hardware (AVX-512 BF16 or AMX)."""
+
+def cpu_has_fast_bf16(root: Path = Path("/")) -> bool:
+    """True if this CPU multiplies bf16 matrices in hardware: AVX-512 BF16 or AMX, or ARM's bf16 with oneDNN in torch.
+
+    ARM is told below `root`, as Linux has it; what torch does with bf16 on Apple's processors elsewhere is not known.
+    """
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    if any(getattr(torch.cpu, name, lambda: False)() for name in names):
+        return True
+    return "bf16" in arm_features(root) and torch.backends.mkldnn.is_available()
+
+
+@functools.cache
+def arm_features(root: Path) -> frozenset[str]:
+    """What Linux's proc/cpuinfo below `root` lists as features of an ARM processor; empty on any other."""
+    for line in read_start(root / "proc/cpuinfo").splitlines():
+        name, _, features = line.partition(":")
+        if name.strip() == "Features":
+            return frozenset(features.split())
+    return frozenset()
+
+
+def read_start(path: Path) -> str:
+    """The first MOST_BYTES of a file of the system; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MOST_BYTES).decode("ascii", "replace")
+    except OSError:
+        return ""
 
 
 def cpu_has_fast_int8() -> bool:

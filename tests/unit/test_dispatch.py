@@ -150,7 +150,7 @@ def test_why_not_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cpu_has_fast_bf16", lambda: False)
     call = kernels.Call(torch.device("cpu"), torch.float32, 128, 256, "ternary", "trit5", 128)
     choice = kernels.resolve(call)
-    assert choice.backend.NAME == "cpu" and choice.declined["bf16"] == "this CPU has no AVX-512 BF16 or AMX"
+    assert choice.backend.NAME == "cpu" and choice.declined["bf16"] == cpu.NO_BF16
     choice = kernels.resolve(dataclasses.replace(call, dtype=torch.bfloat16))
     assert choice.backend.NAME == "eager" and "compute_dtype fp32 is faster" in choice.declined["cpu"]
 
