@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import kernels
 from .inventory import Inventory, take_inventory
 from .sheet import AMBER, FAINT, GREEN, LARGE, SMALL, YELLOW, Sheet, bytes_text
 
@@ -40,6 +41,9 @@ def describe(model: ModelPatcher, found: Inventory | None = None) -> list[Line]:
         ("computes in", f"{found.dtype} on {found.device}"),
         ("backend", f"{found.backend}, {found.mode}"),
     ]
+    if found.device == "cpu":
+        threads, against = kernels.threads_told()
+        lines.append(("threads", f"{threads}, but {against}" if against else str(threads)))
     lines += [(f"not {name}", reason) for name, reason in found.declined.items()]
     lines += [("timed", f"{products}: {found.timed[products]}") for products in found.timed]
     lines.append(("patched layers", str(len(model.patches))))

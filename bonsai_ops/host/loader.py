@@ -126,6 +126,8 @@ def load_bonsai_model(
         pack.path,
         release,
     )
+    if model.load_device.type == "cpu":
+        kernels.tell_threads()
     return model
 
 

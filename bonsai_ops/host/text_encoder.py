@@ -20,6 +20,7 @@ import comfy.supported_models_base
 import torch
 from transformers import Qwen2Tokenizer
 
+from .. import kernels
 from ..weights import qwen3
 from ..weights.errors import PackError
 from ..weights.packed_weight import PackedWeight
@@ -127,6 +128,8 @@ def load_bonsai_text_encoder(
         pack.path,
         pack.release,
     )
+    if clip.patcher.load_device.type == "cpu":
+        kernels.tell_threads()
     return clip
 
 

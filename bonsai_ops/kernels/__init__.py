@@ -5,6 +5,7 @@ dispatch.py    which backend multiplies a call, and why the others do not
 contest.py     which of two is faster for a card and a shape; choices.py keeps that in a file
 custom_op.py   the product as an operator of torch: `linear`, for everyone outside
 eager.py       the reference; cpu.py, triton/, unpack/: the fast ones
+machine.py     what this processor is fast at; threads.py says when torch's number of threads is a bad one
 winograd.py    convolutions of a VAE on a CPU; nothing packed
 """
 
@@ -24,6 +25,7 @@ from .dispatch import (
 )
 from .failure import BackendError, LostDeviceError
 from .machine import capturing, cpu_has_fast_bf16
+from .threads import tell_threads, threads_told
 
 __all__ = [
     "EXACT",
@@ -45,6 +47,8 @@ __all__ = [
     "linear",
     "release_memory",
     "resolve",
+    "tell_threads",
+    "threads_told",
     "timed_choices",
     "use_backend",
 ]

@@ -1,9 +1,10 @@
-"""What this processor multiplies fast, and what the GPU is doing."""
+"""What this processor multiplies fast, how much of its time this process has, and what the GPU is doing."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -45,6 +46,28 @@ def cpu_has_fast_int8() -> bool:
     """True if this CPU multiplies int8 matrices in hardware (AVX-512 VNNI or AMX)."""
     names = ("_is_vnni_supported", "_is_avx512_vnni_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def allowed_time(root: Path) -> float | None:
+    """Processor seconds a second that Linux's control groups allow this process; None without a limit.
+
+    A container is such a group, of version 1 or 2. A group has no more than those around it.
+    """
+    allowed = []
+    for line in read_start(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / ("sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup")
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        folders = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
+        for depth in range(len(folders) + 1):
+            folder = top.joinpath(*folders[:depth])
+            with contextlib.suppress(ValueError):  # "max", or no such file
+                quota, period = map(int, " ".join(read_start(folder / file) for file in files).split())
+                if quota > 0 and period > 0:
+                    allowed.append(quota / period)
+    return min(allowed, default=None)
 
 
 def capturing() -> bool:
