@@ -32,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_picture_part_by_part(comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = picture.measure(comfyui_path, work, 64)
+    figures = picture.measure(list(picture.ours_of(picture.Ours(comfyui_path, work), 64, ["exact"], ())))
     ours = figures["ours"]
     assert len(ours["step_s"]) == picture.STEPS
     assert sum(ours["step_s"]) <= ours["steps_s"]

@@ -27,6 +27,9 @@ NAME_ONE = {
     "test_kept.py:<module>": "loads by hand, on a CPU only",
     "test_overhead.py:test_an_unwrapped_weight_follows_its_tensor": "of a layer made by hand",
     "test_layout.py:<module>": "of a tensor made by hand",
+    "test_reuse.py:test_a_mapped_model_leaves_memory_after_a_picture": "says where it holds",
+    "test_text_states.py:test_a_mapped_encoder_leaves_memory_after_a_prompt": "says where it holds",
+    "test_vae.py:test_pictures_and_latents_stay": "says what holds on which",
     "test_text_dtype.py:test_auto_is_what_the_processor_is_fast_in": "says what holds on which",
     "test_text_dtype.py:test_auto_follows_the_command_line": "asks about both",
 }
