@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--yes", action="store_true", help="download what this Python lacks without asking")
     arguments = parser.parse_args(argv)
     if not arguments.source.exists():
-        print(f"{arguments.source} does not exist. Give the path of a pack's file or folder.", file=sys.stderr)
+        cure = "Give the path of a pack's file or folder."
+        print(PackError(arguments.source, "does not exist", cure), file=sys.stderr)
         return 1
     relaunch_if_needed("bonsai_ops.convert", sys.argv[1:] if argv is None else argv, arguments.yes)
     started = time.perf_counter()
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
         if not is_the_devices(error):
             raise
-        print(f"\n{arguments.source}: memory ran out. Close other programs and convert again.", file=sys.stderr)
+        said = PackError(arguments.source, "memory ran out", "Close other programs and convert again.")
+        print(f"\n{said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nCancelled; nothing was written.", file=sys.stderr)

@@ -92,7 +92,7 @@ def _is_plain(conv: torch.nn.Conv2d) -> bool:
 
 
 def _misfit(path: Path, sizes: str) -> PackError:
-    return PackError(path, f"has tensors that do not fit {sizes}", f"Download the folder {path.parent} again.")
+    return PackError(path, f"has tensors that do not fit {sizes}", "Download its folder again.")
 
 
 def _finite(file: SafetensorsFile, name: str) -> torch.Tensor:

@@ -16,11 +16,16 @@ def shown(text: str, length: int = KEY_LENGTH) -> str:
     """Text as one line of at most `length` characters: what cannot be printed is escaped, the middle is left out."""
     if len(text) > length:
         text = text[:length] + text[-length:]  # so that no more than that is escaped
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    if len(escaped) <= length:
-        return escaped
+    whole = escaped(text)
+    if len(whole) <= length:
+        return whole
     tail = (length - len(GAP)) // 3
-    return escaped[: length - len(GAP) - tail] + GAP + escaped[len(escaped) - tail :]
+    return whole[: length - len(GAP) - tail] + GAP + whole[len(whole) - tail :]
+
+
+def escaped(text: str) -> str:
+    """Text as one line: what cannot be printed is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class TravellingError(Exception):
@@ -36,16 +41,18 @@ class TravellingError(Exception):
 
 
 class PackError(TravellingError, ValueError):
-    """A pack that cannot be used. The message names file, key, what was found, what was expected and the cure.
+    """A pack that cannot be used: "{name of the file}: {key}: {what was found}. {what was expected, cure} ({path})".
 
-    It is one line whatever is handed in: see `shown`. A path is escaped, not cut.
+    The path comes last, for it is long, and is left out where it is no more than the name. `reason` is the message
+    without both. It is one line whatever is handed in: see `shown`. A path is escaped, not cut.
     """
 
     __module__ = "bonsai"  # ComfyUI's dialog begins with it, and this module's own name has the path of the plugin
 
     def __init__(self, path: Path | str, found: str, cure: str, key: str | None = None) -> None:
-        place = shown(str(path), max(KEY_LENGTH, 4 * len(str(path)) + len(GAP)))
-        if key:
-            place = f"{place}: {shown(key)}"
-        super().__init__(f"{place}: {shown(found, FOUND_LENGTH)}. {shown(cure, CURE_LENGTH)}")
         self.path, self.found, self.cure, self.key = Path(path), found, cure, key
+        self.reason = f"{shown(found, FOUND_LENGTH)}. {shown(cure, CURE_LENGTH)}"
+        if key:
+            self.reason = f"{shown(key)}: {self.reason}"
+        name, place = escaped(self.path.name or str(path)), escaped(str(path))
+        super().__init__(f"{name}: {self.reason}" + (f" ({place})" if place != name else ""))

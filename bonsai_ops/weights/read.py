@@ -91,7 +91,7 @@ def as_text_encoder(*packs: Pack, whole: bool = False) -> tuple[Pack, dict[str, 
             if name in entries:
                 raise entry.error(
                     f"stands in {entries[name].path.name} too",
-                    f"Remove the file that does not belong to {pack.path.parent}, or download the folder again.",
+                    "Remove the file that does not belong to this folder, or download the folder again.",
                 )
             entries[name] = entry
     first, own = packs[0], qwen3.own_names(entries)

@@ -278,11 +278,12 @@ def _excess(verdict: Verdict, seen: list[str]) -> str:
 
 
 def _wrong_message(text: str, folder: Path) -> str:
-    """What a message lacks: one printable line that begins with a file of the case and says what to do."""
-    if not text.startswith(str(folder)):
+    """What a message lacks: one printable line of the name of a file of the case, what to do, and its path."""
+    said, _, end = text.rpartition(f" ({folder}")
+    if not end.endswith(")") or not said.startswith(f"{Path(f'{folder}{end[:-1]}').name}: "):
         return "a message that names no file"
     if not text.isprintable() or len(text) > LONGEST + 300:
         return "a message that is no line"
-    if not text.endswith(".") or not CURE.search(text):
+    if not said.endswith(".") or not CURE.search(said):
         return "a message without a cure"
     return ""

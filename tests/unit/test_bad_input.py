@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import reason
 from safetensors.torch import load_file, save_file
 
 from bonsai_ops.tools.synthetic import TINY, write_dense, write_gemlite, write_mlx
@@ -87,10 +88,10 @@ def refuse(path: Path, *pieces: str, headers_only: bool = True) -> str:
         pack = open_transformer(path)
         if not headers_only:
             read_weights(pack)
-    message = str(caught.value)
-    assert message.startswith(str(path)) and message.endswith(".") and "\n" not in message
-    assert len(message) < 600 + len(str(path)), message
-    place = len(str(path))
+    message = reason(caught.value, path)
+    assert message.endswith(".") and "\n" not in message
+    assert len(message) < 600, message
+    place = 0
     for piece in pieces:
         place = message.find(piece, place)
         assert place >= 0, f"{piece!r} is not in its place in: {message}"
@@ -492,7 +493,7 @@ def test_a_pickle_with_flipped_bytes(packs: Path, tmp_path: Path) -> None:
         try:
             open_transformer(path)
         except PackError as error:
-            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            assert "\n" not in reason(error, path)
             refused += 1
     assert refused > 50
 

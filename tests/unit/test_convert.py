@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from messages import reason
 from random_weights import random_weight
 from safetensors.torch import load_file, save_file
 
@@ -148,8 +149,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_an_existing_target_is_kept(packs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "w.safetensors"
     target.write_bytes(b"mine")
-    error = refused(capsys, packs / "binary" / "mlx", target)
-    assert f"{target}: exists" in error and "--overwrite" in error
+    error = reason(refused(capsys, packs / "binary" / "mlx", target).strip(), target)
+    assert error.startswith("exists. ") and "--overwrite" in error
     assert target.read_bytes() == b"mine"
     assert run(packs / "binary" / "mlx", target, "--overwrite") == 0
     assert open_pack(target).format == "native"
@@ -193,8 +194,9 @@ def test_a_source_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_the_cure_is_one_for_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A text encoder was to be loaded with a node."""
     save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(8, 8)}, tmp_path / "encoder.safetensors")
-    said = refused(capsys, tmp_path / "encoder.safetensors", tmp_path / "out.safetensors").strip()
-    assert "encoder.safetensors: is a language model" in said and "Load it with" not in said
+    path = tmp_path / "encoder.safetensors"
+    said = reason(refused(capsys, path, tmp_path / "out.safetensors").strip(), path)
+    assert said.startswith("is a language model") and "Load it with" not in said
     assert said.endswith("Give the transformer of a Bonsai pack, or its folder.")
 
 
@@ -237,7 +239,7 @@ def test_the_command_line(packs: Path, tmp_path: Path) -> None:
     assert target.read_bytes() == (tmp_path / "x.safetensors").read_bytes()
     done = command(packs / "ternary" / "gemlite", target)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.strip() == f"{target}: exists. Choose another name or say --overwrite."
+    assert reason(done.stderr.strip(), target) == "exists. Choose another name or say --overwrite."
 
 
 @pytest.mark.parametrize("arguments", [(), ("only-a-source",), ("a", "b", "--unknown")], ids=str)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from messages import reason
 
 from bonsai_ops.host.comfyui import Gap, MissingNameError
 from bonsai_ops.host.contract import NEEDS
@@ -25,6 +27,28 @@ CASES = {
 def test_the_class_is_short() -> None:
     """It had the path of the plugin's folder before it, which left no room for the sentence."""
     assert f"{PackError.__module__}.{PackError.__qualname__}" == "bonsai.PackError"
+
+
+@pytest.mark.parametrize("key", [None, "x.weight"])
+def test_a_long_path_comes_last(key: str | None) -> None:
+    """It hid the sentence where the page shows the begin of a message only."""
+    path = Path("/home") / "folder" / ("deep" * 60) / "b.safetensors"
+    error = PackError(path, "lacks half of itself", "Download it again.", key)
+    assert str(error) == f"b.safetensors: {error.reason} ({path})" and reason(error, path) == error.reason
+    assert error.reason == ("x.weight: " if key else "") + "lacks half of itself. Download it again."
+    assert (error.path, error.found, error.cure, error.key) == (path, "lacks half of itself", "Download it again.", key)
+
+
+@pytest.mark.parametrize("path", ["b.safetensors", "..", "/", "."])
+def test_a_path_that_is_a_name_stands_once(path: str) -> None:
+    assert str(PackError(path, "is odd", "Choose another.")) == f"{path}: is odd. Choose another."
+
+
+def test_a_path_is_escaped_and_not_cut() -> None:
+    """A name is whatever a disk has, halves of surrogate pairs among it, six characters each when they are escaped."""
+    message = str(PackError(Path("a\n") / ("\udcff" * 200), "is odd", "Choose another."))
+    name = r"\udcff" * 200
+    assert message == rf"{name}: is odd. Choose another. (a\n/{name})"
 
 
 @pytest.mark.parametrize("name", CASES)

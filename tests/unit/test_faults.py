@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import reason
 from small_disk import KINDS, small_disk
 
 from bonsai_ops.tools import synthetic
@@ -74,7 +75,7 @@ def test_no_memory_is_no_damage(pack: Path, limited: Callable[[int, int], None])
             open_pack(pack)
     finally:
         limited(resource.RLIMIT_AS, resource.RLIM_INFINITY)
-    assert str(found.value).startswith(f"{pack}: cannot be read (Cannot allocate memory). Close other programs")
+    assert reason(found.value, pack).startswith("cannot be read (Cannot allocate memory). Close other programs")
     again = values(pack)
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
@@ -99,13 +100,13 @@ def test_no_handles_are_no_damage(pack: Path, limited: Callable[[int, int], None
         try:
             open_pack(pack)
         except PackError as error:
-            said.append(str(error))
+            said.append(reason(error, pack))
         else:
             break
         finally:
             limited(resource.RLIMIT_NOFILE, lowest + 100)
     assert said and set(said) == {
-        f"{pack}: cannot be read (Too many open files). {files.MACHINES[errno.EMFILE]}",
+        f"cannot be read (Too many open files). {files.MACHINES[errno.EMFILE]}",
     }
     gc.collect()
     assert handles_of(pack) == kept
@@ -146,8 +147,9 @@ def test_no_room_for_a_conversion(kind: str, source: str, tmp_path: Path) -> Non
         run = converted(source, str(target), preexec_fn=limit)
         _, said = run.communicate(timeout=120)
         assert run.returncode == 1, said
-        assert said.strip().startswith(f"{target}: needs ") and said.rstrip().endswith("or choose another folder.")
-        assert "MB" in said and len(said.strip().splitlines()) == 1 and list(target.parent.iterdir()) == []
+        told = reason(said.strip(), target)
+        assert told.startswith("needs ") and told.endswith("or choose another folder.")
+        assert "MB" in told and len(told.splitlines()) == 1 and list(target.parent.iterdir()) == []
 
 
 def test_two_conversions_to_one_target_and_one_that_is_killed(source: str, tmp_path: Path) -> None:

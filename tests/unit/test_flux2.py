@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import reason
 
 from bonsai_ops.tools.synthetic import KLEIN_4B, TINY
 from bonsai_ops.weights import flux2
@@ -244,7 +245,7 @@ def test_any_missing_tensor_is_named(names: str) -> None:
         del entries[name]
         with pytest.raises(PackError) as refusal:
             flux2.to_bfl(FILE, entries)
-        assert name in str(refusal.value) and str(FILE) in str(refusal.value)
+        assert name in reason(refusal.value, FILE)
 
 
 @pytest.mark.parametrize("names", LISTS)
@@ -285,7 +286,8 @@ def test_any_wrong_shape_is_refused(names: str) -> None:
         with pytest.raises(PackError) as refusal:
             flux2.to_bfl(FILE, tensors({**LISTS[names](SMALL), name: wrong}))
         if name not in ("img_in.weight", "x_embedder.weight"):
-            assert f"{FILE}: {name}: has shape {list(wrong)}. Expected {list(shape)}" in str(refusal.value)
+            said = reason(refusal.value, FILE)
+            assert said.startswith(f"{name}: has shape {list(wrong)}. Expected {list(shape)}")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import reason
 from safetensors.torch import save_file
 
 from bonsai_ops.weights.errors import PackError
@@ -96,7 +97,8 @@ def test_a_damaged_index(folder: Path, tmp_path: Path, content: str, found: str)
     (folder / INDEX).write_text(content)
     with pytest.raises(PackError) as caught:
         open_text_encoder(tmp_path)
-    assert str(caught.value).startswith(f"{folder / INDEX}: {found}") and "ownload" in str(caught.value)
+    said = reason(caught.value, folder / INDEX)
+    assert said.startswith(found) and "ownload" in said
 
 
 def test_an_index_that_names_a_file_twice_over(folder: Path, tmp_path: Path) -> None:

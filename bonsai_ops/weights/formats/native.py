@@ -258,7 +258,7 @@ def _unreadable(path: Path, check: Callable[[Pack], object] | None) -> str | Non
         if check is not None:
             check(pack)
     except PackError as error:
-        return str(error).removeprefix(f"{path}: ")
+        return error.reason
     return None
 
 
