@@ -10,7 +10,9 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,6 +220,21 @@ def test_own_pages_are_counted_apart(tmp_path: Path) -> None:
     time.sleep(0.1)
     del held
     assert (48 << 20) < found.own_peak() - before < (128 << 20)
+
+
+@pytest.mark.parametrize("made", [peaks.ProcessPeaks, lambda: peaks.DevicePeaks(lambda: 0, SimpleNamespace())])
+def test_nothing_looks_on_when_the_peaks_are_gone(made: Callable[[], peaks.Peaks]) -> None:
+    """A thread that went on would open files and use a processor as long as the process lives."""
+    if machine.own_rss() is None and made is peaks.ProcessPeaks:
+        pytest.skip("this system does not tell: no thread is begun")
+    before = set(threading.enumerate())
+    found = made()
+    (thread,) = set(threading.enumerate()) - before
+    thread.join(0.05)
+    assert thread.is_alive()
+    del found
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def _package(powercap: Path, number: str, name: str, microjoules: int) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -47,18 +48,29 @@ def used_on_device() -> int:
     return total - free
 
 
+def _watch(look: Callable[[], object], every: float) -> None:
+    """Calls a method every so many seconds, as long as its object is held by anyone else."""
+    held = weakref.WeakMethod(look)
+
+    def watch() -> None:
+        while (method := held()) is not None:
+            method()
+            del method
+            time.sleep(every)
+
+    threading.Thread(target=watch, name="peaks", daemon=True).start()
+
+
 class ProcessPeaks:
     """The resident set. The pages that are the process's own are counted every few milliseconds."""
 
     def __init__(self, every: float = EVERY) -> None:
         self._own = own_rss()
         if self._own is not None:
-            threading.Thread(target=self._watch, args=(every,), daemon=True).start()
+            _watch(self._look_at_own, every)
 
-    def _watch(self, every: float) -> None:
-        while True:
-            self._own = max(self._own, own_rss())
-            time.sleep(every)
+    def _look_at_own(self) -> None:
+        self._own = max(self._own, own_rss())
 
     def reset(self) -> None:
         reset_peak_rss()
@@ -87,15 +99,10 @@ class DevicePeaks:
     """
 
     def __init__(self, used: Callable[[], int] = used_on_device, cuda: Any = torch.cuda, every: float = EVERY) -> None:
-        self._used, self._cuda, self._every = used, cuda, every
+        self._used, self._cuda = used, cuda
         self._ours = self._most = 0
         self._resumed_at: int | None = used()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while True:
-            self._look()
-            time.sleep(self._every)
+        _watch(self._look, every)
 
     def _look(self) -> int:
         """Bytes that are this process's now."""
