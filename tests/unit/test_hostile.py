@@ -350,7 +350,7 @@ def test_members_that_torch_does_not_write(tmp_path: Path, twice: str) -> None:
     refused(path, twice)
 
 
-@pytest.mark.parametrize("what", ["size", "offset", "index", "members", "comment", "prefix"])
+@pytest.mark.parametrize("what", ["size", "offset", "index", "members", "empty", "comment", "prefix"])
 def test_an_archive_that_claims_too_much(tmp_path: Path, what: str) -> None:
     path = archive(tmp_path / "state_dict.pt", tensor(8, "\x08"), {"0": bytes(32)})
     raw = bytearray(path.read_bytes())
@@ -365,6 +365,9 @@ def test_an_archive_that_claims_too_much(tmp_path: Path, what: str) -> None:
     elif what == "members":
         raw = raw[:first] + raw[first:end] * 6000 + raw[end:]
         raw[-10:-6] = struct.pack("<I", 6000 * (end - first))
+    elif what == "empty":
+        raw = raw[:first] + raw[end:]
+        raw[-14:-2] = struct.pack("<HHII", 0, 0, 0, first)
     elif what == "comment":
         raw[-2:] = struct.pack("<H", 3) + b"abc"
     else:

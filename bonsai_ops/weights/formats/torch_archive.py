@@ -50,7 +50,7 @@ def read_archive(path: Path, size: int, refuse: Refuse, download_again: str) -> 
     try:
         with _Bounded(path, size) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-            if archive.comment or len(members) > MAX_MEMBERS or file.seek(0) or file.read(4) != b"PK\3\4":
+            if archive.comment or not 0 < len(members) <= MAX_MEMBERS or file.seek(0) or file.read(4) != b"PK\3\4":
                 raise refuse(f"is no archive that torch wrote ({len(members)} members)", download_again)
             folder = members[0].filename.partition("/")[0]
             storages = _checked(members, folder, size, refuse, download_again)
