@@ -14,8 +14,8 @@ import torch
 
 SMAPS = Path("/proc/self/smaps")
 HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ [0-9a-f]+ \S+ ([0-9]+) ")
-CHANGED = re.compile(r"(?:Anonymous|Swap):\s+[1-9]")
-"""Pages of a private mapping that were written to, and are no longer the file's."""
+OWN = re.compile(r"(Anonymous|Swap|Shared_Hugetlb|Private_Hugetlb): +([0-9]+) ")
+"""Kilobytes that are no longer the file's, or never were: written to in memory, or huge pages, which are of no file."""
 MADV_DONTNEED = 4
 
 
@@ -23,25 +23,30 @@ def give_back(tensors: Iterable[torch.Tensor]) -> int:
     """Lets go of the resident pages of the files that these tensors are mapped from; returns their bytes at most.
 
     Reading a tensor brings its pages again, from the system's cache or from the disk. A file that was written to in
-    memory is kept as it is, and so is what is not of a file.
+    memory is kept as it is, and so is what is not of a file, and everything where the system does not tell.
     """
     wanted = {tensor.data_ptr() for tensor in tensors if tensor.device.type == "cpu" and tensor.numel()}
-    if not wanted or not SMAPS.is_file():
+    if not wanted:
+        return 0
+    places = [(first, last) for first, last in _unchanged() if any(first <= address < last for address in wanted)]
+    if not places:
         return 0
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    places = [(first, last) for first, last in _unchanged() if any(first <= address < last for address in wanted)]
     return sum(last - first for first, last in places if advise(first, last - first, MADV_DONTNEED) == 0)
 
 
 def _unchanged() -> Iterator[tuple[int, int]]:
     """(first address, last + 1) of every mapping of a file of which no page was changed in memory."""
-    found, changed = None, False
-    for line in [*SMAPS.read_text(encoding="utf-8", errors="replace").splitlines(), "0-0 - 0 - 0 "]:
+    try:
+        told = SMAPS.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system, a process that may not look at itself, no handle left
+        return
+    found, own = None, {}
+    for line in [*told.splitlines(), "0-0 - 0 - 0 "]:
         if (head := HEAD.match(line)) is None:
-            changed = changed or CHANGED.match(line) is not None
+            own.update(OWN.findall(line))
             continue
-        if found is not None and not changed:
+        if found is not None and "Anonymous" in own and not any(map(int, own.values())):
             yield found
-        found = (int(head[1], 16), int(head[2], 16)) if head[3] != "0" else None
-        changed = False
+        found, own = (int(head[1], 16), int(head[2], 16)) if head[3] != "0" else None, {}
