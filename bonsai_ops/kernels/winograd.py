@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import conv2d
 
+from .custom_op import is_watched
+
 LEAST_CHANNELS = 128
 """Of input and output: with fewer the transforms take longer than the products they spare."""
 BAND_BYTES = 8 << 20
@@ -24,18 +26,14 @@ G = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
 def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """conv2d(x, weight, bias, padding=1) for x [N, C, H, W] and weight [O, C, 3, 3]; on a CPU channels last.
 
-    By torch's own convolution where this one is not for: other devices and dtypes, few channels, gradients.
+    By torch's own convolution where this one is not for: other devices and dtypes, few channels, a single image
+    [C, H, W], autocast, and whoever wants to see operators of torch, such as gradients (`is_watched`).
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.ndim != 4 or is_watched(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return conv2d(x, weight, bias, padding=1)
-    if x.dtype != torch.float32 or min(weight.shape[:2]) < LEAST_CHANNELS or _watched(x, weight):
+    if x.dtype != torch.float32 or min(weight.shape[:2]) < LEAST_CHANNELS:
         return conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, padding=1)
     return _convolve(x, weight, bias)
-
-
-def _watched(*tensors: torch.Tensor) -> bool:
-    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return graded or torch.compiler.is_compiling()
 
 
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

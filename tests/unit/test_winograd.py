@@ -58,3 +58,22 @@ def test_gradients_are_torchs() -> None:
     winograd.convolve(x, weight, bias).square().sum().backward()
     (truth,) = torch.autograd.grad(conv2d(x, weight, bias, padding=1).square().sum(), x)
     torch.testing.assert_close(x.grad, truth)
+
+
+def test_one_image_and_none() -> None:
+    x, weight, bias = parts(1, 8, 8)
+    assert torch.equal(winograd.convolve(x[0], weight, bias), conv2d(x[0], weight, bias, padding=1))
+    assert winograd.convolve(x[:0], weight, bias).shape == x[:0].shape
+
+
+def test_autocast_is_torchs() -> None:
+    x, weight, bias = parts(1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, truth = winograd.convolve(x, weight, bias), conv2d(x, weight, bias, padding=1)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, truth)
+
+
+def test_transformed_functions_are_torchs() -> None:
+    x, weight, bias = parts(2, 8, 8)
+    found = torch.func.vmap(lambda one: winograd.convolve(one[None], weight, bias)[0])(x)
+    torch.testing.assert_close(found, conv2d(x, weight, bias, padding=1))
