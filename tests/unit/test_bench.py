@@ -421,11 +421,15 @@ def test_an_unknown_mode_is_a_mistake_not_a_gap() -> None:
     assert layers.offers(torch.zeros(1, 256), weight, kernels.EXACT) is None
 
 
-def test_sweep_is_relative_to_1536(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_is_relative_to_one_picture_of_1536(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of all pictures of a batch count, and each group of the drawing tells how many there were."""
     monkeypatch.setattr(sweep, "SHAPES", (layers.Shape(256, 256, 20, 20),))
-    rows = sweep.measure(tokens=(4, 1536), rounds=1)
-    assert [row["m"] for row in rows] == [4, 1536]
-    assert rows[1]["bf16_relative"] == pytest.approx(1.0)
+    rows = sweep.measure(cases=((2, 1536), (1, 4), (1, 1536)), rounds=1)
+    assert [(row["batch"], row["m"]) for row in rows] == [(2, 1536), (1, 4), (1, 1536)]
+    assert all(rows[2][f"{way.name}_relative"] == 1.0 for way in ways.LAYER_WAYS if f"{way.name}_s" in rows[2])
+    assert rows[0]["bf16_us_per_token"] == pytest.approx(1e6 * rows[0]["bf16_s"] / 3072)
+    assert rows[0]["trit5_vs_bf16"] == pytest.approx(rows[0]["bf16_s"] / rows[0]["trit5_s"])
+    assert [head for head, _ in plot.sweep_panel(rows).groups] == ["2 times 1536 tokens", "4 tokens", "1536 tokens"]
 
 
 STEP = {

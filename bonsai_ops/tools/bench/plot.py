@@ -114,14 +114,15 @@ def layers_panel(rows: list[dict]) -> Panel:
 
 
 def sweep_panel(rows: list[dict]) -> Panel:
-    """Microseconds a token, a group a number of tokens."""
+    """Microseconds a token, a group a number of tokens and of pictures at a time."""
     groups = []
     for row in rows:
         costs = [(named(LAYER_WAYS, name), row.get(f"{name}_us_per_token")) for name in SWEEP_WAYS]
         bars = [_bar(way, cost, f"{cost:.0f} us") for way, cost in costs if cost is not None]
-        groups.append((f"{row['m']} tokens", bars))
+        batch = f"{row['batch']} times " if row["batch"] > 1 else ""
+        groups.append((f"{batch}{row['m']} tokens", bars))
     return Panel(
-        "Cost of a token against the number of tokens",
+        "Cost of a token against the number of tokens and of pictures at a time",
         "microseconds a token in both layers of a single block, shorter is faster; level bars mean linear cost",
         groups,
     )
