@@ -179,6 +179,17 @@ def unwrap(tensor: QuantizedTensor) -> PackedWeight:
     return weight
 
 
+def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    """The tensor as a parameter that asks for no gradient and shares all memory with it.
+
+    torch detaches what it makes a parameter of, and comfy-kitchen copies the tables of what is detached.
+    """
+    made = torch.nn.Parameter(tensor, requires_grad=False)
+    if is_packed(tensor):
+        made._params = tensor._params
+    return made
+
+
 def device_of(tensor: QuantizedTensor) -> torch.device:
     """Where the codes lie; `tensor.device` asks every class of tensors first, and takes longer than the answer."""
     return tensor._qdata.device

@@ -19,7 +19,7 @@ from .. import kernels
 from ..weights.packed_weight import SCRATCH_BYTES, PackedWeight
 from .adapters import branches, values_of
 from .kept import Kept
-from .layout import device_of, is_packed, mode_of, owned, unwrap
+from .layout import as_parameter, device_of, is_packed, mode_of, owned, unwrap
 from .lora import LOWVRAM_PATCH, LayerPatches, hand_over, made_of, patches_of, plain_terms
 from .rows import on_rows
 
@@ -206,7 +206,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         for name in ("weight", "bias"):
             value = state_dict.get(prefix + name)
             if value is not None:
-                self.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+                self.register_parameter(name, as_parameter(value))
             elif name == "weight" or self.has_bias:
                 missing_keys.append(prefix + name)
         if strict:
@@ -238,7 +238,7 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
                 continue
             with torch.inference_mode(torch.is_inference_mode_enabled() and param.is_inference()):
                 moved = _leave_inference(fn(param))
-                self.register_parameter(name, torch.nn.Parameter(moved, requires_grad=False))
+                self.register_parameter(name, as_parameter(moved))
         return self
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:

@@ -27,7 +27,7 @@ from ..weights.mapped import give_back
 from ..weights.packed_weight import TABLES
 from .dense_on_read import DenseOnRead
 from .kept import Kept
-from .layout import is_packed, unwrap
+from .layout import as_parameter, is_packed, unwrap
 from .lora import LayerPatches, merges_models, model_as_lora, plain_terms
 from .model_class import is_dynamic
 from .record import saved_record, saved_text_record
@@ -356,7 +356,7 @@ class _Backup:
 
 def _parameter(weight: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
     """The weight on that device; itself if it is there."""
-    return weight if weight.device == device else torch.nn.Parameter(weight.to(device), requires_grad=False)
+    return weight if weight.device == device else as_parameter(weight.to(device))
 
 
 @functools.cache
