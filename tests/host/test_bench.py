@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bonsai_ops import kernels
 from bonsai_ops.tools import synthetic
-from bonsai_ops.tools.bench import overhead, picture, profile, quantize, recover, session, step, train
+from bonsai_ops.tools.bench import errors, overhead, picture, profile, quantize, recover, session, step, train
 from bonsai_ops.tools.bench.inside.step import STEPS
 from bonsai_ops.tools.bench.ways import STEP_WAYS, named
 from bonsai_ops.tools.environment import PLUGIN, inherited_environment
@@ -40,6 +41,21 @@ def test_a_picture_part_by_part(comfyui_path: Path, work: Path, capsys: pytest.C
     assert ours["peak_bytes"] > 1e8
     assert (ours["joules"] is None) == bool(ours["no_joules"])
     assert "VAE decode" in capsys.readouterr().out
+
+
+def test_errors_beside_fp32_throughout(
+    comfyui_path: Path, work: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Every mode beside one more picture, whose own computing leaves nothing between it and itself."""
+    programs = list(picture.ours_of(picture.Ours(comfyui_path, work), 64, ["exact", "a8"], (), tmp_path))
+    figures = picture.measure(programs)
+    found = errors.measure(tmp_path, list(figures))
+    assert list(found) == ["ours", "ours_a8"] and "ours_fp32" in figures
+    narrow = kernels.cpu_has_fast_bf16()
+    assert (found["ours"]["text"] > 1e-4) == (found["ours"]["velocity"] > 1e-4) == narrow
+    assert found["ours"]["text"] == found["ours_a8"]["text"] < 0.03
+    assert found["ours"]["velocity"] < found["ours_a8"]["velocity"] < 0.1 and 0 < found["ours_a8"]["latent"] < 0.1
+    assert "velocity of the first step" in capsys.readouterr().out
 
 
 def test_a_step_in_turns(

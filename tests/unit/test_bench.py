@@ -20,12 +20,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from bonsai_ops import kernels
 from bonsai_ops.tools import synthetic
 from bonsai_ops.tools.bench import (
     energy,
+    errors,
     layers,
     machine,
     peaks,
@@ -145,6 +147,35 @@ def test_our_pictures_are_of_every_mode_and_kind_of_file(monkeypatch: pytest.Mon
     found = picture.ours_of(picture.Ours(tmp_path, tmp_path), 512, ["exact", "a8"], ["native", "mlx"])
     names = [program.name for program in found]
     assert names == ["ours", "ours_a8", "ours_mlx"] and set(names) <= set(picture.LABELS)
+
+
+def test_errors_are_those_of_what_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With --errors each program of ours keeps its states in a file of its own, and one more computes in fp32."""
+    monkeypatch.setattr(picture, "files_of", lambda ours, kind: {"file": kind})
+    asked: list[tuple] = []
+
+    def row(self: picture.Ours, files: dict, size: tuple, mode: str, dtype: str, keep: Path | None) -> dict:
+        asked.append((mode, dtype, keep is not None))
+        if keep is not None:
+            value = 1.5 if mode == "a8" else 1.0
+            save_file({state: torch.full((4,), value) for state in errors.STATES}, keep)
+        return {"peak_bytes": 2 * 10**9, "joules": None, "no_joules": "no counter", **_seconds(9.0)}
+
+    monkeypatch.setattr(picture.Ours, "row", row)
+    parser = argparse.ArgumentParser()
+    for name in ("--json", "--work"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--device", default="cpu")
+    table.add_arguments(parser)
+    for more in ([], ["--errors"]):
+        given = parser.parse_args(["--picture", "--mode", "exact", "a8", *more])
+        figures = rivals.measure(table.Run(given, tmp_path, tmp_path))
+    assert asked[:2] == [("exact", "auto", False), ("a8", "auto", False)]
+    assert asked[2:] == [("exact", "auto", True), ("a8", "auto", True), ("exact", "fp32", True)]
+    assert figures["errors"] == {
+        "ours": dict.fromkeys(errors.STATES, 0.0),
+        "ours_a8": dict.fromkeys(errors.STATES, 0.5),
+    }
 
 
 def _workshop(folder: Path) -> rivals.Workshop:

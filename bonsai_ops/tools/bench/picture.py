@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from ... import kernels
 from ..environment import PLUGIN, inherited_environment, module_command
-from . import session
+from . import errors, session
 from .energy import find_energy, per_hour
 from .report import show_table
 from .sdcpp import PARTS, Sdcpp, run_sdcpp
@@ -63,8 +64,19 @@ class Ours:
     density: str = "compact"
     device: str = "cpu"
 
-    def row(self, files: Mapping[str, Path], size: tuple[int, int], mode: str = "exact", kind: str = "bonsai") -> dict:
-        """The row of one picture. files: {"file", "text"}. kind: bonsai, or stock for ComfyUI's own loaders."""
+    def row(
+        self,
+        files: Mapping[str, Path],
+        size: tuple[int, int],
+        mode: str = "exact",
+        kind: str = "bonsai",
+        dtype: str = "auto",
+        keep: Path | None = None,
+    ) -> dict:
+        """The row of one picture. files: {"file", "text"}. kind: bonsai, or stock for ComfyUI's own loaders.
+
+        dtype: what transformer and text encoder of ours compute in. keep: file for the states that errors.py compares.
+        """
         return session.run(
             "picture",
             "the picture",
@@ -74,21 +86,31 @@ class Ours:
             **files,
             folder=self.work,
             size=size,
-            options={"mode": mode, "layout": self.density},
+            options={"mode": mode, "layout": self.density, "compute_dtype": dtype},
             prompt=PROMPT,
+            keep=keep,
         )
 
 
-def ours_of(ours: Ours, size: int, modes: Sequence[str], packs: Sequence[str]) -> Iterator[Program]:
+def ours_of(
+    ours: Ours, size: int, modes: Sequence[str], packs: Sequence[str], states: Path | None = None
+) -> Iterator[Program]:
     """Our own programs: every mode with the first kind of files, every other kind of files in the first mode.
 
     packs: some of mlx and native; none for a native transformer if there is one, and the published text encoder.
+    states: a folder for what errors.py compares, with one more program, in fp32 throughout; None for neither.
     """
     kinds = packs or (None,)
+
+    def program(name: str, kind: str | None, mode: str, dtype: str = "auto") -> Program:
+        files, keep = files_of(ours, kind), states and errors.kept(states, name)
+        return Program(name, (size, size), lambda: ours.row(files, (size, size), mode, dtype=dtype, keep=keep))
+
     for kind, mode in [(kinds[0], mode) for mode in modes] + [(kind, modes[0]) for kind in kinds[1:]]:
-        files = files_of(ours, kind)
         name = f"ours_{mode}" if mode != modes[0] else "ours" if kind == kinds[0] else f"ours_{kind}"
-        yield Program(name, (size, size), lambda files=files, mode=mode: ours.row(files, (size, size), mode))
+        yield program(name, kind, mode)
+    if states:
+        yield program(errors.REFERENCE, kinds[0], kernels.EXACT, "fp32")
 
 
 def files_of(ours: Ours, kind: str | None) -> dict[str, Path]:

@@ -12,10 +12,12 @@ benchmark asks the package index for it, and a program that cannot be had is lef
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -28,7 +30,7 @@ from .. import synthetic
 from ..environment import home, tail_of
 from ..environment.places import interpreter
 from ..environment.processes import run_logged
-from . import picture, session
+from . import errors, picture, session
 from .energy import find_energy
 from .picture import PROMPT, STEPS, Ours, Program, files_of, ours_of, sdcpp_program, write_parts
 from .sdcpp import Sdcpp, run_alone, sdcpp_of
@@ -106,13 +108,22 @@ class Workshop:
 def measure(run: Run) -> dict:
     """The benchmark picture, of the programs that its options ask for; figures as of picture.measure."""
     given, ours = run.arguments, Ours(run.comfyui, run.work, run.arguments.density, run.arguments.device)
-    programs = list(ours_of(ours, given.size, given.mode, given.packs))
+    with tempfile.TemporaryDirectory() as states:
+        programs = list(ours_of(ours, given.size, given.mode, given.packs, Path(states) if given.errors else None))
+        programs += _others(given, ours)
+        figures = picture.measure(programs, given.runs, picture.keep_in(given.json))
+        return figures | ({"errors": errors.measure(Path(states), list(figures))} if given.errors else {})
+
+
+def _others(given: argparse.Namespace, ours: Ours) -> list[Program]:
+    """Those that --sdcpp and --rivals name."""
+    programs: list[Program] = []
     if (sdcpp := sdcpp_of(given)) is not None:
         programs.append(sdcpp_program(sdcpp, (given.size, given.size), given.device))
     if given.rivals is not None:
         kept = (given.work or home()) / "rivals"
         programs += programs_of(Workshop(kept, ours, given.size, next(iter(given.packs), None)), given.rivals)
-    return picture.measure(programs, given.runs, picture.keep_in(given.json))
+    return programs
 
 
 def programs_of(workshop: Workshop, names: Sequence[str]) -> list[Program]:

@@ -87,6 +87,10 @@ OPTIONS = {
         "all if none is named",
         {"nargs": "*", "choices": ("sdcpp", "trillim", "stock")},
     ),
+    "errors": Option(
+        "draw once more, in fp32 throughout, and print how far text states, velocity and latent of ours are from that",
+        {"action": "store_true"},
+    ),
     "runs": Option("pictures of each program, of which the median counts", {"type": int, "default": 1}),
     "ways": Option("some of ternary, rank32, mix; default: all of them", {"nargs": "+"}),
     "out": Option("folder for results.json, summary.md, log.txt and pictures", {"type": Path}),
@@ -242,7 +246,7 @@ BENCHMARKS = (
         "other programs, in turns",
         _picture,
         in_host=True,
-        options=("size", "mode", "layout", "packs", "rivals", "runs"),
+        options=("size", "mode", "layout", "packs", "errors", "rivals", "runs"),
         panel=_panel("picture_panel"),
     ),
     Benchmark(

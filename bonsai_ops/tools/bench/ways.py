@@ -73,6 +73,7 @@ PROGRAMS = (
         for way in LAYER_WAYS
         if way.name in kernels.MODES
     ),
+    Way("ours_fp32", "Bonsai Image, fp32", OURS, ours=True),
     Way("sdcpp", "stable-diffusion.cpp", RIVAL),
     Way("stock", "stock ComfyUI, dense files", RIVAL_2),
     Way("ours_small", "Bonsai Image, 320x240", OURS, ours=True),

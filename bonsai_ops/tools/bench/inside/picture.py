@@ -1,7 +1,8 @@
 """One picture, a process of its own (session.py): picture {"kind", "file", "text", "folder", "size", "prompt", ..}.
 
 kind: bonsai loads the three parts as the pack loader does, and holds them to the end. stock loads the dense files with
-ComfyUI's own loaders, and lets go of the text encoder before it loads the transformer. size: (width, height).
+ComfyUI's own loaders, and lets go of the text encoder before it loads the transformer. size: (width, height). keep: a
+file for the states that errors.py compares, or None.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from ..energy import find_energy
 from ..peaks import make_peaks
@@ -57,7 +59,7 @@ def _measure(options: dict) -> int:
     from ....host.schedule import official_sigmas
 
     load_text, load_rest = (_ours if options["kind"] == "bonsai" else _stock)(options)
-    energy, parts, ends = find_energy(device), _Parts(device), []
+    energy, parts, ends, velocities = find_energy(device), _Parts(device), [], []
     with torch.inference_mode():
         before = energy.read()
         clip = load_text()
@@ -73,13 +75,17 @@ def _measure(options: dict) -> int:
             parts.ended("load")
         started = time.perf_counter()
         sigmas = official_sigmas((width // 16) * (height // 16), STEPS)
-        latent = sample(model, (width, height), sigmas, condition, device, lambda: ends.append(time.perf_counter()))
+        drawn = model, (width, height), sigmas, condition, device
+        latent = sample(*drawn, lambda: ends.append(time.perf_counter()), velocities)
         parts.ended("steps")
         image = vae.decode(latent)
         parts.ended("vae")
         joules = energy.between(before, energy.read())
     if tuple(image.shape[-3:]) != (height, width, 3) or not bool(torch.isfinite(image).all()):
         raise ValueError(f"the picture has shape {tuple(image.shape)}, expected {(height, width, 3)} of finite values")
+    if options["keep"]:
+        states = {"text": condition[0][0], "velocity": velocities[0], "latent": latent}
+        save_file({name: state.float().cpu().contiguous() for name, state in states.items()}, options["keep"])
     row = {
         **parts.figures(),
         "step_s": [b - a for a, b in itertools.pairwise((started, *ends))],
@@ -100,7 +106,8 @@ def _ours(options: dict) -> tuple[Callable[[], Any], Callable[[], tuple[Any, Any
     def rest() -> tuple[Any, Any]:
         return load_bonsai_model(options["file"], options["options"]), load_vae(Path(options["folder"]))
 
-    return lambda: load_bonsai_text_encoder(options["text"]), rest
+    dtype = options["options"]["compute_dtype"]
+    return lambda: load_bonsai_text_encoder(options["text"], compute_dtype=dtype), rest
 
 
 def _stock(options: dict) -> tuple[Callable[[], Any], Callable[[], tuple[Any, Any]]]:

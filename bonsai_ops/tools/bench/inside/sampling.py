@@ -35,15 +35,21 @@ def sample(
     condition: list,
     device: str,
     ended: Callable[[], None],
+    velocities: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The latent of seed 0; `ended` is called after each step, when the device has done it."""
+    """The latent of seed 0; `ended` is called after each step, when the device has done it.
+
+    velocities: gets sigma times that of each step, with the latent's shape.
+    """
     import comfy.sample
     import comfy.samplers
 
     latent = empty_latent(size)
 
-    def callback(*_: object) -> None:
+    def callback(_: int, denoised: torch.Tensor, x: torch.Tensor, *__: object) -> None:
         synchronise(device)
+        if velocities is not None:
+            velocities.append(x - denoised)
         ended()
 
     return comfy.sample.sample_custom(
