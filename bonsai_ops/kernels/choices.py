@@ -126,7 +126,9 @@ def _read(path: Path) -> dict[str, Timed] | None:
         return {}
     try:
         whole = parse_json(read_small(path))
-    except (PackError, ValueError) as error:
+    except PackError as error:
+        return _ignored(path, shown(error.found), {})
+    except ValueError as error:
         return _ignored(path, f"cannot be read ({shown(str(error))})", {})
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         return _ignored(path, "is no file of choices", None)
