@@ -40,6 +40,7 @@ class CalibrateBitLinear(io.ComfyNode):
                 Calibration.Output("calibration", tooltip="Connect it to Patch to BitLinear."),
                 io.Latent.Output(tooltip="What was sampled meanwhile."),
             ],
+            **inputs.reports(),
             **inputs.found_as(
                 "calibrate",
                 "calibration",

@@ -28,6 +28,12 @@ def found_as(*words: str, essential: bool = False) -> dict[str, Any]:
     return comfyui.taken(io.Schema, search_aliases=[*words, *NAMES], essentials_category=category)
 
 
+def reports() -> dict[str, Any]:
+    """For the schema of a node that shows a report and is no output: the page gets the report again where the result
+    comes from the cache, as it does of outputs. As far as this ComfyUI's schemas have it."""
+    return comfyui.taken(io.Schema, has_intermediate_output=True)
+
+
 def _advanced() -> dict[str, Any]:
     """For an input that the page may fold away."""
     return comfyui.taken(io.Combo.Input, advanced=True)

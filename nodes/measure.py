@@ -35,6 +35,7 @@ class MeasureBitLinear(io.ComfyNode):
                 io.Image.Output("plot", tooltip="The errors of every packed layer as a picture."),
                 io.Latent.Output(tooltip="What the packed model drew meanwhile."),
             ],
+            **inputs.reports(),
             **inputs.found_as(
                 "measure",
                 "compare models",

@@ -85,6 +85,7 @@ class PatchToBitLinear(io.ComfyNode):
                 io.String.Output("csv", tooltip="The same as a table for a spreadsheet."),
                 io.Image.Output("plot", tooltip="The error of every packed layer as a picture."),
             ],
+            **inputs.reports(),
             **inputs.found_as(
                 "quantize",
                 "quantization",

@@ -54,6 +54,7 @@ class RecoverBitLinear(io.ComfyNode):
                 io.String.Output("report", tooltip="The error before, during and after."),
                 io.Image.Output("plot", tooltip="The same as a picture."),
             ],
+            **inputs.reports(),
             **inputs.found_as(
                 "recover",
                 "distill",
