@@ -14,7 +14,8 @@
 // does who opens one workflow after the other.
 // Answer: {types: unknown node types, widgets: {id: values}, missing: [{node, name, url, directory}], media: [names],
 // errors: what failed (page, console, validation, execution), outputs: {id: output}, titles: [as shown], found: [titles that the
-// search offers], shown: {id: {width, pictures: how many the node draws, texts: those of its read-only widgets}},
+// search offers], shown: {id: {width, pictures: how many the node draws, texts: those of its read-only widgets,
+// cut: pixels of these texts that do not fit into their boxes}},
 // outside: [titles of nodes that reach out of their group before anything runs], exported: what the
 // page saved, dropped: the workflow that is open after the drop, inserted: {title, widgets: [[name, label, value]]},
 // offered: [titles of templates], built: {ids: {name: id}, missing: links that did not come about}, cancelled: {kind: [how its run ended]},
@@ -188,15 +189,23 @@ async function run([timeout, button, cancel]) {
 // Runs in the page.
 function shown() {
   const count = (node) => document.querySelectorAll(`[data-node-id="${node.id}"] img`).length
+  const boxes = (node, widgets) => {
+    const html = [...document.querySelectorAll(`[data-node-id="${node.id}"] textarea`)].filter((area) => area.readOnly)
+    return html.length ? html : widgets.flatMap((widget) => widget.element ?? [])
+  }
   return Object.fromEntries(
-    window.app.graph.nodes.map((node) => [
-      node.id,
-      {
-        width: node.size[0],
-        pictures: node.imgs?.length || count(node),
-        texts: (node.widgets ?? []).filter((widget) => widget.options?.read_only).map((widget) => widget.value)
-      }
-    ])
+    window.app.graph.nodes.map((node) => {
+      const reports = (node.widgets ?? []).filter((widget) => widget.options?.read_only)
+      return [
+        node.id,
+        {
+          width: node.size[0],
+          pictures: node.imgs?.length || count(node),
+          texts: reports.map((widget) => widget.value),
+          cut: Math.max(0, ...boxes(node, reports).map((area) => area.scrollHeight - area.clientHeight))
+        }
+      ]
+    })
   )
 }
 

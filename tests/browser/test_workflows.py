@@ -66,7 +66,7 @@ WALK = {
         "sigmas": ("Flux2Scheduler", 260, 790),
         "calibrate": ("Calibrate for BitLinear", 560, 660),
         "patch": ("Patch to BitLinear", 880, 420),
-        "measure": ("Measure BitLinear", 880, 660),
+        "measure": ("Measure BitLinear", 880, 700),
         "report": ("Preview as Text", 1220, 760),
         "recover": ("Recover BitLinear", 1220, 470),
         "save": ("Save Bonsai Model", 1600, 560),
@@ -244,9 +244,10 @@ def walk(driver: Page, name: str, seed: int, **seen: object) -> None:
     outputs = {name: answer["outputs"].get(str(number)) for name, number in built["ids"].items()}
     for node in ("picture", "info", "patch", "measure", "recover"):
         assert shown[node]["pictures"] == 1, node
-    for node in ("info", "calibrate", "patch", "measure", "recover", "save"):
+    for node in ("pack", "model", "encoder", "info", "calibrate", "patch", "measure", "recover", "save"):
         assert shown[node]["width"] >= 400, node
     assert shown["save"]["pictures"] == 0 and "walk" in shown["save"]["texts"][0]
+    assert shown["save"]["cut"] == 0 and shown["calibrate"]["cut"] == 0
     assert "21 of 21 layers" in shown["calibrate"]["texts"][0]
     assert "error" in outputs["report"]["text"][0]
     assert any("Load Bonsai Model" in offered for offered in answer["found"])  # by words that are not in its name
