@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"One more, now that all is loaded: {seconds:.1f} s from the text to the PNG.")
             print(f"Picture: {picture}", flush=True)
             if arguments.serve:
+                print(f"Models of your own go into {base / 'models'}")
                 print(f"ComfyUI is running at {server.url} - press Ctrl-C to stop it.", flush=True)
                 while True:
                     time.sleep(1)

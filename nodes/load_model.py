@@ -17,8 +17,8 @@ class LoadBonsaiModel(io.ComfyNode):
             node_id="LoadBonsaiModel",
             display_name="Load Bonsai Model",
             category=inputs.CATEGORY,
-            description="Loads a 1-bit or ternary Bonsai transformer and keeps it packed in memory. Reads MLX, gemlite "
-            "and unpacked releases and files written by Save Bonsai Model.",
+            description="Loads a 1-bit or ternary Bonsai transformer and keeps it packed in memory. Reads MLX, "
+            "gemlite, GGUF and unpacked releases and files written by Save Bonsai Model.",
             inputs=[
                 io.Combo.Input(
                     "model_name",

@@ -25,7 +25,7 @@ class SaveBonsaiModel(io.ComfyNode):
             display_name="Save Bonsai Model",
             category=inputs.CATEGORY,
             description="Writes a packed model as one .safetensors: the smallest form, loaded without repacking. LoRAs "
-            "on the model are left out, or become part of it with include_loras.",
+            'on the model are left out, or become part of it with "include LoRAs".',
             inputs=[
                 io.Model.Input("model", tooltip="A model from Load Bonsai Model or Load Bonsai Pack."),
                 io.String.Input(
