@@ -120,6 +120,7 @@ async function openTemplate(page, title, graph) {
 async function browse(page, words) {
   await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates'))
   await page.getByText('Bonsai Image', { exact: true }).first().waitFor({ timeout: 15000 })
+  await page.getByText('All Templates', { exact: true }).first().click() // at a first start another one is open
   await page.locator('[role="dialog"] input').first().fill(words)
   const titles = () =>
     [...document.querySelectorAll('[data-testid^="template-workflow-"]')].map((card) => card.dataset.testid.slice(18))
