@@ -413,6 +413,13 @@ def test_a_slow_moment_changes_no_ratio() -> None:
     assert timer.spread([1.0, 1.2, 1.1]) == pytest.approx(0.2 / 1.1)
 
 
+def test_a_busy_machine_is_timed_by_what_it_computes() -> None:
+    """Time that passes while others have the processor counts for the wall alone."""
+    calls = [lambda: time.sleep(0.2)]
+    assert timer.make_timer("cpu").seconds(calls, 0) > 0.19
+    assert timer.make_timer("cpu", "processor").seconds(calls, 0) < 0.1
+
+
 def test_one_sentence_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a GPU"):
@@ -455,7 +462,7 @@ def test_an_unknown_mode_is_a_mistake_not_a_gap() -> None:
 def test_a_sweep_is_relative_to_one_picture_of_1536(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of all pictures of a batch count, and each group of the drawing tells how many there were."""
     monkeypatch.setattr(sweep, "SHAPES", (layers.Shape(256, 256, 20, 20),))
-    rows = sweep.measure(cases=((2, 1536), (1, 4), (1, 1536)), rounds=1)
+    rows = sweep.measure(rounds=1, cases=((2, 1536), (1, 4), (1, 1536)))
     assert [(row["batch"], row["m"]) for row in rows] == [(2, 1536), (1, 4), (1, 1536)]
     assert all(rows[2][f"{way.name}_relative"] == 1.0 for way in ways.LAYER_WAYS if f"{way.name}_s" in rows[2])
     assert rows[0]["bf16_us_per_token"] == pytest.approx(1e6 * rows[0]["bf16_s"] / 3072)

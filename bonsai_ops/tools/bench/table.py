@@ -66,6 +66,11 @@ OPTIONS = {
     "no-dense": Option("leave out the dense bf16 file (7.75 GB)", {"action": "store_true"}),
     "tokens": Option("rows of the activations (1536: 512x512)", {"type": int, "default": 1536}),
     "rounds": Option("timed calls of every way", {"type": int, "default": 5}),
+    "clock": Option(
+        "what a CPU is timed by: seconds that pass, or what the threads of this process computed, for a machine that "
+        "does other work, with --threads 1",
+        {"choices": ("wall", "processor"), "default": "wall"},
+    ),
     "size": Option("width and height in pixels", {"type": int, "default": 512}),
     "sizes": Option("widths and heights in pixels (512 1024)", {"type": int, "nargs": "+", "default": [512, 1024]}),
     "seconds": Option("most that one model may train at one size", {"type": float, "default": 1800.0}),
@@ -120,7 +125,8 @@ def _layers(run: Run) -> list[dict]:
 
 
 def _sweep(run: Run) -> list[dict]:
-    return _call("sweep", "measure", run.arguments.device)
+    given = run.arguments
+    return _call("sweep", "measure", given.device, given.rounds, given.clock)
 
 
 def _step(run: Run) -> dict:
@@ -207,6 +213,7 @@ BENCHMARKS = (
         "cost of the layers against the number of tokens, 256 to 4608, and of pictures at a time, 1 to 4: ours exact "
         "and with int8 activations, beside dense bf16",
         _sweep,
+        options=("rounds", "clock"),
         panel=_panel("sweep_panel"),
     ),
     Benchmark(
