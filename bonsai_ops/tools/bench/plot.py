@@ -58,7 +58,7 @@ def draw(file: Path, figures: Mapping[str, object]) -> tuple[int, int] | None:
     facts = [str(machine[name]) for name in ("gpu", "cpu", "instructions") if machine.get(name)]
     facts += [f"{name} {machine[name]}" for name in ("threads", "torch", "bonsai_image") if machine.get(name)]
     canvas.text((MARGIN, y), ", ".join(facts), fill=PALE, font=_font(15))
-    image.save(file, format="PNG")
+    image.save(file, format="PNG", optimize=True)
     return image.size
 
 
