@@ -8,6 +8,7 @@ cut.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import weakref
@@ -34,6 +35,7 @@ from .patcher import adopt, refuse_patched
 from .precision import DTYPES, make_text_ops, text_dtype
 from .progress import Progress
 from .record import saved_text_record
+from .text_layers import work_in_parts
 from .text_states import RememberingCLIP
 
 if TYPE_CHECKING:
@@ -112,6 +114,9 @@ def load_bonsai_text_encoder(
     )
     clip = RememberingCLIP(clip)
     adopt(clip.patcher)
+    if clip.patcher.load_device.type == "cpu":
+        layers = clip.cond_stage_model.qwen3_4b.transformer.model.layers
+        work_in_parts(layers, functools.partial(text_dtype, compute_dtype))
     clip.tokenizer.encoder = weakref.ref(clip.cond_stage_model)
     clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (str(path), embedding_directory, compute_dtype))
     held, should = pack.counts["layers"], pack.counts["layers in all"]

@@ -16,6 +16,8 @@ import comfy.sd
 import torch
 from comfy.cli_args import args
 
+from .. import kernels
+
 LARGEST = 128 << 20
 """Bytes that one text encoder may keep: eight prompts of Bonsai Image 4B."""
 
@@ -67,7 +69,8 @@ class RememberingCLIP(comfy.sd.CLIP):
         found = None if key is None else self._states.get(key)
         if found is not None:
             return found
-        found = super().encode_from_tokens(tokens, return_pooled, return_dict)
+        with kernels.keeping_memory():
+            found = super().encode_from_tokens(tokens, return_pooled, return_dict)
         self.patcher.give_back_pages()
         if key is not None:
             self._states.put(key, found)
