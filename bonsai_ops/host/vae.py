@@ -19,7 +19,7 @@ from typing import Any
 import comfy.sd
 import torch
 
-from ..kernels import is_the_devices, winograd
+from ..kernels import is_the_devices, keep_memory, release_memory, winograd
 from ..weights.errors import PackError
 from ..weights.files import is_file
 from ..weights.finite import NOT_FINITE, is_finite
@@ -79,16 +79,26 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
 
 
 def _convolve_with_fewer_products(model: torch.nn.Module) -> None:
-    """Has those convolutions that winograd.convolve is for computed by it, and all of their kind channels last."""
-    found = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d) and _is_plain(module)]
+    """Has those convolutions that winograd.convolve is for computed by it, and all of their kind channels last.
+
+    On a CPU the decoder's results use memory again.
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    found = [conv for conv in convolutions if _is_plain(conv, KERNEL)]
     if any(min(conv.in_channels, conv.out_channels) >= winograd.LEAST_CHANNELS for conv in found):
         for conv in found:
             conv._conv_forward = winograd.convolve
+        for conv in convolutions:
+            if _is_plain(conv, 1):
+                conv._conv_forward = winograd.mix
+        model.decoder.register_forward_pre_hook(lambda *_: keep_memory())
+        model.decoder.register_forward_hook(lambda *_: release_memory(), always_call=True)
 
 
-def _is_plain(conv: torch.nn.Conv2d) -> bool:
+def _is_plain(conv: torch.nn.Conv2d, size: int) -> bool:
+    """True for a convolution of size x size that keeps the picture's size and has no other options."""
     sizes = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    return sizes == ((KERNEL, KERNEL), (1, 1), (1, 1), (1, 1), 1, "zeros")
+    return sizes == ((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros")
 
 
 def _misfit(path: Path, sizes: str) -> PackError:

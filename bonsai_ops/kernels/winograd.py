@@ -11,8 +11,9 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, linear
 
+from .cpu import reuse
 from .custom_op import is_watched
 
 LEAST_CHANNELS = 128
@@ -29,11 +30,26 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     By torch's own convolution where this one is not for: other devices and dtypes, few channels, a single image
     [C, H, W], autocast, and whoever wants to see operators of torch, such as gradients (`is_watched`).
     """
-    if x.device.type != "cpu" or x.ndim != 4 or is_watched(x, weight, bias) or torch.is_autocast_enabled("cpu"):
+    if _is_torchs(x, weight, bias):
         return conv2d(x, weight, bias, padding=1)
     if x.dtype != torch.float32 or min(weight.shape[:2]) < LEAST_CHANNELS:
         return conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, padding=1)
     return _convolve(x, weight, bias)
+
+
+def mix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """conv2d(x, weight, bias) for x [N, C, H, W] and weight [O, C, 1, 1]; on a CPU channels last, as one product.
+
+    By torch's own where `convolve` is by torch's, but for dtypes and few channels.
+    """
+    if _is_torchs(x, weight, bias):
+        return conv2d(x, weight, bias)
+    return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def _is_torchs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """True for what neither of the two is for, whatever its dtype and channels."""
+    return x.device.type != "cpu" or x.ndim != 4 or is_watched(x, weight, bias) or torch.is_autocast_enabled("cpu")
 
 
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -42,25 +58,26 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     matrix = torch.einsum("ai,bj->baij", matrix, matrix).reshape(36, 9).to(x.dtype)
     points = torch.mm(matrix, weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, channels, rows)
     down, across = -(-height // 4), -(-width // 4)
-    padded = x.new_zeros(images, 4 * down + 2, 4 * across + 2, channels)
-    padded[:, 1 : height + 1, 1 : width + 1] = x.permute(0, 2, 3, 1)
-    out = x.new_empty(images, down, 4, across, 4, rows)
+    channels_last = x.permute(0, 2, 3, 1)
     step = max(1, BAND_BYTES // (36 * x.itemsize * across * max(channels, rows)))
     step = -(-down // -(-down // step))
+    reuse.next_turn()
+    out = reuse.empty(images * 16 * down * across, rows, x.dtype).view(images, down, 4, across, 4, rows)
 
     @functools.cache
     def scratch(count: int) -> tuple[torch.Tensor, ...]:
         """For a band of so many rows of tiles; the last two of each transform are what it keeps to itself."""
-        tall = x.new_empty(8, count, padded.shape[2], channels)
+        tall = x.new_empty(8, count, 4 * across + 2, channels)
         whole = x.new_empty(8, 6, count, across, channels)
         products, halves = x.new_empty(36, count * across, rows), x.new_empty(8, 6, count, across, rows)
-        return tall, whole, products, halves, x.new_empty(4, 4, count, across, rows)
+        padded = x.new_zeros(4 * count + 2, 4 * across + 2, channels)
+        return padded, tall, whole, products, halves, x.new_empty(4, 4, count, across, rows)
 
     for image in range(images):
         for first in range(0, down, step):
             count = min(step, down - first)
-            tall, whole, products, halves, kept = scratch(count)
-            band = padded[image, 4 * first : 4 * (first + count) + 2]
+            band, tall, whole, products, halves, kept = scratch(count)
+            _fill(band, channels_last[image], 4 * first - 1)
             _transform([band[i : i + 4 * count - 3 : 4] for i in range(6)], tall)
             _transform([tall[:6, :, j : j + 4 * across - 3 : 4] for j in range(6)], whole)
             torch.bmm(whole[:6].view(36, count * across, channels), points, out=products)
@@ -70,6 +87,14 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
             if bias is not None:
                 tiles += bias
     return out.view(images, 4 * down, 4 * across, rows)[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def _fill(band: torch.Tensor, x: torch.Tensor, top: int) -> None:
+    """band [n, w, C] = rows top .. top+n-1 of x [H, W, C] from its second column on; zeros outside of x."""
+    lo, hi = max(top, 0), min(top + len(band), len(x))
+    band[: lo - top] = 0
+    band[lo - top : hi - top, 1 : x.shape[1] + 1] = x[lo:hi]
+    band[hi - top :] = 0
 
 
 def _transform(d: Sequence[torch.Tensor], v: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from bonsai_ops.kernels import winograd
+from bonsai_ops.kernels.cpu import reuse
 
 TOLERANCE = 1e-5
 """Relative (L2), fp32. Found: 2e-6; torch's own convolution 3e-7."""
@@ -77,3 +78,27 @@ def test_transformed_functions_are_torchs() -> None:
     x, weight, bias = parts(2, 8, 8)
     found = torch.func.vmap(lambda one: winograd.convolve(one[None], weight, bias)[0])(x)
     torch.testing.assert_close(found, conv2d(x, weight, bias, padding=1))
+
+
+@pytest.mark.parametrize("form", [(1, 8, 8), (2, 13, 22)], ids=str)
+def test_one_value_a_channel(form: tuple[int, int, int]) -> None:
+    x, weight, bias = parts(*form)
+    weight = weight[:, :, 1:2, 1:2]
+    for kernel_bias in (bias, None):
+        found = winograd.mix(x, weight, kernel_bias)
+        truth = conv2d(x.double(), weight.double(), None if kernel_bias is None else kernel_bias.double())
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_that_held_something_else() -> None:
+    """Results on memory that is used again, and the zeros around a picture, whatever lay there."""
+    x, weight, bias = parts(1, 37, 41)
+    with reuse.opened():
+        first = winograd.convolve(x, weight, bias)
+        kept = first.clone()
+        del first
+        for _ in range(2):
+            assert torch.equal(winograd.convolve(x, weight, bias), kept)
+            winograd.convolve(torch.full_like(x, torch.nan), weight, bias)
+    assert error(kept, x, weight, bias) < TOLERANCE
