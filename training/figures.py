@@ -1,4 +1,4 @@
-"""What the stages `fidelity` and `other` found -> docs/results, the curve and the tables of docs/benchmarks.md.
+"""What the stages `fidelity`, `other` and `modes` found -> docs/results, the curve, the tables of docs/benchmarks.md.
 
 A table stands between two comments, <!-- NAME --> and <!-- end of NAME -->; of each there is one.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bonsai_ops.tools.environment import PLUGIN
 
-from . import curve, fidelity, other
+from . import curve, fidelity, modes, other
 
 DOCS = PLUGIN / "docs"
 
@@ -24,6 +24,7 @@ def show(work: Path, docs: Path = DOCS) -> None:
     tables: dict[str, tuple[str, Callable[[Mapping], Iterator[str]]]] = {
         "fidelity": (fidelity.FILE, fidelity.table),
         "other": (other.FILE, other.table),
+        "modes": (modes.FILE, modes.table),
     }
     for name, (file, table) in tables.items():
         kept = docs / "results" / file

@@ -15,7 +15,20 @@ from PIL import Image, ImageFilter
 from bonsai_ops.kernels import cpu_has_fast_bf16
 from bonsai_ops.weights.codec import decode, spread_fields
 from bonsai_ops.weights.packed_weight import pack_signs
-from training import badge, captions, curve, dataset, fidelity, figures, other, speed, text_encoder, transformer, vae
+from training import (
+    badge,
+    captions,
+    curve,
+    dataset,
+    fidelity,
+    figures,
+    modes,
+    other,
+    speed,
+    text_encoder,
+    transformer,
+    vae,
+)
 from training.drawing import draw
 from training.export import words
 from training.judge import judge
@@ -189,11 +202,18 @@ def test_the_tables_of_the_documents_are_filled_in(tmp_path: Path) -> None:
     trained = "binary, calibrated, rank 32, recovered, seed 0"
     (work / fidelity.FILE).write_text(json.dumps({trained: row, "binary, rounded": row}), encoding="utf-8")
     (work / other.FILE).write_text(json.dumps({"ternary, rounded": row}), encoding="utf-8")
+    shares = dict.fromkeys((*JUDGED, "all"), 1.0)
+    far = {"text": 0.002, "latent": 0.02, "psnr": 51.25}
+    drawn = {"fp32": {"attributes": shares}, "a8": {"attributes": {**shares, "pot": 0.99}, **far}}
+    (work / modes.FILE).write_text(json.dumps({"128x128": drawn}), encoding="utf-8")
     figures.show(work, docs)
     after = (docs / "benchmarks.md").read_text(encoding="utf-8")
     plain = "| 1.12 | 0.500 | 0.250 | 20.0 dB | 75.0 % | 50.0 % |"
     assert f"| --- |\n| binary, rounded {plain}\n| **{trained}** {plain}\n<!-- end of fidelity -->" in after
     assert "| --- |\n| ternary, rounded | 1.12 | 0.500 | 0.250 |\n<!-- end of other -->" in after
+    right = " 100.0 % |" * 5
+    assert f"| --- |\n| 128x128, fp32 |  |  |  | 100.0 % |{right}\n" in after
+    assert f"\n| 128x128, a8 | 0.20 % | 2.00 % | 51.2 dB | 99.0 % |{right}\n<!-- end of modes -->" in after
     outside = [re.sub(r"<!-- (\w+) -->.*?<!-- end", "", text, flags=re.DOTALL) for text in (before, after)]
     assert outside[0] == outside[1]
     assert (docs / fidelity.PICTURE).is_file() and (docs / "results" / other.FILE).is_file()
