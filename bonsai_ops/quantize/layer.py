@@ -10,7 +10,7 @@ import torch
 from ..weights import codec as codecs
 from ..weights.packed_weight import PackedWeight, narrow_exact, pack_signs
 from . import lowrank
-from .compensate import compensate, output_error
+from .compensate import compensate, inverse_factor, output_error
 from .groups import existing_scale, quantize_affine, quantize_groups, values
 from .statistics import Statistics
 
@@ -90,40 +90,53 @@ def quantize_layer(weight: torch.Tensor, settings: Settings, statistics: Statist
     settings = replace(settings, group_size=group_size)
     dense = weight.detach().to(torch.float32)
     if settings.recipe not in AFFINE and existing_scale(dense, settings.recipe, group_size) is not None:
-        return measured(dense, _codes(dense, settings, None), statistics)
-    base = _codes(dense, settings, statistics)
+        return measured(dense, _codes(dense, settings, None)[0], statistics)
+    if statistics is not None and statistics.gram is not None:
+        statistics = replace(statistics, gram=statistics.gram.to(dense.device, torch.float32))
+        factor = None if settings.recipe in AFFINE else inverse_factor(statistics.gram)
+    else:
+        factor = None
+    base, squared = _codes(dense, settings, statistics, factor)
     if settings.rank:
-        base = _with_residual(dense, base, settings, statistics)
-    return measured(dense, base, statistics)
+        base, squared = _with_residual(dense, base, squared, settings, statistics, factor)
+    return measured(dense, base, statistics, squared)
 
 
 def _with_residual(
-    dense: torch.Tensor, plain: PackedWeight, settings: Settings, statistics: Statistics | None
-) -> PackedWeight:
-    """The best of `plain`, its codes with a residual, and what fitting the two to one another in turn comes to."""
+    dense: torch.Tensor,
+    plain: PackedWeight,
+    squared: float | None,
+    settings: Settings,
+    statistics: Statistics | None,
+    factor: torch.Tensor | None,
+) -> tuple[PackedWeight, float]:
+    """The best of `plain`, its codes with a residual, and what fitting the two to one another in turn comes to.
+
+    With its squared error; squared: that of `plain` where it is known.
+    """
     importance = None if statistics is None else statistics.power
     base, near, tried = plain, None, torch.empty_like(dense)
     rest = _difference(dense, plain)
-    best, least = plain, float(squared_error(rest, statistics).sum())
+    best, least = plain, _sum(rest, statistics) if squared is None else squared
     for _ in range(max(1, settings.rounds)):
         up, down = lowrank.fit(rest, settings.rank, importance, near)
         near, residual = down, (up.float(), down.float())
         torch.addmm(rest, *residual, alpha=-1, out=tried)
-        best, least = _better(best, least, replace(base, up=up, down=down), tried, statistics)
+        error = _sum(tried, statistics)
+        if error < least:
+            best, least = replace(base, up=up, down=down), error
         torch.addmm(dense, *residual, alpha=-1, out=tried)
-        base = _codes(tried, settings, statistics)
+        base, error = _codes(tried, settings, statistics, factor)
         rest = _difference(tried, base)
-        best, least = _better(best, least, replace(base, up=up, down=down), rest, statistics)
+        error = _sum(rest, statistics) if error is None else error
+        if error < least:
+            best, least = replace(base, up=up, down=down), error
         rest.addmm_(*residual)
-    return best
+    return best, least
 
 
-def _better(
-    best: PackedWeight, least: float, other: PackedWeight, difference: torch.Tensor, statistics: Statistics | None
-) -> tuple[PackedWeight, float]:
-    """The weight whose squared error is smaller, and that error; difference: what `other` leaves over."""
-    error = float(squared_error(difference, statistics).sum())
-    return (other, error) if error < least else (best, least)
+def _sum(difference: torch.Tensor, statistics: Statistics | None) -> float:
+    return float(squared_error(difference, statistics).sum())
 
 
 def _difference(dense: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
@@ -142,23 +155,26 @@ def squared_error(difference: torch.Tensor, statistics: Statistics | None) -> to
     return torch.linalg.vector_norm(difference * width, dim=-1).double().square()
 
 
-def _codes(target: torch.Tensor, settings: Settings, statistics: Statistics | None) -> PackedWeight:
+def _codes(
+    target: torch.Tensor, settings: Settings, statistics: Statistics | None, factor: torch.Tensor | None = None
+) -> tuple[PackedWeight, float | None]:
     """The best codes for `target` [N, K], row by row: the plain optimum, the weighted one and the compensated one.
 
-    Affine recipes have one way only, which does not look at the inputs.
+    With their squared error where it came out on the way. factor: of `compensate`. Affine recipes have one way only,
+    which does not look at the inputs.
     """
     scheme, group_size = settings.recipe, settings.group_size
     if settings.recipe in AFFINE:
         codec = AFFINE[settings.recipe]
         codes, scale, zero = quantize_affine(target, group_size, codecs.get_codec(codec).radix)
         shape = (target.shape[0], target.shape[1])
-        return PackedWeight(codecs.encode(codec, codes), scale, shape, "affine", codec, group_size, zero)
+        return PackedWeight(codecs.encode(codec, codes), scale, shape, "affine", codec, group_size, zero), None
     codes, scale = quantize_groups(target, scheme, group_size)
     if statistics is None:
-        return pack_signs(codes, scale, group_size, scheme)
+        return pack_signs(codes, scale, group_size, scheme), None
     tried = [quantize_groups(target, scheme, group_size, statistics.power.to(target.device))]
     if statistics.gram is not None:
-        tried.append(compensate(target, statistics.gram, scheme, group_size))
+        tried.append(compensate(target, statistics.gram, scheme, group_size, factor))
     scale = scale.float()
     error = squared_error(target - values(codes, scale, scheme), statistics)
     for other_codes, other_scale in tried:
@@ -166,18 +182,23 @@ def _codes(target: torch.Tensor, settings: Settings, statistics: Statistics | No
         better = (other_error < error).unsqueeze(-1)
         codes, scale = torch.where(better, other_codes, codes), torch.where(better, other_scale.float(), scale)
         error = torch.minimum(error, other_error)
-    return pack_signs(codes, narrow_exact(scale), group_size, scheme)
+    return pack_signs(codes, narrow_exact(scale), group_size, scheme), float(error.sum())
 
 
-def measured(dense: torch.Tensor, packed: PackedWeight, statistics: Statistics | None = None) -> Quantized:
-    """A packed weight with its errors against the dense one, float32 [N, K] on the same device."""
+def measured(
+    dense: torch.Tensor, packed: PackedWeight, statistics: Statistics | None = None, squared: float | None = None
+) -> Quantized:
+    """A packed weight with its errors against the dense one, float32 [N, K] on the same device.
+
+    squared: the squared error for these statistics where it is known.
+    """
     difference = _difference(dense, packed)
-    squared = float(squared_error(difference, None).sum())
-    relative = _ratio(squared, float(squared_error(dense, None).sum()))
+    plain = _sum(difference, None)
+    relative = _ratio(plain, _sum(dense, None))
     if statistics is None:
-        return Quantized(packed, LayerError(relative), squared)
-    squared = float(squared_error(difference, statistics).sum())
-    output = _ratio(squared, float(squared_error(dense, statistics).sum()))
+        return Quantized(packed, LayerError(relative), plain)
+    squared = _sum(difference, statistics) if squared is None else squared
+    output = _ratio(squared, _sum(dense, statistics))
     return Quantized(packed, LayerError(relative, output), squared)
 
 

@@ -21,7 +21,7 @@ from bonsai_ops.quantize import (
     lowrank,
     quantize_layer,
 )
-from bonsai_ops.quantize.compensate import compensate, output_error
+from bonsai_ops.quantize.compensate import BLOCK, compensate, output_error
 from bonsai_ops.quantize.groups import best_scale, quantize_groups, to_codes, values
 from bonsai_ops.weights.packed_weight import PackedWeight, narrow_exact, pack_signs
 
@@ -204,6 +204,13 @@ def test_calibration_makes_the_output_better(scheme: str, capsys: pytest.Capture
         print(f"\n  {scheme}, output error: " + ", ".join(f"{n} {e:.4f}" for n, e in errors.items()))
     assert errors["gram"] < errors["power"] < errors["plain"]
     assert torch.all(rows["gram"] <= rows["plain"] * (1 + 1e-4))
+
+
+def test_output_errors_of_several_blocks_of_columns() -> None:
+    x = torch.randn(40, 2 * BLOCK + 64, generator=generator())
+    difference = torch.randn(8, x.shape[1], generator=generator())
+    truth = (difference.double() @ x.double().T).square().sum(-1)
+    torch.testing.assert_close(output_error(difference, x.T @ x), truth, rtol=1e-5, atol=0)
 
 
 def test_compensation_with_dead_and_dependent_inputs() -> None:
