@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .environment import clean_environment, tail_of
+from .environment import clean_environment, ending_by_exception, tail_of
 
 HOST = "127.0.0.1"
 _TAIL_LINES = 40
@@ -32,7 +32,8 @@ class ComfyServer:
 
     python and comfyui are those of `environment.Environment`. port 0 takes a free one. With cpu, ComfyUI computes on
     the processor whatever the machine has. packages: a folder that comes before the packages of python. extra_args go
-    to main.py as they are. Use it as a context manager or call `start` and `stop`.
+    to main.py as they are. Use it as a context manager, or call `start` and `stop`: within the former a signal that
+    ends the program ends ComfyUI first.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ComfyServer:
         self.packages = packages
         self.log = self.base_directory / "comfyui.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._within = contextlib.ExitStack()
         # Without proxies: the variables http_proxy and the like must not redirect calls to this machine.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -69,13 +71,17 @@ class ComfyServer:
         return self._process.pid
 
     def __enter__(self) -> ComfyServer:
-        self.start()
+        with contextlib.ExitStack() as within:
+            within.enter_context(ending_by_exception())
+            within.callback(self.stop)
+            self.start()
+            self._within = within.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        self._within.close()
 
     def start(self, timeout: float = 180.0) -> None:
         """Start the process and return when it answers. Raises RuntimeError when it ends or takes over `timeout` s."""

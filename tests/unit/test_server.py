@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from bonsai_ops.tools import server
+from bonsai_ops.tools.environment import PLUGIN
 from bonsai_ops.tools.server import ComfyServer, PromptInterruptedError
 
 FAKE = """
@@ -110,6 +114,31 @@ def test_packages_come_first(comfyui: Path, place: str, monkeypatch: pytest.Monk
     )
     with pytest.raises(RuntimeError, match="said by a package"):
         running.start()
+
+
+STAYS = """
+import sys, time
+from pathlib import Path
+from bonsai_ops.tools.server import ComfyServer
+
+comfyui = Path(sys.argv[1])
+with ComfyServer(Path(sys.executable), comfyui, comfyui.parent / "base") as running:
+    print(running.url, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+def test_a_program_that_is_ended_ends_its_server(comfyui: Path) -> None:
+    command = [sys.executable, "-c", STAYS, str(comfyui)]
+    with subprocess.Popen(command, cwd=PLUGIN, stdout=subprocess.PIPE, text=True) as program:
+        url = program.stdout.readline().strip()
+        with urllib.request.urlopen(f"{url}/queue", timeout=30) as answer:
+            assert answer.status == 200
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"{url}/queue", timeout=30)
 
 
 def test_port_in_use_is_refused(comfyui: Path) -> None:
