@@ -74,7 +74,7 @@ def around(
             tensor = wrap(tensor, dtype)
         elif isinstance(tensor, QuantizedTensor) and not is_packed(tensor):
             tensor = tensor.dequantize()
-        weights[name] = tensor.detach().to(offload)
+        weights[name] = (tensor if is_packed(tensor) else tensor.detach()).to(offload)
     fresh = filled(twin, weights, source.load_device, offload, dynamic)
     patcher = source.clone(disable_dynamic=not dynamic, model_override=fresh.get_clone_model_override())
     patcher.size, patcher.parent = 0, None

@@ -332,7 +332,7 @@ def _working_copy(patched: ModelPatcher, layers: Sequence[str]) -> tuple[ModelPa
         if name in layers:
             residuals[name] = Residual(_outside(weight.up), _outside(weight.down)).to(patched.load_device)
             weight = weight.without_residual()
-        weight = replace(weight, codes=_outside(weight.codes), **{n: _outside(t) for n, t in weight.tables().items()})
+        weight = replace(weight, codes=_shared(weight.codes), **{n: _shared(t) for n, t in weight.tables().items()})
         tensors[name] = wrap(weight, tensor.dtype, mode)
     twin = empty_twin(patched.model)
     working = around(patched, twin, tensors, dynamic=False)
@@ -354,6 +354,12 @@ def _outside(value: Any) -> Any:
     if type(value) is dict:
         return {key: _outside(item) for key, item in value.items()}
     return value
+
+
+def _shared(tensor: torch.Tensor) -> torch.Tensor:
+    """As `_outside`, in the same memory where it can be: what is only read, as a model's codes and tables are."""
+    can = tensor.is_inference() and tensor.device.type in ("cpu", "cuda")
+    return torch.from_dlpack(tensor) if can else _outside(tensor)
 
 
 @contextlib.contextmanager

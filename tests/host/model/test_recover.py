@@ -182,6 +182,34 @@ def test_one_model_at_a_time(
     assert comfy.model_management.current_loaded_models == []
 
 
+def test_codes_lie_in_memory_once(unload: Callable[[], None], comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trained reads the codes and tables of the model that was given, and copies none of them."""
+    from bonsai_ops.host.layout import is_packed, unwrap
+    from bonsai_ops.host.patch import recover as module
+    from bonsai_ops.host.tensors import base_tensors
+
+    def places(model: Any) -> dict[str, list[int]]:
+        packed = {name: unwrap(t).without_residual() for name, t in base_tensors(model).items() if is_packed(t)}
+        return {name: [t.data_ptr() for t in (w.codes, *w.tables().values())] for name, w in packed.items()}
+
+    if load_device().type != "cpu":
+        pytest.skip("what ComfyUI has loaded lies on the device, what was given does not")
+    with torch.inference_mode():  # as nodes run: no backward pass may keep such weights
+        source = stock("flux2")
+        patched, _ = patch(source, rank=8)
+    before = state_bytes(patched)
+    seen, real = [], module.tune
+
+    def tune(*args: Any, **options: Any) -> Any:
+        seen.extend(places(entry.model) for entry in comfy.model_management.current_loaded_models)
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "tune", tune)
+    recover(source, patched, "flux2")
+    assert seen == [places(patched)]
+    assert same_state(before, state_bytes(patched))
+
+
 def test_no_weight_is_unpacked(
     models: tuple[Any, Any], unload: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
