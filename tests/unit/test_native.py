@@ -223,6 +223,8 @@ def damaged(path: Path, change: dict | None = None, layer: dict | None = None, *
         ({"change": {"version": 3}}, r"bonsai: is version 3 of the native format, this plugin reads up to 2\. Update"),
         ({"change": {"version": "x"}}, r"bonsai: has a damaged record"),
         ({"change": {"layers": 3}}, r"bonsai: has a damaged record"),
+        ({"change": {"layers": [[0.5, {}]]}}, r"bonsai: has a damaged record"),
+        ({"change": {"source": [[0.5, ""]]}}, r"bonsai: has a damaged record"),
         ({"change": {"source": "file"}}, r"bonsai: has a damaged record"),
         (
             {"layer": {"shape": [136, 256]}},

@@ -90,14 +90,11 @@ def _parsed(file: SafetensorsFile, key: str, text: str | bytes) -> NativeRecord:
                 "Update bonsai-image.",
                 key,
             )
+        layers, source, model = record["layers"], record.get("source") or {}, record.get("model") or {}
+        if not all(isinstance(table, dict) for table in (layers, source, model)):  # dict() takes pairs too
+            raise TypeError("layers, source and model are tables of names")
         found = NativeRecord(
-            record["variant"],
-            dict(record["layers"]),
-            dict(record.get("source") or {}),
-            record["architecture"],
-            version,
-            record.get("packer", ""),
-            dict(record.get("model") or {}),
+            record["variant"], layers, source, record["architecture"], version, record.get("packer", ""), model
         )
         if not isinstance(found.architecture, str) or not isinstance(found.variant, str):
             raise TypeError("variant and architecture are texts")
