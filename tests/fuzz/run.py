@@ -21,6 +21,8 @@ from .case import Reader, Verdict, run_case
 from .formats import FORMATS, Format
 
 SHOWN_FAULTS = 40
+TOLD = 1000
+"""After so many cases more, how many ran is told."""
 TESTS = PLUGIN / "tests"
 
 
@@ -57,6 +59,8 @@ def collect(pipes: Sequence[tuple[int, int]], found: list) -> str:
                 for file in ready:
                     if line := file.readline():
                         found.append(json.loads(line))
+                        if len(found) % TOLD == 0:
+                            print(f"{len(found)} cases", file=sys.stderr, flush=True)
                     else:
                         files.remove(file)
             except KeyboardInterrupt:

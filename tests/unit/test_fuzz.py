@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_what_was_found_until_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch) ->
     found: list[list[int]] = []
     assert collect(pipes, found) == "stopped"
     assert sorted(found) == [[worker, case] for worker in range(2) for case in range(3)]
+
+
+def test_changing_a_file_ends(tmp_path: Path) -> None:
+    """Files are changed more than once, outside the limits of a case: torch would hash this key 2^40 times."""
+    path = tmp_path / "w.pt"
+    with zipfile.ZipFile(path, "w") as opened:
+        opened.writestr("a/data.pkl", b"\x80\x02})" + b"q\0h\0\x86" * 40 + b"Ns.")
+        opened.writestr("a/version", b"3")
+    before = path.read_bytes()
+    code = "import sys, random, pathlib; from tests.fuzz.torch_files import values; "
+    code += "values(pathlib.Path(sys.argv[1]), random.Random(0))"
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=PLUGIN, timeout=60, check=True)
+    assert path.read_bytes() == before
 
 
 def test_what_a_reader_must_not_do_is_seen(tmp_path: Path) -> None:
