@@ -224,11 +224,11 @@ class PackedPatcher(Mixed):
     def pre_run(self) -> None:
         super().pre_run()
         if not torch.is_grad_enabled():  # training keeps results for its backward pass
-            kernels.keep_memory()
+            kernels.keep_memory(self)
 
     def cleanup(self) -> None:
         super().cleanup()
-        kernels.release_memory()
+        kernels.release_memory(self)
         self.give_back_pages()
 
     def give_back_pages(self) -> None:

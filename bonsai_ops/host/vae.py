@@ -19,7 +19,8 @@ from typing import Any
 import comfy.sd
 import torch
 
-from ..kernels import is_the_devices, keep_memory, release_memory, winograd
+from .. import kernels
+from ..kernels import is_the_devices, winograd
 from ..weights.errors import PackError
 from ..weights.files import is_file
 from ..weights.finite import NOT_FINITE, is_finite
@@ -91,8 +92,8 @@ def _convolve_with_fewer_products(model: torch.nn.Module) -> None:
         for conv in convolutions:
             if _is_plain(conv, 1):
                 conv._conv_forward = winograd.mix
-        model.decoder.register_forward_pre_hook(lambda *_: keep_memory())
-        model.decoder.register_forward_hook(lambda *_: release_memory(), always_call=True)
+        model.decoder.register_forward_pre_hook(lambda decoder, _: kernels.keep_memory(decoder))
+        model.decoder.register_forward_hook(lambda decoder, *_: kernels.release_memory(decoder), always_call=True)
 
 
 def _is_plain(conv: torch.nn.Conv2d, size: int) -> bool:

@@ -273,14 +273,14 @@ def _choice(x: torch.Tensor, weight: PackedWeight, mode: str | None) -> Choice:
     return choice
 
 
-def keep_memory() -> None:
+def keep_memory(user: object) -> None:
     """Large results of the CPU use memory again from now on: between the steps of one picture, or of a benchmark."""
-    cpu.reuse.open()
+    cpu.reuse.open(user)
 
 
-def release_memory() -> None:
-    """Ends `keep_memory`: gives back what is free now; the rest goes with the tensors that use it."""
-    cpu.reuse.close()
+def release_memory(user: object) -> None:
+    """Ends the user's `keep_memory`; the last gives back what is free now, the rest goes with what uses it."""
+    cpu.reuse.close(user)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 The C library returns memory of this size to the system as soon as a tensor dies, and the system clears it page by page
 when the next one is written: so a third of all page faults of a step of the 4B model at 512x512 come about. Between
 `open` and `close` a `Reuse` keeps that memory and lends it to the next tensor once the last view of the previous one is
-gone.
+gone. Several may have it open at a time, such as a sampling and a picture that is decoded meanwhile.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class _Buffer:
         return self.loan is None or self.loan() is None
 
 
+class _User:
+    """Of one block."""
+
+
 class Reuse:
     """Lends memory. A product takes one turn, whatever it needs beside its result. Usable from several threads."""
 
@@ -45,27 +49,34 @@ class Reuse:
         self._lock = threading.Lock()
         self._buffers: list[_Buffer] = []
         self._turn = 0
-        self._open = False
+        self._users: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 
-    def open(self) -> None:
-        """Memory is kept from now on."""
+    def open(self, user: object) -> None:
+        """Memory is kept from now on, until the user has closed as often as opened, or is gone."""
         with self._lock:
-            self._open = True
+            self._users[user] = self._users.get(user, 0) + 1
 
-    def close(self) -> None:
-        """Gives back what is free now; the rest goes with the tensors that use it."""
+    def close(self, user: object) -> None:
+        """The last to close gives back what is free now; the rest goes with the tensors that use it.
+
+        Nothing happens for a user who did not open.
+        """
         with self._lock:
-            self._open = False
-            self._buffers.clear()
+            left = self._users.pop(user, 0) - 1
+            if left > 0:
+                self._users[user] = left
+            if not self._users:
+                self._buffers.clear()
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """Open within the block."""
-        self.open()
+        user = _User()
+        self.open(user)
         try:
             yield
         finally:
-            self.close()
+            self.close(user)
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +92,7 @@ class Reuse:
     def empty(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised CPU tensor [rows, columns] that shares its memory with no other living tensor."""
         nbytes = rows * columns * dtype.itemsize
-        if not self._open or nbytes < LEAST_BYTES:
+        if not self._users or nbytes < LEAST_BYTES:
             return torch.empty(rows, columns, dtype=dtype, device="cpu")
         with self._lock:
             fitting = [b for b in self._buffers if nbytes <= b.memory.nbytes <= LARGEST_WASTE * nbytes and b.free]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ ROWS, COLUMNS = 64, LEAST_BYTES // 64
 
 
 @pytest.fixture
-def reuse() -> Reuse:
+def reuse() -> Iterator[Reuse]:
     found = Reuse()
-    found.open()
-    return found
+    with found.opened():
+        yield found
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bfloat16, torch.float32], ids=str)
@@ -92,14 +93,46 @@ def test_idle_memory_is_given_back(reuse: Reuse) -> None:
     kept.fill_(1)
 
 
-def test_closed_it_keeps_nothing(reuse: Reuse) -> None:
+class User:
+    """Whoever has memory kept."""
+
+
+def test_closed_it_keeps_nothing() -> None:
+    reuse, user = Reuse(), User()
+    reuse.open(user)
     used = reuse.empty(ROWS, COLUMNS, torch.uint8).fill_(7)
-    with reuse.opened():
-        reuse.empty(ROWS, COLUMNS, torch.uint8)
-        assert reuse.nbytes == 2 * LEAST_BYTES
+    reuse.empty(ROWS, COLUMNS, torch.uint8)
+    assert reuse.nbytes == 2 * LEAST_BYTES
+    reuse.close(user)
     assert reuse.nbytes == 0
     other = reuse.empty(ROWS, COLUMNS, torch.uint8).fill_(8)
     assert (reuse.nbytes, int(used.min()), int(other.min())) == (0, 7, 8)
+
+
+def test_it_stays_open_for_those_who_have_not_closed() -> None:
+    reuse, (one, other) = Reuse(), (User(), User())
+    for user in (one, one, other):
+        reuse.open(user)
+    for user in (other, other, one):
+        reuse.close(user)
+        reuse.empty(ROWS, COLUMNS, torch.uint8)
+        assert reuse.nbytes == LEAST_BYTES
+    reuse.close(one)
+    assert reuse.nbytes == 0
+    reuse.empty(ROWS, COLUMNS, torch.uint8)
+    assert reuse.nbytes == 0
+
+
+def test_it_does_not_stay_open_for_those_who_are_gone() -> None:
+    reuse, user = Reuse(), User()
+    reuse.open(user)
+    reuse.empty(ROWS, COLUMNS, torch.uint8)
+    del user
+    reuse.empty(ROWS, 3 * COLUMNS, torch.uint8)
+    assert reuse.nbytes == LEAST_BYTES
+    with reuse.opened():
+        pass
+    assert reuse.nbytes == 0
 
 
 def test_small_tensors_are_not_kept(reuse: Reuse) -> None:

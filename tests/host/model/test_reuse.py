@@ -12,6 +12,7 @@ from random_weights import random_weight
 from resident import resident
 from twins import QKV, Pair, bfl_lora, draw, loaded, module_of, with_lora
 
+from bonsai_ops.tools import synthetic
 from bonsai_ops.weights.mapped import SMAPS
 
 pytestmark = [pytest.mark.host, pytest.mark.processor]
@@ -33,9 +34,9 @@ def kept(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     release = kernels.release_memory
 
-    def noting() -> None:
+    def noting(user: object) -> None:
         found.append(kernels.kept_bytes())
-        release()
+        release(user)
 
     monkeypatch.setattr(reuse, "LEAST_BYTES", 1)
     monkeypatch.setattr(kernels, "release_memory", noting)
@@ -50,10 +51,28 @@ def test_the_same_picture_on_used_memory(model: Any, kept: list[int], monkeypatc
         found = [draw(model.clone(), steps=3, cfg=cfg) for cfg in (1.0, 3.0)]
         assert min(kept) > 0 and len(kept) == 2
         assert kernels.kept_bytes() == 0
-        monkeypatch.setattr(kernels, "keep_memory", lambda: None)
+        monkeypatch.setattr(kernels, "keep_memory", lambda user: None)
         plain = [draw(model.clone(), steps=3, cfg=cfg) for cfg in (1.0, 3.0)]
     assert kept[2:] == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_a_picture_decoded_meanwhile_does_not_end_it(model: Any, kept: list[int], tmp_path: Path) -> None:
+    """As nodes do that show every step. Each is decoded after it, and what the last one used is still kept."""
+    from bonsai_ops import kernels
+    from bonsai_ops.host.vae import load_vae
+
+    synthetic.write_vae(tmp_path / "vae", (128, 128, 128, 128))
+    vae, samples = load_vae(tmp_path), torch.zeros(1, 128, 1, 1)
+
+    def show(*_: Any) -> None:
+        vae.decode(samples)
+
+    handle = model.model.diffusion_model.register_forward_hook(show)
+    with torch.inference_mode():
+        draw(model)
+    handle.remove()
+    assert len(kept) == 3 and min(kept) > 0 and kernels.kept_bytes() == 0
 
 
 def test_an_error_gives_the_memory_back(model: Any, kept: list[int]) -> None:
