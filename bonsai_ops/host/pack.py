@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..weights.release import find_text_encoder, find_transformer, find_vae, shards_of, tokenizers_beside
+from ..weights.files import file_size, unreadable
+from ..weights.release import find_text_encoder, find_transformer, find_vae, shards_of
 from .loader import load_bonsai_model, require_readable
 from .progress import Progress, shares
 from .text_encoder import load_bonsai_text_encoder
@@ -40,13 +41,12 @@ def load_pack(
     require_readable(folder)
     encoders, vae_file = find_text_encoder(folder), find_vae(folder)
     files = ([vae_file], shards_of(find_transformer(folder)), encoders)
-    of_vae, of_model, of_clip = shares(progress, [sum(file.stat().st_size for file in part) for part in files])
+    of_vae, of_model, of_clip = shares(progress, [sum(map(file_size, part)) for part in files])
     vae = _again(("vae", *_seen([vae_file.parent])), lambda: load_vae(folder))
     of_vae(1, 1)
     model = load_bonsai_model(folder, options, progress=of_model)
-    beside = [*{file.parent for file in encoders}, *tokenizers_beside(encoders[0])]
     clip = _again(
-        ("clip", text_compute_dtype, tuple(embedding_directory), *_seen(beside)),
+        ("clip", text_compute_dtype, tuple(embedding_directory), *_seen({file.parent for file in encoders})),
         lambda: load_bonsai_text_encoder(
             folder, list(embedding_directory), compute_dtype=text_compute_dtype, progress=of_clip
         ),
@@ -64,7 +64,13 @@ def _again(key: tuple, load: Callable[[], Any]) -> Any:
 
 
 def _seen(folders: Iterable[Path]) -> Iterable[tuple[str, int, int]]:
-    """(path, bytes, time of the last change) of every file in them: another download is another key."""
-    for file in sorted(file for folder in folders for file in folder.iterdir() if file.is_file()):
-        status = file.stat()
-        yield str(file), status.st_size, status.st_mtime_ns
+    """(path, bytes, time of the last change) of every file in them: another download is another key.
+
+    Raises PackError.
+    """
+    for folder in folders:
+        try:
+            found = [(str(file), file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+        except OSError as error:
+            raise unreadable(folder, error) from error
+        yield from ((file, status.st_size, status.st_mtime_ns) for file, status in found)

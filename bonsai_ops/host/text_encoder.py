@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, Any
 import comfy.sd
 import comfy.supported_models_base
 import torch
-from transformers import Qwen2Tokenizer
 
 from .. import kernels
 from ..weights import qwen3
-from ..weights.errors import PackError
+from ..weights.errors import escaped
 from ..weights.packed_weight import PackedWeight
 from ..weights.read import open_text_encoder, read_weights
-from ..weights.release import tokenizers_beside
 from . import comfyui
 from .flags import kept_as_asked, maps_files
 from .generation import generating
@@ -48,13 +46,6 @@ TEXT_DTYPES = ("auto", *DTYPES)
 """What compute_dtype may be."""
 ASKED_FOR_WEIGHTS = "comfy.model_patcher.ModelPatcher.model_state_dict_for_saving"
 KLEIN, KLEIN_TOKENIZER = "comfy.text_encoders.flux.klein_te", "comfy.text_encoders.flux.KleinTokenizer"
-TEMPLATE_IDS = {
-    "<|endoftext|>": 151643,
-    "<|im_start|>": 151644,
-    "<|im_end|>": 151645,
-    "<think>": 151667,
-    "</think>": 151668,
-}
 
 
 class TruncatingTokenizer(comfyui.optional(KLEIN_TOKENIZER) or object):
@@ -75,6 +66,21 @@ class TruncatingTokenizer(comfyui.optional(KLEIN_TOKENIZER) or object):
                 longest - MAX_TOKENS,
             )
         return {name: [row[:MAX_TOKENS] for row in rows] for name, rows in tokens.items()}
+
+
+class PackTokenizer(TruncatingTokenizer):
+    """ComfyUI's tokenizer: it knows Qwen3's special tokens wherever it knows Klein, whose template has them."""
+
+    encoder: Callable[[], torch.nn.Module | None] = staticmethod(lambda: None)
+    """The text encoder whose tokenizer it is."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What ComfyUI saves beside the encoder's weights: our record, where it does not ask the ModelPatcher."""
+        encoder = self.encoder()
+        if encoder is None or comfyui.optional(ASKED_FOR_WEIGHTS) is not None:
+            return super().state_dict()
+        refuse_patched(encoder)
+        return super().state_dict() | saved_text_record(encoder)
 
 
 def load_bonsai_text_encoder(
@@ -104,7 +110,7 @@ def load_bonsai_text_encoder(
     operations = make_text_ops(compute_dtype)
     options = {"custom_operations": operations, "qwen3_4b_model_config": sizes, "dtype": torch.float32}
     encoder = generating(comfyui.needed(KLEIN)(), Path(path), compute_dtype)
-    target = comfy.supported_models_base.ClipTarget(_tokenizer_class(pack.path), encoder)
+    target = comfy.supported_models_base.ClipTarget(PackTokenizer, encoder)
     clip = comfy.sd.CLIP(
         target,
         state_dict=[wrapped(weights, torch.float32)],
@@ -120,8 +126,9 @@ def load_bonsai_text_encoder(
     clip.tokenizer.encoder = weakref.ref(clip.cond_stage_model)
     clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (str(path), embedding_directory, compute_dtype))
     held, should = pack.counts["layers"], pack.counts["layers in all"]
+    place = escaped(str(pack.path))
     if held < should:
-        logger.info("Bonsai text encoder: %s has %d of %d layers, enough for prompts", pack.path, held, should)
+        logger.info("Bonsai text encoder: %s has %d of %d layers, enough for prompts", place, held, should)
     logger.info(
         "Bonsai text encoder: %s, %d layers, %d matrices packed, %.1f MB, multiplies in %s, %.1f s from %s, %s",
         pack.format,
@@ -130,7 +137,7 @@ def load_bonsai_text_encoder(
         resident / 1e6,
         str(text_dtype(compute_dtype, clip.patcher.load_device)).removeprefix("torch."),
         time.perf_counter() - started,
-        pack.path,
+        place,
         pack.release,
     )
     if clip.patcher.load_device.type == "cpu":
@@ -145,43 +152,3 @@ def load_text_encoder_patcher(
     return load_bonsai_text_encoder(
         path, embedding_directory, compute_dtype=compute_dtype, disable_dynamic=disable_dynamic
     ).patcher
-
-
-def _tokenizer_class(path: Path) -> type:
-    """ComfyUI's tokenizer files where they know Qwen3's special tokens, else those beside the text encoder."""
-
-    class PackTokenizer(TruncatingTokenizer):
-        encoder: Callable[[], torch.nn.Module | None] = staticmethod(lambda: None)
-        """The text encoder whose tokenizer it is."""
-
-        def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict | None = None) -> None:
-            super().__init__(embedding_directory, tokenizer_data or {})
-            if not _knows_template(self.qwen3_4b.tokenizer):
-                self.qwen3_4b.tokenizer = _tokenizer_beside(path)
-
-        def state_dict(self) -> dict[str, torch.Tensor]:
-            """What ComfyUI saves beside the encoder's weights: our record, where it does not ask the ModelPatcher."""
-            encoder = self.encoder()
-            if encoder is None or comfyui.optional(ASKED_FOR_WEIGHTS) is not None:
-                return super().state_dict()
-            refuse_patched(encoder)
-            return super().state_dict() | saved_text_record(encoder)
-
-    return PackTokenizer
-
-
-def _knows_template(tokenizer: Qwen2Tokenizer) -> bool:
-    return all(tokenizer.convert_tokens_to_ids(token) == number for token, number in TEMPLATE_IDS.items())
-
-
-def _tokenizer_beside(path: Path) -> Qwen2Tokenizer:
-    """The tokenizer of the pack folder `path` lies in. Raises PackError if there is none or it is not Qwen3's."""
-    for folder in tokenizers_beside(path):
-        tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-        if _knows_template(tokenizer):
-            return tokenizer
-    raise PackError(
-        path,
-        "needs Qwen3's tokenizer, and this ComfyUI's lacks its special tokens",
-        "Update ComfyUI, or put the pack's tokenizer folder beside the text encoder.",
-    )

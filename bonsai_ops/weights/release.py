@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .errors import PackError
@@ -139,11 +138,6 @@ def find_vae(folder: Path) -> Path:
     if not is_file(path):
         raise PackError(folder, f"holds no {VAE}", "Download the whole repository into this folder.")
     return path
-
-
-def tokenizers_beside(path: Path) -> Iterator[Path]:
-    """The tokenizer folders of the pack that a text encoder file lies in."""
-    return (folder / TOKENIZER for folder in path.parents[:2] if (folder / TOKENIZER).is_dir())
 
 
 def packs_among(names: list[str]) -> list[str]:

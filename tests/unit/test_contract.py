@@ -110,8 +110,7 @@ PYTHON += (OSError, os.stat_result, types.FrameType, types.CodeType)
 PYTHON += (types.FunctionType, types.MethodType, types.CellType, contextlib.ExitStack, inspect.ClosureVars)
 OTHERS = (torch.Tensor, torch.nn.Module(), torch.device, torch.dtype, logging.Logger, ImageDraw.ImageDraw, ImageFont)
 OTHERS += (torch.nn.Conv2d(1, 1, 1),)
-NAMES = ("convert_tokens_to_ids", "from_pretrained")  # a tokenizer's
-NAMES += ("bonsai_patches",)  # ours, on a LowVramPatch
+NAMES = ("bonsai_patches",)  # ours, on a LowVramPatch
 NAMES += ("Draw", "default", "overloads", "writerow")  # PIL's, those of a torch operation and of a CSV writer
 
 

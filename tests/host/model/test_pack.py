@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import reason
 
 from bonsai_ops.tools import synthetic
+from bonsai_ops.weights.errors import PackError
 
 pytestmark = pytest.mark.host
 
@@ -71,6 +74,56 @@ def test_only_the_transformer_is_loaded_again(folder: Path, caplog: pytest.LogCa
     del clip, vae, other
     gc.collect()
     assert held() is None, "nothing but the nodes' results holds a text encoder"
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="this system knows no modes of folders")
+@pytest.mark.parametrize("part", ["vae", "text_encoder-mlx-4bit"])
+def test_a_folder_that_may_not_be_listed(folder: Path, part: str) -> None:
+    """Its files may be opened by name (mode 0711). The superuser may list any, and becomes another user for it."""
+    from bonsai_ops.host.pack import load_pack
+
+    load_pack(folder)
+    with not_listed(folder, part), pytest.raises(PackError) as found:
+        load_pack(folder)
+    assert reason(found.value, folder / part).startswith("cannot be read (Permission denied). Allow the user")
+
+
+@contextlib.contextmanager
+def not_listed(folder: Path, part: str) -> Iterator[None]:
+    """Inside, this process is a user who may read all of a folder but list one part of it."""
+    if os.geteuid():
+        (folder / part).chmod(0o311)  # the owner may do more than others
+        yield
+        return
+    changed = {path: path.stat().st_mode for path in (*folder.parents, folder, *folder.rglob("*"))}
+    for path, mode in changed.items():
+        path.chmod(mode | 0o044 | 0o011 * path.is_dir())
+    (folder / part).chmod(0o711)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for path, mode in changed.items():
+            path.chmod(mode)
+
+
+def test_a_file_that_goes_while_the_folder_is_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bonsai_ops.host import pack
+
+    listed = Path.iterdir
+
+    def list_and_take_away(place: Path) -> list[Path]:
+        found = list(listed(place))
+        if place.name == "vae":
+            (place / "config.json").unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "iterdir", list_and_take_away)
+    whole = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: path.parts[-2:] == ("vae", "config.json") or whole(path))
+    with pytest.raises(PackError, match="does not exist"):
+        pack.load_pack(folder)
 
 
 def test_other_files_are_loaded_again(folder: Path) -> None:
