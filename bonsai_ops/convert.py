@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from .tools.environment import ending_by_exception, relaunch_if_needed
 from .weights.errors import PackError
+from .weights.files import is_folder
 
 if TYPE_CHECKING:
     from .weights.formats import Pack
@@ -33,15 +34,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file that is not the source")
     parser.add_argument("--yes", action="store_true", help="download what this Python lacks without asking")
     arguments = parser.parse_args(argv)
-    if not arguments.source.exists():
-        cure = "Give the path of a pack's file or folder."
-        print(PackError(arguments.source, "does not exist", cure), file=sys.stderr)
+    try:
+        is_folder(arguments.source)
+    except PackError as error:
+        print(_without_page(error), file=sys.stderr)
         return 1
     relaunch_if_needed("bonsai_ops.convert", sys.argv[1:] if argv is None else argv, arguments.yes)
     started = time.perf_counter()
     try:
         with ending_by_exception():
             target = _convert(arguments.source, arguments.target, arguments.overwrite)
+        size = target.stat().st_size
     except PackError as error:
         print(f"\n{_without_page(error)}", file=sys.stderr)
         return 1
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nCancelled; nothing was written.", file=sys.stderr)
         return 130
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+    print(f"{target}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
     return 0
 
 

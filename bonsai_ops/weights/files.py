@@ -15,6 +15,8 @@ MACHINES = {
     errno.ENOMEM: "Close other programs, or free ComfyUI's memory, and try again: the file itself may be whole.",
     errno.EMFILE: "Restart ComfyUI, or allow its user more open files: the file itself may be whole.",
     errno.ENFILE: "Close other programs: the file itself may be whole.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "Put the file itself in the place of the link, which leads back to itself.",
     errno.EIO: "Check the disk or the network folder, and copy the file to another: what was read may be damaged.",
 }
 """{what the system answers when the fault is none of the file's: what helps}."""

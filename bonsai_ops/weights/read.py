@@ -14,6 +14,7 @@ from . import flux2, qwen3
 from .depth import require_depth, told_layers
 from .device_errors import is_the_devices
 from .errors import PackError
+from .files import is_file
 from .finite import NOT_FINITE, is_finite
 from .formats import DenseTensor, Entry, Pack, dense, native, open_pack
 from .formats.entries import DOWNLOAD_AGAIN
@@ -168,6 +169,6 @@ def _at_density(entry: Entry, weight: PackedWeight, density: str) -> PackedWeigh
 
 def source_record(path: Path, kind: str, known: Mapping[str, str]) -> dict[str, str]:
     """{"file", "sha256"} of what weights came from: a native file's own record, else the file itself."""
-    if known or kind == "native" or not path.is_file():
+    if known or kind == "native" or not is_file(path):
         return dict(known) or {"file": path.name}
     return {"file": path.name, "sha256": sha256_of(path)}

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from .errors import PackError
+from .files import is_file
 
 HEAD = 4096
 """Bytes that are looked at. No container that is read here begins with as much text."""
@@ -24,9 +25,9 @@ PAGE_CURE = (
 
 def refuse_stand_ins(path: Path) -> None:
     """Raises PackError for a file that only stands in for a model. Anything else, and nothing, is for the reader."""
+    if not is_file(path):
+        return
     try:
-        if not path.is_file():
-            return
         with path.open("rb") as file:
             head = file.read(HEAD)
     except OSError:

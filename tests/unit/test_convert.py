@@ -191,6 +191,35 @@ def test_a_source_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not target.parent.exists()
 
 
+def test_paths_that_cannot_be_looked_at(packs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name too long for a file, and a link to itself, as source and as target."""
+    source, long, loop = packs / "binary" / "mlx", tmp_path / ("a" * 300), tmp_path / "loop.safetensors"
+    loop.symlink_to(loop)
+    for path, said in ((long, "File name too long"), (loop, "symbolic links")):
+        assert said in refused(capsys, path, tmp_path / "target.safetensors")
+    assert "File name too long" in refused(capsys, source, long.with_suffix(".safetensors"))
+    assert "exists" in refused(capsys, source, loop)
+    assert list(tmp_path.iterdir()) == [loop]
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path: Path) -> None:
+    """Of another user: the superuser, who enters any, becomes another one first."""
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    (tmp_path / "theirs").chmod(0)
+    code = "import os; from bonsai_ops import convert; os.geteuid() or os.seteuid(65534); "
+    code += "raise SystemExit(convert.main(['theirs/w.safetensors', 'target.safetensors']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot be read (Permission denied). " in done.stderr
+
+
 def test_the_cure_is_one_for_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A text encoder was to be loaded with a node."""
     save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(8, 8)}, tmp_path / "encoder.safetensors")
