@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import folder_paths
 
-from ..weights.errors import PackError
+from ..weights.errors import PackError, escaped
 from ..weights.formats import PARTS, suffixes_of
 from ..weights.release import (
     find_text_encoder,
@@ -39,6 +40,8 @@ TRANSFORMER_KIND, TEXT_ENCODER_KIND = "diffusion_models", "text_encoders"
 NO_FOLDER = "models/bonsai itself (the repository has no folder of its own)"
 """What a repository is called that was downloaded straight into one of our folders."""
 VERSIONED = ".git"
+MOST_NAMES = 8
+"""Paths under which the files of one folder are offered, where links lead to it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def register() -> None:
         logger.warning(
             "Bonsai: %s is no folder and cannot be made one (%s): packs there are not found. Remove what is in its "
             "place or allow writing there, then press R on the page.",
-            path,
+            escaped(str(path)),
             error.strerror or error,
         )
     folder_paths.add_model_folder_path(FOLDER, str(path), is_default=True)
@@ -112,7 +115,7 @@ def pack_path(name: str) -> Path:
     inner = "" if name == NO_FOLDER else name
     roots = [Path(root) for root in folder_paths.get_folder_paths(FOLDER)]
     inside = [root / inner for root in roots if (root / inner).is_relative_to(root)]
-    found = [path for path in inside if ".." not in path.parts and path.is_dir()]
+    found = [path for path in inside if ".." not in path.parts and _changed(path) is not None and path.is_dir()]
     if not found:
         raise PackError(name, "is not in models/bonsai", "Put the pack folder there and refresh the page.")
     path = next(filter(holds_transformer, found), found[0])
@@ -142,18 +145,44 @@ def _list(folders: Sequence[str]) -> _Listing:
     changed: dict[str, int | None] = {}
     for folder in folders:
         changed[folder] = _changed(folder)
-        for place, inner, files in os.walk(folder, followlinks=True):  # what cannot be read is passed over
-            inner[:] = [name for name in inner if name != VERSIONED]
+        for place, files in _walk(folder):
             changed[place] = _changed(place)
             names.update(Path(place, file).relative_to(folder).as_posix() for file in files)
     return _Listing(tuple(folders), changed, sorted(names))
 
 
-def _changed(path: str) -> int | None:
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """(path, names of the files) of a folder and of those below it, also through links; unreadable ones are left out.
+
+    A folder below itself is left out, and one that many links lead to after MOST_NAMES of them: both have no end.
+    """
+    met: Counter[tuple[int, int]] = Counter()
+    around: dict[str, frozenset[tuple[int, int]]] = {}
+    for place, inner, files in os.walk(folder, followlinks=True):
+        above, own = around.pop(place, frozenset()), _identity(place)
+        if own is None or own in above or met[own] >= MOST_NAMES:
+            inner.clear()
+            continue
+        met[own] += 1
+        inner[:] = [name for name in inner if name != VERSIONED]
+        around.update((os.path.join(place, name), above | {own}) for name in inner)
+        yield place, files
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """What a folder is on this machine whatever leads to it, None if it cannot be asked."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _changed(path: str | Path) -> int | None:
     """When a folder was last changed, None if it cannot be asked."""
     try:
         return Path(path).stat().st_mtime_ns
-    except OSError:
+    except (OSError, ValueError):  # no file can have a name with a zero in it
         return None
 
 

@@ -17,6 +17,7 @@ import comfy.model_patcher
 import torch
 
 from ..weights import qwen3
+from ..weights.errors import escaped
 from ..weights.read import open_text_encoder, read_weights
 from .flags import kept_as_asked, maps_files
 from .layout import wrapped
@@ -84,7 +85,7 @@ class _Whole:
             "Bonsai text encoder: layers %d to %d of %s for generating text, %.1f MB",
             qwen3.LAYERS + 1,
             sizes["num_hidden_layers"],
-            path,
+            escaped(str(path)),
             sum(w.nbytes for w in weights.values()) / 1e6,
         )
 

@@ -14,7 +14,7 @@ import comfy.sd
 import torch
 
 from .. import kernels
-from ..weights.errors import PackError, shown
+from ..weights.errors import PackError, escaped, shown
 from ..weights.formats import Pack
 from ..weights.packed_weight import DENSITIES, PackedWeight
 from ..weights.read import open_text_encoder, open_transformer, read_weights
@@ -93,7 +93,7 @@ def load_bonsai_model(
     if pack.beside:
         logger.info(
             "Bonsai: %s is a checkpoint; its transformer is loaded, what else is in it (%s) is not",
-            pack.path,
+            escaped(str(pack.path)),
             shown(", ".join(pack.beside)),
         )
     weights = read_weights(pack, progress, settings.layout)
@@ -123,7 +123,7 @@ def load_bonsai_model(
         inventory.mode,
         inventory.not_faster,
         time.perf_counter() - started,
-        pack.path,
+        escaped(str(pack.path)),
         release,
     )
     if model.load_device.type == "cpu":

@@ -21,7 +21,7 @@ import torch
 
 from .. import kernels
 from ..kernels import is_the_devices, winograd
-from ..weights.errors import PackError
+from ..weights.errors import PackError, escaped
 from ..weights.files import is_file
 from ..weights.finite import NOT_FINITE, is_finite
 from ..weights.formats.entries import DOWNLOAD_AGAIN
@@ -53,7 +53,7 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     """The VAE of a pack folder. Raises PackError if it is missing or no FLUX.2 VAE."""
     path = find_vae(folder)
     file = SafetensorsFile(path, maps_files())
-    logger.info("Bonsai VAE: %s, %s", path, release_of(path, file.census()))
+    logger.info("Bonsai VAE: %s, %s", escaped(str(path)), release_of(path, file.census()))
     if TINY_KEY in file.tensors:
         return _load_tiny(file)
     for key in ("bn.running_mean", "decoder.conv_in.weight"):

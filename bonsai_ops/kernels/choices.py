@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..weights.errors import PackError, shown
+from ..weights.errors import PackError, escaped, shown
 from ..weights.json_file import parse_json, read_small
 from ..weights.new_file import new_file
 
@@ -159,7 +159,7 @@ _said: set[tuple[Path, str]] = set()
 def _ignored(path: Path, why: str, instead: dict[str, Timed] | None) -> dict[str, Timed] | None:
     if (path, why) not in _said:
         _said.add((path, why))
-        logger.warning("Bonsai: %s %s, so it is ignored and kernels are timed again", path, why)
+        logger.warning("Bonsai: %s %s, so it is ignored and kernels are timed again", escaped(str(path)), why)
     return instead
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,65 @@ def test_the_nodes_start_beside_a_folder_that_cannot_be_read(models: Path, start
     inner.chmod(0o755)
     folders = sys.modules["bonsai_started.bonsai_ops.host.folders"]
     assert "a.safetensors" in folders.model_names()
+
+
+def links_to_itself(folder: Path) -> None:
+    for name in ("a", "b"):
+        (folder / name).symlink_to(".", target_is_directory=True)
+
+
+def links_up_and_down(folder: Path) -> None:
+    (folder / "x").mkdir()
+    for name in ("a", "b"):
+        (folder / "x" / name).symlink_to("..", target_is_directory=True)
+
+
+def two_ways_thirty_times(folder: Path) -> None:
+    for number in range(30):
+        (folder / str(number)).mkdir()
+        for name in ("a", "b"):
+            (folder / str(number) / name).symlink_to(f"../{number + 1}", target_is_directory=True)
+    (folder / "30").mkdir()
+
+
+@pytest.mark.parametrize("tangle", [links_to_itself, links_up_and_down, two_ways_thirty_times])
+def test_links_that_have_no_end(tangle: Callable[[Path], None], models: Path, folders: Any) -> None:
+    """A cloned repository can carry them: the list of names took for ever, in the thread that answers the page."""
+    pack = synthetic_folder(models / "bonsai" / "pack")
+    tangle(pack)
+    found: list[list[str]] = []
+    listing = threading.Thread(target=lambda: found.append(folders.pack_names()), daemon=True)
+    listing.start()
+    listing.join(20)
+    assert found, "it still looks"
+    assert found == [["pack", "seedling"]] and len(folders.model_names()) < 100
+
+
+def test_folders_behind_links_are_offered_under_both_names(models: Path, folders: Any) -> None:
+    """Shared workflows name files by either."""
+    synthetic_folder(models / "bonsai" / "real")
+    (models / "bonsai" / "link").symlink_to("real", target_is_directory=True)
+    assert folders.pack_names() == ["link", "real", "seedling"]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 200 + "/" + "b" * 5000, "a\0b"])
+def test_names_that_no_folder_can_have(name: str, models: Path, folders: Any) -> None:
+    with pytest.raises(PackError, match="is not in models/bonsai"):
+        folders.pack_path(name)
+
+
+def test_a_path_is_one_line_of_the_log(
+    models: Path, start: Callable, folders: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever names a folder writes no lines of their own there."""
+    from bonsai_ops.host.pack import load_pack
+
+    pack = models / "bonsai" / "a\n\x1b[31mBonsai: all is well"
+    synthetic.write_pipeline(pack)
+    with caplog.at_level(logging.INFO):
+        load_pack(pack)
+    told = [record.getMessage() for record in caplog.records if "all is well" in record.getMessage()]
+    assert len(told) >= 3 and all(text.isprintable() for text in told)
 
 
 def synthetic_folder(folder: Path) -> Path:
