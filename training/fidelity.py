@@ -13,7 +13,6 @@ Every row is kept in fidelity.json as soon as it is measured and not measured ag
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from bonsai_ops.quantize.recover import Plan, Residual
 from bonsai_ops.weights.packed_weight import PackedWeight
 
 from . import curve
+from .rows import Rows
 from .twin import Points, Range, Twin
 
 PLAN = Plan(steps=160, learning_rate=1e-3, batch=1)
@@ -80,8 +80,7 @@ def ways() -> Iterator[Way]:
 
 def show(work: Path, comfyui: Path, seconds: float = math.inf) -> bool:
     """Measures what is missing; needs the stage `dense`. True when all is there."""
-    twin, file = Twin(work, comfyui), work / FILE
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    twin, rows = Twin(work, comfyui), Rows(work / FILE)
     started = time.monotonic()
     for way in ways():
         if way.name in rows:
@@ -92,10 +91,7 @@ def show(work: Path, comfyui: Path, seconds: float = math.inf) -> bool:
         found = _made(twin, way)
         row = {"bits": found.bits(twin.dense), **twin.distances(), **found.told, "seconds": time.monotonic() - begun}
         row["attributes"] = twin.attributes()
-        rows[way.name] = row
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        part.replace(file)
+        rows.add(way.name, row)
         print(line(way.name, row), flush=True)
         curve.draw(work / PICTURE, {name: row for name, row in rows.items() if row["velocity"]})
     return True
@@ -106,7 +102,7 @@ def line(name: str, row: Mapping) -> str:
     text = f"{name:42} {row['bits']:5.2f} bits  velocity {row['velocity']:.4f}  latent {row['latent']:.4f}"
     shares = row["attributes"]
     psnr = "same pictures" if row["psnr"] is None else f"{row['psnr']:5.2f} dB"
-    return f"{text}  {psnr}  attributes {100 * _mean(shares):.1f} %, all {100 * shares['all']:.1f} %"
+    return f"{text}  {psnr}  attributes {100 * mean(shares):.1f} %, all {100 * shares['all']:.1f} %"
 
 
 def table(rows: Mapping[str, Mapping]) -> Iterator[str]:
@@ -120,11 +116,11 @@ def table(rows: Mapping[str, Mapping]) -> Iterator[str]:
         psnr = "" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
         name = f"**{way.name}**" if way.training else way.name
         errors = ("", "") if row["psnr"] is None else (f"{row['velocity']:.3f}", f"{row['latent']:.3f}")
-        right = (f"{100 * _mean(shares):.1f} %", f"{100 * shares['all']:.1f} %")
+        right = (f"{100 * mean(shares):.1f} %", f"{100 * shares['all']:.1f} %")
         yield "| " + " | ".join((name, f"{row['bits']:.2f}", *errors, psnr, *right)) + " |"
 
 
-def _mean(shares: Mapping[str, float]) -> float:
+def mean(shares: Mapping[str, float]) -> float:
     """Of the attributes alone."""
     return sum(share for key, share in shares.items() if key != "all") / (len(shares) - 1)
 

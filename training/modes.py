@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +20,12 @@ from bonsai_ops.tools.bench.inside.comfyui import set_up
 from bonsai_ops.tools.environment import PLUGIN
 
 from .measure import accuracy
+from .rows import Rows
 from .scene import JUDGED
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
 
 FILE = "modes.json"
 PACK = PLUGIN / "bonsai_ops" / "models" / "bonsai" / "seedling"
@@ -33,19 +39,18 @@ STEPS = 4
 def show(work: Path, comfyui: Path) -> None:
     """Measures and prints what is missing."""
     set_up(comfyui)
-    file = work / FILE
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    rows = Rows(work / FILE)
     for width, height in SIZES:
         size = f"{width}x{height}"
         if size in rows:
             continue
-        truth, rows[size] = _Drawn(TRUTH), {}
+        truth, found = _drawn(TRUTH), {}
         for name in WAYS:
-            drawn = truth if name == TRUTH else _Drawn(name)
+            drawn = truth if name == TRUTH else _drawn(name)
             row = {"attributes": accuracy(drawn.paint, width, height), "pictures": len(drawn.pictures)}
-            rows[size][name] = row | ({} if drawn is truth else drawn.distances(truth))
-            print(f"{size} {name}: {json.dumps(rows[size][name])}", flush=True)
-        file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            found[name] = row | ({} if drawn is truth else drawn.distances(truth))
+            print(f"{size} {name}: {json.dumps(found[name])}", flush=True)
+        rows.add(size, found)
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping]]) -> Iterator[str]:
@@ -61,17 +66,23 @@ def table(rows: Mapping[str, Mapping[str, Mapping]]) -> Iterator[str]:
             yield "| " + " | ".join((f"{size}, {name}", *far, *right)) + " |"
 
 
-class _Drawn:
-    """What one way draws: {prompt: its conditioning}, latents [128, h, w] and pictures [H, W, 3] from 0 to 1."""
+@torch.inference_mode()
+def _drawn(name: str) -> Drawn:
+    """By one of WAYS."""
+    from bonsai_ops.host.loader import load_bonsai_model
+    from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
+    from bonsai_ops.host.vae import load_vae
 
-    def __init__(self, name: str) -> None:
-        from bonsai_ops.host.loader import load_bonsai_model
-        from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
-        from bonsai_ops.host.vae import load_vae
+    clip = load_bonsai_text_encoder(PACK, compute_dtype=WAYS[name].get("compute_dtype", "auto"))
+    return Drawn(clip, load_bonsai_model(PACK, WAYS[name]), load_vae(PACK))
 
-        with torch.inference_mode():
-            self._clip = load_bonsai_text_encoder(PACK, compute_dtype=WAYS[name].get("compute_dtype", "auto"))
-            self._model, self._vae = load_bonsai_model(PACK, WAYS[name]), load_vae(PACK)
+
+class Drawn:
+    """What a CLIP, a MODEL and a VAE draw: {prompt: its conditioning}, latents [128, h, w] and pictures [H, W, 3] from
+    0 to 1."""
+
+    def __init__(self, clip: CLIP, model: ModelPatcher, vae: VAE) -> None:
+        self._clip, self._model, self._vae = clip, model, vae
         self.conditions: dict[str, list] = {}
         self.latents: list[torch.Tensor] = []
         self.pictures: list[torch.Tensor] = []
@@ -93,7 +104,7 @@ class _Drawn:
         drawn = torch.stack(self.pictures[-len(prompts) :])
         return (255 * drawn).round().clamp(0, 255).byte().numpy()
 
-    def distances(self, truth: _Drawn) -> dict[str, float]:
+    def distances(self, truth: Drawn) -> dict[str, float]:
         """Relative errors of text states and last latents, and PSNR of the pictures in dB, of all at once."""
         texts = ([condition[0][0] for condition in way.conditions.values()] for way in (self, truth))
         pairs = (tuple(texts), (self.latents, truth.latents), (self.pictures, truth.pictures))

@@ -9,11 +9,9 @@ Every row is kept in other.json as soon as it is measured and not measured again
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from bonsai_ops.tools.bench.inside.comfyui import set_up
+
+from .rows import Rows
+from .walk import Start, distances, sampled
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -77,21 +78,10 @@ def ways() -> Iterator[Way]:
     yield from (Way(recipe) for recipe in ("mix 2.5", "mix 3.5", "4bit", "8bit"))
 
 
-@dataclass(frozen=True)
-class Point:
-    """What went into the model of a prompt, [1, 16, h, w], and its velocity there."""
-
-    prompt: int
-    x: torch.Tensor
-    sigma: torch.Tensor
-    velocity: torch.Tensor
-
-
 def show(work: Path, comfyui: Path, seconds: float = math.inf) -> bool:
     """Measures what is missing. True when all is there."""
     set_up(comfyui, arguments=["--base-directory", str(work)])
-    file = work / FILE
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    rows = Rows(work / FILE)
     started = time.monotonic()
     with torch.inference_mode():
         other = Other()
@@ -101,8 +91,7 @@ def show(work: Path, comfyui: Path, seconds: float = math.inf) -> bool:
             if time.monotonic() - started > seconds:
                 return False
             begun = time.monotonic()
-            rows[way.name] = {**other.measured(way), "seconds": time.monotonic() - begun}
-            file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            rows.add(way.name, {**other.measured(way), "seconds": time.monotonic() - begun})
             print(_line(way, rows[way.name]), flush=True)
     return True
 
@@ -129,7 +118,7 @@ class Other:
 
         self.model = random_model()
         held_out = range(1000, 1000 + MEASURED)
-        self.truth = [sampled(self.model, number) for number in held_out]
+        self.truth = [sampled(self.model, start(number)) for number in held_out]
         states = [prompt(number) for number in range(2000, 2000 + CALIBRATED)]
         sampling = Sampling(
             positive=[entry for one in states for entry in one],
@@ -149,14 +138,7 @@ class Other:
     def measured(self, way: Way) -> dict[str, float]:
         """{"bits", "velocity", "latent"}: bits a packed weight, relative errors (root mean square)."""
         packed, bits = self._packed(way)
-        wrong = all_of = off = whole = 0.0
-        for points, last in self.truth:
-            for point, velocity in zip(points, velocities(packed, points), strict=True):
-                wrong += float((velocity - point.velocity).square().sum())
-                all_of += float(point.velocity.square().sum())
-            mine = sampled(packed, points[0].prompt)[1]
-            off, whole = off + float((mine - last).square().sum()), whole + float(last.square().sum())
-        return {"bits": bits, "velocity": math.sqrt(wrong / all_of), "latent": math.sqrt(off / whole)}
+        return {"bits": bits, **distances(packed, self.truth)}
 
     def _packed(self, way: Way) -> tuple[ModelPatcher, float]:
         from bonsai_ops.host.patch import PatchOptions, patch_model
@@ -200,42 +182,6 @@ def prompt(number: int) -> list:
     return [[states, {"pooled_output": None}]]
 
 
-def sampled(model: ModelPatcher, number: int) -> tuple[list[Point], torch.Tensor]:
-    """(the points of Euler's way from the noise of this number, with the prompt of this number, the last latent)."""
-    points: list[Point] = []
-
-    def walk(
-        denoise: Callable, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Mapping, **_: object
-    ) -> torch.Tensor:
-        for now, then in itertools.pairwise(sigmas):
-            velocity = (x - denoise(x, now.expand(1), **extra_args)) / now
-            points.append(Point(number, x, now, velocity))
-            x = x + (then - now) * velocity
-        return x
-
-    return points, _drive(model, number, walk)
-
-
-def velocities(model: ModelPatcher, points: Sequence[Point]) -> list[torch.Tensor]:
-    """The model's at these points of one prompt."""
-    found: list[torch.Tensor] = []
-
-    def visit(denoise: Callable, x: torch.Tensor, _: torch.Tensor, extra_args: Mapping, **__: object) -> torch.Tensor:
-        for point in points:
-            found.append((point.x - denoise(point.x, point.sigma.expand(1), **extra_args)) / point.sigma)
-        return x
-
-    _drive(model, points[0].prompt, visit)
-    return found
-
-
-def _drive(model: ModelPatcher, number: int, sampler: Callable) -> torch.Tensor:
-    """Lets ComfyUI load the model and prepare a prompt, and calls `sampler` as it calls one of its own."""
-    import comfy.sample
-    import comfy.samplers
-
-    latent, how = torch.zeros(LATENT), comfy.samplers.KSAMPLER(sampler)
-    noise = comfy.sample.prepare_noise(latent, number)
-    return comfy.sample.sample_custom(
-        model, noise, 1.0, how, torch.tensor(SIGMAS), prompt(number), [], latent, disable_pbar=True, seed=number
-    )
+def start(number: int) -> Start:
+    """The prompt and the noise of this number."""
+    return Start(prompt(number), number, torch.zeros(LATENT), torch.tensor(SIGMAS))
