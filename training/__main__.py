@@ -17,8 +17,9 @@ Stages, in order; each goes on where it stopped, and all but unpack, figures and
     quantize      what post-training quantization does to the dense one
     fidelity      how close packed twins of the dense one come, by size and by way of making them
     other         the same for a small random model of another architecture; needs no other stage
+    node          the same for the nodes Patch to BitLinear and Recover BitLinear on the dense one, with their defaults
     modes         what bf16 and 8-bit activations change in the pictures of the one that ships; needs no other stage
-    figures       docs/results, the curve and the tables of docs/benchmarks.md from what these three found
+    figures       docs/results, the curve and the tables of docs/benchmarks.md from what these four found
     badge         icon and banner for the ComfyUI registry, drawn by the seedling that ships
     night         what the shipped workflow trains on the packed one and on a dense one; needs no other stage
 
@@ -85,6 +86,7 @@ def _stages(work: Path, comfyui: Path, arguments: argparse.Namespace) -> dict[st
         measure,
         modes,
         night,
+        node,
         other,
         quantizer,
         text_encoder,
@@ -116,6 +118,7 @@ def _stages(work: Path, comfyui: Path, arguments: argparse.Namespace) -> dict[st
         "quantize": lambda: quantizer.show(work, comfyui),
         "fidelity": lambda: fidelity.show(work, comfyui, seconds),
         "other": lambda: other.show(work, comfyui, seconds),
+        "node": lambda: node.show(work, comfyui, seconds),
         "modes": lambda: modes.show(work, comfyui),
         "figures": lambda: figures.show(work),
         "badge": lambda: badge.make(work, comfyui),

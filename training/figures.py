@@ -1,11 +1,10 @@
-"""What the stages `fidelity`, `other` and `modes` found -> docs/results, the curve, the tables of docs/benchmarks.md.
+"""What `fidelity`, `other`, `modes` and `node` found -> docs/results, the curve, the tables of docs/benchmarks.md.
 
 A table stands between two comments, <!-- NAME --> and <!-- end of NAME -->; of each there is one.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,8 @@ from pathlib import Path
 
 from bonsai_ops.tools.environment import PLUGIN
 
-from . import curve, fidelity, modes, other
+from . import curve, fidelity, modes, node, other
+from .rows import read
 
 DOCS = PLUGIN / "docs"
 
@@ -25,13 +25,14 @@ def show(work: Path, docs: Path = DOCS) -> None:
         "fidelity": (fidelity.FILE, fidelity.table),
         "other": (other.FILE, other.table),
         "modes": (modes.FILE, modes.table),
+        "node": (node.FILE, node.table),
     }
     for name, (file, table) in tables.items():
         kept = docs / "results" / file
         if (work / file).is_file():
             shutil.copyfile(work / file, kept)
         if kept.is_file():
-            rows = json.loads(kept.read_text(encoding="utf-8"))
+            rows = read(kept)
             text.write_text(filled(text.read_text(encoding="utf-8"), name, "\n".join(table(rows))), encoding="utf-8")
             if name == "fidelity":
                 curve.draw(docs / fidelity.PICTURE, {name: row for name, row in rows.items() if row["velocity"]})

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from bonsai_ops.kernels import cpu_has_fast_bf16
+from bonsai_ops.tools.environment import PLUGIN
 from bonsai_ops.weights.codec import decode, spread_fields
 from bonsai_ops.weights.packed_weight import pack_signs
 from training import (
@@ -23,6 +24,7 @@ from training import (
     fidelity,
     figures,
     modes,
+    node,
     other,
     speed,
     text_encoder,
@@ -34,6 +36,7 @@ from training.export import words
 from training.judge import judge
 from training.measure import held_out
 from training.muon import orthogonal
+from training.rows import Rows, read
 from training.scene import JUDGED, random_scene
 
 SIZES = [(128, 128), (192, 128), (128, 192), (256, 256)]
@@ -201,7 +204,9 @@ def test_the_tables_of_the_documents_are_filled_in(tmp_path: Path) -> None:
     (docs / "benchmarks.md").write_text(before, encoding="utf-8")
     trained = "binary, calibrated, rank 32, recovered, seed 0"
     (work / fidelity.FILE).write_text(json.dumps({trained: row, "binary, rounded": row}), encoding="utf-8")
-    (work / other.FILE).write_text(json.dumps({"ternary, rounded": row}), encoding="utf-8")
+    Rows(work / other.FILE).add("ternary, rounded", row)
+    seen = {**row, "sampling": 60.4, "training": 599.5}
+    (work / node.FILE).write_text(json.dumps({"dense": row, "binary, recovered": seen}), encoding="utf-8")
     shares = dict.fromkeys((*JUDGED, "all"), 1.0)
     far = {"text": 0.002, "latent": 0.02, "psnr": 51.25}
     drawn = {"fp32": {"attributes": shares}, "a8": {"attributes": {**shares, "pot": 0.99}, **far}}
@@ -211,6 +216,8 @@ def test_the_tables_of_the_documents_are_filled_in(tmp_path: Path) -> None:
     plain = "| 1.12 | 0.500 | 0.250 | 20.0 dB | 75.0 % | 50.0 % |"
     assert f"| --- |\n| binary, rounded {plain}\n| **{trained}** {plain}\n<!-- end of fidelity -->" in after
     assert "| --- |\n| ternary, rounded | 1.12 | 0.500 | 0.250 |\n<!-- end of other -->" in after
+    plain = "| 1.12 | 0.500 | 0.250 | 75.0 % | 50.0 % |"
+    assert f"| --- |\n| dense {plain}  |\n| **binary, recovered** {plain} 60 s, 600 s |\n<!-- end of node -->" in after
     right = " 100.0 % |" * 5
     assert f"| --- |\n| 128x128, fp32 |  |  |  | 100.0 % |{right}\n" in after
     assert f"\n| 128x128, a8 | 0.20 % | 2.00 % | 51.2 dB | 99.0 % |{right}\n<!-- end of modes -->" in after
@@ -219,6 +226,23 @@ def test_the_tables_of_the_documents_are_filled_in(tmp_path: Path) -> None:
     assert (docs / fidelity.PICTURE).is_file() and (docs / "results" / other.FILE).is_file()
     with pytest.raises(ValueError, match="found 0"):
         figures.filled(before, "nothing", "")
+
+
+def test_rows_say_what_they_were_measured_on(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"old": {"bits": 1}}), encoding="utf-8")
+    rows = Rows(file)
+    rows.add("new", {"bits": 2})
+    assert read(file) == rows == Rows(file) == {"old": {"bits": 1}, "new": {"bits": 2}}
+    facts = json.loads(file.read_text(encoding="utf-8"))["machine"]
+    assert facts["threads"] == torch.get_num_threads() and facts["torch"] == torch.__version__ and facts["commit"]
+
+
+def test_the_stage_runs_the_node_as_it_is_set() -> None:
+    """Its figures are said to be those of the node's defaults."""
+    text = (PLUGIN / "nodes" / "recover.py").read_text(encoding="utf-8")
+    found = dict(re.findall(r'"(\w+)",\s+default=([\d.]+),\s+min', text))
+    assert {name: float(found[name]) for name in node.PLAN} == node.PLAN
 
 
 def test_the_hadamard_basis() -> None:
