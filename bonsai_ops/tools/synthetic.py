@@ -53,11 +53,16 @@ def _code_bytes(shape: tuple[int, int], bits: int, generator: torch.Generator) -
 
 
 def random_weight(
-    codec: str, rows: int, columns: int, device: str = "cpu", scale_dtype: torch.dtype = torch.bfloat16
+    codec: str,
+    rows: int,
+    columns: int,
+    device: str = "cpu",
+    scale_dtype: torch.dtype = torch.bfloat16,
+    group_size: int = GROUP_SIZE,
 ) -> PackedWeight:
-    """A binary (codec bit) or ternary weight [rows, columns] on the device, of random bytes that the codec writes.
+    """A binary (codec bit), affine (nibble, byte) or ternary weight [rows, columns] on the device, of random codes.
 
-    Scales are around 1 / sqrt(columns), a group has 128 columns.
+    Their bytes are such as the codec writes. Values are around 1 / sqrt(columns).
     """
     generator = torch.Generator(device).manual_seed(rows + columns)
     values = torch.arange(256, device=device)
@@ -67,10 +72,14 @@ def random_weight(
         values = values[(values & values >> 1 & 0x55) == 0]
     size = (codecs.get_codec(codec).byte_rows(rows), columns)
     codes = values.to(torch.uint8)[torch.randint(len(values), size, device=device, generator=generator)]
-    spread = torch.rand(rows, columns // GROUP_SIZE, device=device, generator=generator) + 0.5
-    scheme = "binary" if codec == "bit" else "ternary"
+    spread = torch.rand(rows, columns // group_size, device=device, generator=generator) + 0.5
     scale = (spread / math.sqrt(columns)).to(scale_dtype)
-    return PackedWeight(codes, scale, (rows, columns), scheme, codec, GROUP_SIZE)
+    if codec in ("nibble", "byte"):
+        middle = codecs.get_codec(codec).radix / 2
+        scale = scale / middle
+        return PackedWeight(codes, scale, (rows, columns), "affine", codec, group_size, -middle * scale)
+    scheme = "binary" if codec == "bit" else "ternary"
+    return PackedWeight(codes, scale, (rows, columns), scheme, codec, group_size)
 
 
 def _diffusers(geometry: flux2.Geometry) -> Iterator[tuple[str, tuple[int, ...], bool]]:

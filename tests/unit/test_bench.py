@@ -367,6 +367,14 @@ def test_weights_are_made_where_they_are_asked_for() -> None:
     assert devices and all(torch.device(device).type == "cpu" == where for device, where in devices)
 
 
+@pytest.mark.parametrize(("codec", "levels"), [("nibble", 16), ("byte", 256)])
+def test_random_bytes_are_affine_codes(codec: str, levels: int) -> None:
+    weight = synthetic.random_weight(codec, 83, 256, group_size=64)
+    values = weight.dequantize(torch.float32)
+    assert values.shape == (83, 256) and 0.3 < values.std() * 16 < 0.9 and abs(values.mean()) < 0.01
+    assert len((values[:1, :64] / weight.scale[:1, :1].float()).round().unique()) <= levels
+
+
 @pytest.mark.parametrize("codec", ["trit5", "crumb", "bit"])
 def test_random_bytes_are_codes(codec: str) -> None:
     values = synthetic.random_weight(codec, 83, 256).dequantize(torch.float32).sign()
@@ -445,8 +453,9 @@ def rows() -> list[dict]:
 
 def test_layers_rows(rows: list[dict]) -> None:
     assert {"m", "k", "n", "planes_vs_bf16", "trit5_vs_bf16", "a8_vs_bf16", "scratch_bytes"} <= set(rows[0])
-    exact = [rows[0][f"{way}_error"] for way in ("trit5", "planes", "bit")]
+    exact = [rows[0][f"{way}_error"] for way in ("trit5", "planes", "bit", "nibble", "byte")]
     assert max(exact) < 4e-3  # bf16 results
+    assert rows[0]["nibble_bytes"] * 8 == 4.5 * 512 * 640 and rows[0]["byte_bytes"] * 8 == 8.25 * 512 * 640
     assert rows[0]["scratch_bytes"] == max(rows[0][f"{way}_scratch_bytes"] or 0 for way in layers.OURS)
     assert rows[0]["trit5_bytes"] < rows[0]["planes_bytes"] < rows[0]["bf16_bytes"] / 7
     assert rows[0]["gemlite_vs_bf16"] is None

@@ -5,6 +5,8 @@ bf16_kept        the same into memory that is kept from call to call
 trit5            ours, exact, ternary compact (1.6 bits a weight)
 planes           ours, exact, ternary in 2-bit planes
 bit              ours, exact, 1-bit
+nibble           ours, exact, affine 4-bit in groups of 64, as in the text encoder
+byte             ours, exact, affine 8-bit in groups of 128, as Patch to BitLinear makes it
 a8               ours, activations in int8
 a8_fp8           ours, activations in e4m3 (GPU)
 fp16_accumulate  ours, sums of up to 128 products in fp16 (GPU)
@@ -110,7 +112,8 @@ def _copies(weight: PackedWeight | torch.Tensor, timer: Timer) -> list:
     def copy() -> PackedWeight | torch.Tensor:
         if isinstance(weight, torch.Tensor):
             return weight.clone()
-        return replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+        zero = None if weight.zero is None else weight.zero.clone()
+        return replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone(), zero=zero)
 
     return [weight, *(copy() for _ in range(timer.copies(weight.nbytes) - 1))]
 
@@ -118,16 +121,20 @@ def _copies(weight: PackedWeight | torch.Tensor, timer: Timer) -> list:
 def _ways(shape: Shape, tokens: int, device: str, timer: Timer) -> Iterator[tuple[str, Way | str]]:
     """(name, the way, or why it is not measured here) for every way of the module's table."""
     ternary, binary = (random_weight(scheme, shape.n, shape.k, device) for scheme in ("ternary", "binary"))
+    nibble = synthetic.random_weight("nibble", shape.n, shape.k, device, group_size=synthetic.TEXT_GROUP)
+    byte = synthetic.random_weight("byte", shape.n, shape.k, device)
     planes = recode(ternary, "crumb")
     x = activations(tokens, shape.k, device)
     few = x[:CHECKED_ROWS].double()
-    exact, exact_of_bit = (few @ w.dequantize(torch.float32).double().t() for w in (ternary, binary))
+    exact = few @ ternary.dequantize(torch.float32).double().t()
     values = ternary.dequantize(torch.bfloat16)
     yield "bf16", Way(dense(x, values, timer), values.nbytes, exact)
     yield "bf16_kept", Way(_into_kept_memory(x, values, timer), values.nbytes, exact)
     yield "trit5", Way(ours(x, ternary, timer), ternary.nbytes, exact)
     yield "planes", Way(ours(x, planes, timer), planes.nbytes, exact)
-    yield "bit", Way(ours(x, binary, timer), binary.nbytes, exact_of_bit)
+    for name, weight in (("bit", binary), ("nibble", nibble), ("byte", byte)):
+        truth = few @ weight.dequantize(torch.float32).double().t()
+        yield name, Way(ours(x, weight, timer), weight.nbytes, truth)
     yield "a8", _in_mode("a8", x, (planes, ternary), exact, timer)
     if device != "cpu":
         yield "a8_fp8", _in_mode("a8_fp8", x, (planes, ternary), exact, timer)

@@ -201,7 +201,8 @@ BENCHMARKS = (
     ),
     Benchmark(
         "layers",
-        "every linear layer of the 4B model: ours exact (ternary compact, ternary in 2-bit planes, 1-bit) and with "
+        "every linear layer of the 4B model: ours exact (ternary compact, ternary in 2-bit planes, 1-bit, affine 4-bit "
+        "and 8-bit) and with "
         "int8 activations, beside dense bf16, dense fp32, unpacking the whole layer at each call and, on a GPU, "
         "gemlite: speed, bytes, measured scratch memory, error against float64",
         _layers,
