@@ -36,6 +36,7 @@ from bonsai_ops.tools.bench import (
     report,
     rivals,
     sdcpp,
+    session,
     step,
     sweep,
     table,
@@ -49,36 +50,46 @@ from bonsai_ops.weights.packed_weight import PackedWeight
 from bonsai_ops.weights.read import open_transformer, read_weights
 
 SDCPP_LOG = """\
-[INFO ] stable-diffusion.cpp:1120 - Version: Flux.2 klein
-[INFO ] model_loader.cpp:1304 - loading tensors completed, taking 2.91s (read: 1.20s, memcpy: 0.00s)
-[INFO ] stable-diffusion.cpp:5296 - get_learned_condition completed, taking {condition}
-[INFO ] stable-diffusion.cpp:5702 - generating image: 1/1 - seed 0
-\r  |============>                                     | 1/4 - 66.02s/it\x1b[K\
-\r  |==================================================| 4/4 - 65.60s/it\x1b[K
-[INFO ] stable-diffusion.cpp:5711 - sampling completed, taking 262.40s
-[INFO ] stable-diffusion.cpp:5723 - generating 1 latent images completed, taking 262.41s
-[INFO ] stable-diffusion.cpp:5387 - latent 1 decoded, taking 67.90s
-[INFO ] stable-diffusion.cpp:5391 - decode_first_stage completed, taking 68.00s
+[INFO ] stable-diffusion.cpp:305  - Version: Flux.2 klein
+\r  |=====================================>            | 589/795 - 351.42MB/s\x1b[K\
+\r  |==================================================| 795/795 - 350.90MB/s\x1b[K
+[INFO ] model.cpp:993  - loading tensors completed, taking 9.39s (process: 0.00s, read: 9.08s, memcpy: 0.00s, convert:\
+ 0.24s, copy_to_backend: 0.00s)
+[INFO ] stable-diffusion.cpp:3367 - generate_image 64x64
+[INFO ] stable-diffusion.cpp:2814 - sampling using Euler method
+[DEBUG] conditioner.hpp:1996 - computing condition graph completed, taking 124658 ms
+[INFO ] stable-diffusion.cpp:3168 - get_learned_condition completed, taking 124.66s
+[INFO ] stable-diffusion.cpp:3401 - generating image: 1/1 - seed 0
+[DEBUG] ggml_extend.hpp:1921 - flux compute buffer size: 121.48 MB(RAM)
+\r  |=========================>                        | 1/2 - 79.44s/it\x1b[K\
+\r  |==================================================| 2/2 - 88.55s/it\x1b[K
+[INFO ] stable-diffusion.cpp:3432 - sampling completed, taking 177.14s
+[INFO ] stable-diffusion.cpp:3450 - generating 1 latent images completed, taking 177.51s
+[INFO ] stable-diffusion.cpp:3188 - decoding 1 latents
+[INFO ] stable-diffusion.cpp:3208 - latent 1 decoded, taking 5.26s
+[INFO ] stable-diffusion.cpp:3212 - decode_first_stage completed, taking 5.26s
+[INFO ] stable-diffusion.cpp:3591 - generate_image completed in 307.97s
+[INFO ] main.cpp:441  - save result image 0 to 'picture.png' (success)
 """
-"""Written after the format that sdcpp.parse_log describes."""
+"""Of a run of that of stable-diffusion-cpp-python 0.4.7, `-v --steps 2 --width 64 --height 64`; some lines left out."""
+SDCPP_PARTS = {"load_s": 9.39, "text_encoder_s": 124.66, "steps_s": 177.14, "step_s": 88.57, "vae_s": 5.26}
 
 
-@pytest.mark.parametrize("condition", ["36.10s", "36100 ms"])
+@pytest.mark.parametrize("condition", ["124.66s", "124660 ms"])
 def test_the_log_of_stable_diffusion_cpp_is_read(condition: str) -> None:
-    row = sdcpp.parse_log(SDCPP_LOG.format(condition=condition), 4)
-    assert row == pytest.approx({"text_encoder_s": 36.1, "steps_s": 262.4, "step_s": 65.6, "vae_s": 68.0})
+    assert sdcpp.parse_log(SDCPP_LOG.replace("124.66s", condition), 4) == pytest.approx(SDCPP_PARTS)
 
 
 def test_a_foreign_log_is_refused() -> None:
     with pytest.raises(SystemExit, match="decode_first_stage completed"):
-        sdcpp.parse_log(SDCPP_LOG.format(condition="1.00s").replace("decode_first_stage", "decode"), 4)
+        sdcpp.parse_log(SDCPP_LOG.replace("decode_first_stage", "decode"), 4)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
 def test_stable_diffusion_cpp_is_run_and_timed(tmp_path: Path) -> None:
     """A program that prints the log stands in for sd-cli, which is not installed where this runs."""
     program = tmp_path / "sd-cli"
-    program.write_text("#!/bin/sh\ncat <<'END'\n" + SDCPP_LOG.format(condition="36.10s") + "END\n", encoding="utf-8")
+    program.write_text("#!/bin/sh\ncat <<'END'\n" + SDCPP_LOG + "sleep 0.2\nEND\n", encoding="utf-8")
     program.chmod(0o755)
     files = [tmp_path / name for name in ("model.gguf", "llm.gguf", "vae.safetensors")]
     rival = sdcpp.Sdcpp(program, *files, arguments=("--diffusion-fa",))
@@ -87,15 +98,19 @@ def test_stable_diffusion_cpp_is_run_and_timed(tmp_path: Path) -> None:
     assert command[-2:] == ["--diffusion-fa", "-v"]
     assert command[command.index("--width") :][:4] == ["--width", "320", "--height", "240"]
     row = picture.with_totals(sdcpp.run_sdcpp(rival, "a tree", (512, 512), 4, 2, energy.Energy([])))
-    assert row["total_s"] == pytest.approx(366.5)
-    assert row["pictures_per_hour"] == pytest.approx(3600 / 366.5)
-    assert row["peak_bytes"] > 0
+    assert row["total_s"] == pytest.approx(124.66 + 177.14 + 5.26)
+    assert row["loaded_per_hour"] == pytest.approx(3600 / row["total_s"])
+    assert row["load_s"] == 9.39 and 0 < row["whole_s"] < 60  # its own word, and the clock's
+    assert row["pictures_per_hour"] == pytest.approx(3600 / row["whole_s"])
+    assert row["peak_bytes"] > 0 and row["processor_s"] is not None
     program.write_text("#!/bin/sh\necho no such model\nexit 3\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"code 3:\nno such model"):
         sdcpp.run_sdcpp(rival, "a tree", (512, 512), 4, 2, energy.Energy([]))
 
 
-def _program(name: str, runs: list[dict], size: tuple[int, int] = (512, 512)) -> picture.Program:
+def _program(
+    name: str, runs: list[dict | Exception], size: tuple[int, int] = (512, 512), once: bool = False
+) -> picture.Program:
     """A program whose pictures took what is written; it fails when that is used up."""
     left = iter(runs)
 
@@ -103,13 +118,16 @@ def _program(name: str, runs: list[dict], size: tuple[int, int] = (512, 512)) ->
         found = next(left, None)
         if found is None:
             raise SystemExit("no such model")
+        if isinstance(found, Exception):
+            raise found
         return {"peak_bytes": 2 * 10**9, "joules": None, "no_joules": "no counter", **found}
 
-    return picture.Program(name, size, run)
+    return picture.Program(name, size, run, f"files of {name}", once)
 
 
 def _seconds(steps: float) -> dict:
-    return {"load_s": 3.0, "text_encoder_s": 1.0, "steps_s": steps, "step_s": [steps / 2] * 2, "vae_s": 2.0}
+    parts = {"load_s": 3.0, "text_encoder_s": 1.0, "steps_s": steps, "step_s": [steps / 2] * 2, "vae_s": 2.0}
+    return {**parts, "whole_s": steps + 10}
 
 
 def test_programs_draw_in_turns_and_medians_count(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -122,17 +140,20 @@ def test_programs_draw_in_turns_and_medians_count(capsys: pytest.CaptureFixture[
         _program("trillim", [{"whole_s": 36.0}] * 3, rivals.TRILLIM_SIZE),
     ]
     figures = picture.measure(programs, 3, lambda figures: kept.append(json.loads(json.dumps(figures))))
-    assert len(kept) == 3 * 4 - 2 and list(kept[0]) == ["size", "runs", "ours"]
+    assert len(kept) == 3 * 4 - 2
+    assert list(kept[0]) == ["size", "steps", "runs", "ours", "spread", "ratios", "rows"]
     assert figures["ours"]["steps_s"] == 5.0 and figures["ours"]["step_s"] == [2.5, 2.5]
-    assert (figures["ours"]["total_s"], figures["ours"]["whole_s"]) == (8.0, 11.0)
-    assert figures["ours_of_sdcpp"] == 8 / 16 and figures["stock"]["steps_s"] == 50.0
+    assert [figures["ours"][key] for key in ("total_s", "rest_s", "whole_s")] == [8.0, 4.0, 15.0]
+    assert figures["stock"]["steps_s"] == 50.0
     assert figures["trillim"]["pictures_per_hour"] == 100.0 and "total_s" not in figures["trillim"]
     printed = capsys.readouterr().out
+    assert "8.00 (6.00-12.0)" in printed and "stock ComfyUI, dense files: pictures 1" in printed
     assert printed.count("stock ComfyUI, dense files is left out: no such model") == 1
     assert "one picture of 512x512" in printed and "one picture of 320x240" in printed
     file = tmp_path / "figures.json"
-    picture.keep_in(file)(figures)
-    assert json.loads(file.read_text(encoding="utf-8"))["picture"]["ours"]["steps_s"] == 5.0
+    picture.keep_in(file, {"commit": "0123456789"})(figures)
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert written["machine"] == {"commit": "0123456789"} and written["picture"]["ours"]["steps_s"] == 5.0
     assert [bar.label for bar in plot.picture_panel(figures).groups[0][1]] == [
         "Bonsai Image",
         "stable-diffusion.cpp",
@@ -142,16 +163,94 @@ def test_programs_draw_in_turns_and_medians_count(capsys: pytest.CaptureFixture[
         picture.measure([_program("ours", [])])
 
 
-def test_our_pictures_are_of_every_mode_and_kind_of_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_figures_can_be_reckoned_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every picture, the least and the most, and the ratio to each rival of the same size in the same turns."""
+    programs = [
+        _program("ours", [_seconds(steps) for steps in (9.0, 3.0)]),
+        _program("ours_a8", [_seconds(steps) for steps in (5.0, 3.0)]),
+        _program("ours_fp32", [_seconds(90.0)], once=True),
+        _program("sdcpp", [_seconds(21.0), _seconds(13.0)]),
+        _program("stock", [_seconds(50.0), OSError("no space left")]),
+        _program("ours_small", [_seconds(9.0)] * 2, rivals.TRILLIM_SIZE),
+        _program("trillim", [{"whole_s": 38.0}] * 2, rivals.TRILLIM_SIZE),
+    ]
+    figures = picture.measure(programs, 2, facts={"steps": 2, "comfyui": "0.30.0"})
+    assert [row["steps_s"] for row in figures["rows"] if row["program"] == "ours"] == [9.0, 3.0]
+    assert [row["run"] for row in figures["rows"] if row["program"] == "stock"] == [1]
+    assert figures["spread"]["ours"]["total_s"] == [6.0, 12.0] and figures["ours"]["total_s"] == 9.0
+    ratios = figures["ratios"]
+    assert ratios["ours"]["sdcpp"]["total_s"] == pytest.approx({"median": 9 / 20, "least": 6 / 16, "most": 12 / 24})
+    assert ratios["ours"]["stock"]["whole_s"] == pytest.approx({"median": 16 / 60, "least": 19 / 60, "most": 19 / 60})
+    assert ratios["ours_small"] == {"trillim": {"whole_s": {"median": 0.5, "least": 0.5, "most": 0.5}}}
+    assert set(ratios) == {"ours", "ours_a8", "ours_small"} and ratios["ours_a8"].keys() == {"sdcpp", "stock"}
+    assert (figures["stock"]["pictures"], figures["ours_fp32"]["pictures"], figures["steps"]) == (1, 1, 2)
+    assert (figures["comfyui"], figures["sdcpp"]["source"]) == ("0.30.0", "files of sdcpp")
+    printed = capsys.readouterr().out
+    assert "one picture of 512x512, 2 steps, median of 2" in printed and "one picture of 320x240" in printed
+    assert "Bonsai Image takes of the time of stable-diffusion.cpp: 0.450 (0.375-0.500) without loading" in printed
+    assert "stock ComfyUI, dense files is left out: no space left" in printed
+    assert [row["program"] for row in report.rows_of(figures)][:2] == ["ours", "ours_a8"]
+
+
+@pytest.mark.parametrize(
+    ("modes", "packs", "names"),
+    [
+        (["exact", "a8"], ["native", "mlx"], ["ours", "ours_a8", "ours_mlx"]),
+        (["a8", "exact"], ["native", "native"], ["ours_a8", "ours"]),
+        (["a8", "a8"], [], ["ours_a8"]),
+    ],
+)
+def test_our_pictures_are_of_every_mode_and_kind_of_file(
+    modes: list[str], packs: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each under the name of its mode, whatever comes first, and the tables can show it."""
     monkeypatch.setattr(picture, "files_of", lambda ours, kind: {"file": kind})
-    found = picture.ours_of(picture.Ours(tmp_path, tmp_path), 512, ["exact", "a8"], ["native", "mlx"])
-    names = [program.name for program in found]
-    assert names == ["ours", "ours_a8", "ours_mlx"] and set(names) <= set(picture.LABELS)
+    drawn: list[str] = []
+
+    def row(self: picture.Ours, files: dict, size: tuple, mode: str, **_: object) -> dict:
+        drawn.append(mode)
+        return {"peak_bytes": 2 * 10**9, "joules": None, "no_joules": "no counter", **_seconds(9.0)}
+
+    monkeypatch.setattr(picture.Ours, "row", row)
+    programs = list(picture.ours_of(picture.Ours(tmp_path, tmp_path), 512, modes, packs))
+    assert [program.name for program in programs] == names
+    figures = picture.measure(programs)
+    assert drawn == ["a8" if name == "ours_a8" else "exact" for name in names] and set(names) <= set(figures)
+    with pytest.raises(SystemExit, match="--mode a7 is unknown"):
+        next(picture.ours_of(picture.Ours(tmp_path, tmp_path), 512, ["a7"], []))
+
+
+def test_a_mode_that_is_not_computed_is_no_picture_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = {"mode": "exact", "declined": {"a8": "no instructions"}}
+    monkeypatch.setattr(session, "run", lambda *_, **__: row)
+    ours = picture.Ours(tmp_path, tmp_path)
+    with pytest.raises(SystemExit, match=r"mode a8 is not computed here: .*no instructions"):
+        ours.row({}, (64, 64), "a8")
+    assert ours.row({}, (64, 64), "exact").keys() == {*row, "whole_s", "joules", "no_joules"}
+
+
+def test_errors_without_a_picture_in_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({state: torch.ones(4) for state in errors.STATES}, errors.kept(tmp_path, "ours"))
+    assert errors.measure(tmp_path, ["ours", "ours_fp32"]) == {}
+    assert "no picture in fp32" in capsys.readouterr().out
+
+
+def test_the_memory_of_a_program_is_its_own() -> None:
+    """What the benchmark itself held before, while it made files, is not counted."""
+    if machine.own_rss() is None:
+        pytest.skip("this system does not tell them apart")
+    machine.reset_peak_rss()
+    before = machine.peak_rss()
+    held = torch.ones(400 << 20, dtype=torch.uint8)
+    del held
+    _, measured = sdcpp.run_alone([sys.executable, "-c", "print('done')"], energy.Energy([]))
+    assert 0 < measured["peak_bytes"] < before + (200 << 20)
 
 
 def test_errors_are_those_of_what_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With --errors each program of ours keeps its states in a file of its own, and one more computes in fp32."""
     monkeypatch.setattr(picture, "files_of", lambda ours, kind: {"file": kind})
+    (tmp_path / "comfyui_version.py").write_text('__version__ = "0.30.0"\n', encoding="ascii")
     asked: list[tuple] = []
 
     def row(self: picture.Ours, files: dict, size: tuple, mode: str, dtype: str, keep: Path | None) -> dict:
@@ -168,7 +267,7 @@ def test_errors_are_those_of_what_is_asked_for(monkeypatch: pytest.MonkeyPatch, 
     parser.add_argument("--device", default="cpu")
     table.add_arguments(parser)
     for more in ([], ["--errors"]):
-        given = parser.parse_args(["--picture", "--mode", "exact", "a8", *more])
+        given = parser.parse_args(["--picture", "--mode", "exact", "a8", "--steps", "3", *more])
         figures = rivals.measure(table.Run(given, tmp_path, tmp_path))
     assert asked[:2] == [("exact", "auto", False), ("a8", "auto", False)]
     assert asked[2:] == [("exact", "auto", True), ("a8", "auto", True), ("exact", "fp32", True)]
@@ -176,6 +275,7 @@ def test_errors_are_those_of_what_is_asked_for(monkeypatch: pytest.MonkeyPatch, 
         "ours": dict.fromkeys(errors.STATES, 0.0),
         "ours_a8": dict.fromkeys(errors.STATES, 0.5),
     }
+    assert (figures["comfyui"], figures["prompt"], figures["steps"]) == ("0.30.0", picture.PROMPT, 3)
 
 
 def _workshop(folder: Path) -> rivals.Workshop:
@@ -191,11 +291,20 @@ def test_a_rival_that_cannot_be_had_says_so(
         workshop.run("building it", [sys.executable, "-c", "print('no compiler'); raise SystemExit(3)"])
         return []
 
+    def full(workshop: rivals.Workshop) -> list[picture.Program]:
+        raise OSError(28, "No space left on device")
+
+    def full_of_weights(workshop: rivals.Workshop) -> list[picture.Program]:
+        save_file({"a": torch.zeros(1)}, tmp_path / "no-folder" / "a.safetensors")
+        return []
+
     other = _program("trillim", [])
-    monkeypatch.setattr(rivals, "RIVALS", {"sdcpp": fails, "trillim": lambda workshop: [other]})
+    made = {"sdcpp": fails, "stock": full, "unpack": full_of_weights, "trillim": lambda workshop: [other]}
+    monkeypatch.setattr(rivals, "RIVALS", made)
     assert rivals.programs_of(_workshop(tmp_path), []) == [other]
     printed = capsys.readouterr().out
     assert "sdcpp is left out: building it failed" in printed and "no compiler" in printed
+    assert "stock is left out: [Errno 28] No space left on device" in printed and "unpack is left out: " in printed
     with pytest.raises(rivals.UnavailableError, match="building it failed"):
         _workshop(tmp_path).run("building it", [tmp_path / "no-such-program"])
 
@@ -211,6 +320,29 @@ def test_what_is_half_made_is_no_file(tmp_path: Path) -> None:
     assert not file.exists()
     assert _workshop(tmp_path).file(file, lambda part: part.write_bytes(b"12")).read_bytes() == b"12"
     assert _workshop(tmp_path).file(file, half).read_bytes() == b"12"  # it is there
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
+def test_a_bundle_that_trillim_did_not_finish_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A script stands in for Trillim, which is not installed where this runs: it breaks once in the middle."""
+    monkeypatch.setattr(rivals, "trillim_programs", lambda workshop: tmp_path)
+    monkeypatch.setattr(rivals, "write_unpacked", lambda workshop, folder: None)
+    monkeypatch.setattr(rivals, "files_of", lambda ours, kind: {})
+    program = tmp_path / "trillim"
+    program.write_text(
+        "#!/bin/sh\nbundle=$HOME/.trillim/models/Local/unpacked-TRNQ\n"
+        f"if [ $1 = image ]; then test -f $bundle/done; exit; fi\n"
+        f"echo made >> {tmp_path}/made; mkdir -p $bundle\n"
+        f"[ -f {tmp_path}/again ] || {{ touch {tmp_path}/again; exit 1; }}\ntouch $bundle/done\n",
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    with pytest.raises(rivals.UnavailableError, match="having Trillim quantize failed"):
+        rivals.trillim(_workshop(tmp_path))
+    for _ in range(2):
+        small, rival = rivals.trillim(_workshop(tmp_path))
+    assert (small.name, rival.name) == ("ours_small", "trillim") and rival.run()["whole_s"] > 0
+    assert (tmp_path / "made").read_text(encoding="utf-8").splitlines() == ["made", "made"]
 
 
 def test_sources_are_those_that_the_package_carries(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ NEEDS = (
     Need("tools/bench/inside", "comfy.memory_management.aimdo_enabled", "to set its memory management up"),
     Need("tools/bench/inside", "comfy.sd.load_diffusion_model", "to time dense models", takes="model_options"),
     Need("tools/bench/inside", "comfy.sd.load_clip", "to time dense models", takes="clip_type"),
+    Need("tools/bench/inside", "comfy.sd.VAE", "to time dense models", takes="sd metadata"),
+    Need("tools/bench/inside", "comfy.utils.load_torch_file", "to time dense models", takes="return_metadata"),
     Need("tools/bench/inside", "comfy.sd.CLIPType", "to time dense models", "FLUX2"),
     Need("tools/bench/inside", "comfy.model_management.cleanup_models", "to time dense models one by one"),
     Need("tools/bench/inside", "comfy.sd.load_lora_for_models", "to time LoRAs"),

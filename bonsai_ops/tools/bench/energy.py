@@ -7,11 +7,14 @@ optional package pynvml: millijoules since the driver was loaded.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 POWERCAP = Path("/sys/class/powercap")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,17 @@ class Energy:
         if not self.counters:
             return None
         return sum(c.between(b, a) for c, b, a in zip(self.counters, before, after, strict=True))
+
+    def around(self, run: Callable[[], Result]) -> tuple[Result, dict]:
+        """(what `run` returns, {"whole_s": seconds that it took, "joules", "no_joules": why there are none})."""
+        before, started = self.read(), time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - started
+        return result, {
+            "whole_s": seconds,
+            "joules": self.between(before, self.read()),
+            "no_joules": self.why_not,
+        }
 
 
 def find_energy(device: str = "cpu", powercap: Path = POWERCAP) -> Energy:
@@ -101,10 +115,7 @@ def _nvml_counters() -> tuple[list[Counter], str | None]:
     return [Counter("gpu", lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)], None
 
 
-def per_hour(seconds: float, peak_bytes: int) -> dict[str, float | None]:
-    """Pictures an hour at `seconds` a picture, and the same for each GB of peak memory (None if that is 0)."""
+def per_hour(name: str, seconds: float, peak_bytes: int) -> dict[str, float | None]:
+    """{name: pictures an hour at `seconds` a picture, <name>_per_gb: for each GB of peak memory, None if that is 0}."""
     pictures = 3600 / seconds
-    return {
-        "pictures_per_hour": pictures,
-        "pictures_per_hour_per_gb": pictures / (peak_bytes / 1e9) if peak_bytes else None,
-    }
+    return {name: pictures, f"{name}_per_gb": pictures / (peak_bytes / 1e9) if peak_bytes else None}

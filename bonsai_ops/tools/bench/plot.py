@@ -169,7 +169,7 @@ def picture_panel(figures: dict) -> Panel:
     parts = (("text encoder", "text_encoder_s"), ("steps", "steps_s"), ("VAE decode", "vae_s"), ("together", "total_s"))
     for label, key in parts:
         found = [(way, figures[way.name]) for way in PROGRAMS if way.name in figures]
-        seconds = [(way, row[key]) for way, row in found if row.get("height", figures["size"]) == figures["size"]]
+        seconds = [(way, row[key]) for way, row in found if key in row and row.get("height") in (None, figures["size"])]
         groups.append((label, [_bar(way, value, f"{value:.1f} s") for way, value in seconds]))
     return Panel(
         f"One picture of {figures['size']}x{figures['size']}", "seconds without loading, shorter is faster", groups

@@ -4,6 +4,7 @@ sdcpp     stable-diffusion.cpp with a TQ2_0 transformer and a q4_0 text encoder,
           package carries; about 15 minutes on one core
 trillim   Trillim's `image` in a virtual environment of its own, at its usual 320x240; a Python 3.12 or newer is needed.
           Its licence forbids taking it apart: it is run and timed as a whole
+unpack    our packs, but each layer is unpacked whole at each call, as loaders of GGUF files do; ComfyUI's own VAE
 stock     ComfyUI's own loaders with dense bf16 files; its peak is beyond 20 GB
 
 What is built stays in a folder and serves the next run. Nothing here is shipped with the plugin's own work: only this
@@ -25,14 +26,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from .. import synthetic
-from ..environment import home, tail_of
+from ..environment import comfyui_version, home, tail_of
 from ..environment.places import interpreter
 from ..environment.processes import run_logged
-from . import errors, picture, session
+from . import errors, machine, picture, session
 from .energy import find_energy
-from .picture import PROMPT, STEPS, Ours, Program, files_of, ours_of, sdcpp_program, write_parts
+from .picture import PROMPT, VAE, Ours, Program, files_of, ours_of, sdcpp_program, write_parts
 from .sdcpp import Sdcpp, run_alone, sdcpp_of
 
 if TYPE_CHECKING:
@@ -104,14 +106,27 @@ class Workshop:
             part.replace(path)
         return path
 
+    def folder(self, path: Path, make: Callable[[Path], None]) -> Path:
+        """A folder that `make(where)` fills where it is missing; a part of one is no folder."""
+        if not path.is_dir():
+            part = path.with_name(f"part-{path.name}")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            make(part)
+            part.replace(path)
+        return path
+
 
 def measure(run: Run) -> dict:
     """The benchmark picture, of the programs that its options ask for; figures as of picture.measure."""
-    given, ours = run.arguments, Ours(run.comfyui, run.work, run.arguments.density, run.arguments.device)
+    given = run.arguments
+    ours = Ours(run.comfyui, run.work, given.density, given.device, given.steps)
+    facts = {"steps": given.steps, "prompt": PROMPT, "comfyui": comfyui_version(run.comfyui)}
+    keep = picture.keep_in(given.json, machine.describe(device=given.device))
     with tempfile.TemporaryDirectory() as states:
         programs = list(ours_of(ours, given.size, given.mode, given.packs, Path(states) if given.errors else None))
         programs += _others(given, ours)
-        figures = picture.measure(programs, given.runs, picture.keep_in(given.json))
+        figures = picture.measure(programs, given.runs, keep, facts)
         return figures | ({"errors": errors.measure(Path(states), list(figures))} if given.errors else {})
 
 
@@ -119,7 +134,7 @@ def _others(given: argparse.Namespace, ours: Ours) -> list[Program]:
     """Those that --sdcpp and --rivals name."""
     programs: list[Program] = []
     if (sdcpp := sdcpp_of(given)) is not None:
-        programs.append(sdcpp_program(sdcpp, (given.size, given.size), given.device))
+        programs.append(sdcpp_program(sdcpp, (given.size, given.size), given.steps, given.device))
     if given.rivals is not None:
         kept = (given.work or home()) / "rivals"
         programs += programs_of(Workshop(kept, ours, given.size, next(iter(given.packs), None)), given.rivals)
@@ -127,12 +142,15 @@ def _others(given: argparse.Namespace, ours: Ours) -> list[Program]:
 
 
 def programs_of(workshop: Workshop, names: Sequence[str]) -> list[Program]:
-    """The programs of RIVALS of these names, all for none; those that cannot be had are left out with one line."""
+    """The programs of RIVALS of these names, all for none; those that cannot be had are left out with one line.
+
+    A full disk, a file of weights that cannot be made and a program that fails are reasons.
+    """
     found: list[Program] = []
     for name in names or RIVALS:
         try:
             found += RIVALS[name](workshop)
-        except UnavailableError as error:
+        except (UnavailableError, OSError, SafetensorError, SystemExit) as error:
             print(f"{name} is left out: {error}", flush=True)
     return found
 
@@ -151,8 +169,8 @@ def stable_diffusion_cpp(workshop: Workshop) -> list[Program]:
     model = converted("transformer-tq2_0.gguf", lambda: session.dense_file(work), "tq2_0")
     llm = converted("text_encoder-q4_0.gguf", lambda: dense_text_encoder(workshop), "q4_0")
     write_parts(work)
-    vae = work / "vae" / "diffusion_pytorch_model.safetensors"
-    return [sdcpp_program(Sdcpp(program, model, llm, vae), (workshop.size, workshop.size), "cpu")]
+    sdcpp, size = Sdcpp(program, model, llm, work / VAE), (workshop.size, workshop.size)
+    return [sdcpp_program(sdcpp, size, workshop.ours.steps, "cpu", SDCPP_SOURCE)]
 
 
 def build_sdcpp(workshop: Workshop) -> Path:
@@ -216,31 +234,39 @@ def stock_comfyui(workshop: Workshop) -> list[Program]:
     """ComfyUI's own loaders in the same ComfyUI."""
     size, ours = (workshop.size, workshop.size), workshop.ours
     files = {"file": session.dense_file(ours.work), "text": dense_text_encoder(workshop)}
-    return [Program("stock", size, lambda: ours.row(files, size, kind="stock"))]
+    return [Program("stock", size, lambda: ours.row(files, size, kind="stock"), "bf16 files")]
+
+
+def unpacking(workshop: Workshop) -> list[Program]:
+    """Our files, unpacked a layer at each call."""
+    size, ours, files = (workshop.size, workshop.size), workshop.ours, files_of(workshop.ours, workshop.pack)
+    return [Program("unpack", size, lambda: ours.row(files, size, kind="unpack"), f"{workshop.pack or 'usual'} files")]
 
 
 def trillim(workshop: Workshop) -> list[Program]:
     """Trillim's image at its usual size, and ours at that size before it."""
-    programs, store = trillim_programs(workshop), workshop.kept / "trillim-home"
-    pack, variables = workshop.ours.work / "unpacked", {"HOME": str(store), "USERPROFILE": str(store)}
-    variables |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    bundle = f"{pack.name}-TRNQ"
-    if not (store / ".trillim" / "models" / "Local" / bundle).is_dir():
-        store.mkdir(parents=True, exist_ok=True)
+    program, pack = trillim_programs(workshop) / "trillim", workshop.ours.work / "unpacked"
+
+    def variables(store: Path) -> dict[str, str]:
+        return {"HOME": str(store), "USERPROFILE": str(store), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+    def quantize(part: Path) -> None:
         write_unpacked(workshop, pack)
-        workshop.run("having Trillim quantize", [programs / "trillim", "quantize", pack], variables)
+        workshop.run("having Trillim quantize", [program, "quantize", pack], variables(part))
+
+    store = workshop.folder(workshop.kept / "trillim-home", quantize)
     files = files_of(workshop.ours, workshop.pack)
 
     def run() -> dict:
         output = workshop.kept / "trillim.png"
-        size = ("--width", TRILLIM_SIZE[0], "--height", TRILLIM_SIZE[1], "--steps", STEPS, "--seed", 0)
-        command = [programs / "trillim", "image", f"Local/{bundle}", PROMPT, "-o", output, *size]
-        _, measured = run_alone([str(part) for part in command], find_energy(), variables)
-        return {**measured, "whole_s": measured.pop("seconds")}
+        size = ("--width", TRILLIM_SIZE[0], "--height", TRILLIM_SIZE[1], "--steps", workshop.ours.steps, "--seed", 0)
+        command = [program, "image", f"Local/{pack.name}-TRNQ", PROMPT, "-o", output, *size]
+        return run_alone([str(part) for part in command], find_energy(), variables(store))[1]
 
+    source = f"{workshop.pack or 'usual'} files"
     return [
-        Program("ours_small", TRILLIM_SIZE, lambda: workshop.ours.row(files, TRILLIM_SIZE)),
-        Program("trillim", TRILLIM_SIZE, run),
+        Program("ours_small", TRILLIM_SIZE, lambda: workshop.ours.row(files, TRILLIM_SIZE), source),
+        Program("trillim", TRILLIM_SIZE, run, TRILLIM),
     ]
 
 
@@ -351,5 +377,5 @@ CONFIGS: dict[str, dict] = {
 }
 """{file of the unpacked layout: its JSON}, as the releases have them."""
 
-RIVALS = {"sdcpp": stable_diffusion_cpp, "trillim": trillim, "stock": stock_comfyui}
+RIVALS = {"sdcpp": stable_diffusion_cpp, "trillim": trillim, "unpack": unpacking, "stock": stock_comfyui}
 """{name of --rivals: what makes its programs}."""

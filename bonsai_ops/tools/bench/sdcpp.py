@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..environment import clean_environment
 from .energy import Energy
+from .machine import reset_peak_rss
 
 ERROR_CHARACTERS = 3000
 PARTS = {
@@ -22,6 +22,7 @@ PARTS = {
     "vae_s": "decode_first_stage completed",
 }
 """What sd-cli logs when a part is done, each followed by `, taking 12.34s` or, earlier, `, taking 1234 ms`."""
+LOADED = "loading tensors completed"
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,19 @@ def run_sdcpp(sdcpp: Sdcpp, prompt: str, size: tuple[int, int], steps: int, thre
     with tempfile.TemporaryDirectory() as temporary:
         command = sdcpp.command(prompt, size, steps, threads, Path(temporary) / "picture.png")
         text, measured = run_alone(command, energy)
-    row = parse_log(text, steps)
-    load = max(0.0, measured.pop("seconds") - sum(row[part] for part in PARTS))
-    return {**row, "load_s": load, **measured}
+    return {**parse_log(text, steps), **measured}
 
 
 def run_alone(command: Sequence[str], energy: Energy, variables: Mapping[str, str] | None = None) -> tuple[str, dict]:
-    """(what a program prints, {"seconds", "joules", "no_joules", "peak_bytes"}). Raises SystemExit if it fails.
+    """(what a program prints, {"whole_s", "processor_s", "joules", "no_joules", "peak_bytes"}) from start to end.
 
-    variables: further ones of its environment.
+    variables: further ones of its environment. On Linux peak_bytes is at least what this process holds now. Raises
+    SystemExit if it fails.
     """
     with tempfile.TemporaryFile() as log:
-        before, started = energy.read(), time.perf_counter()
-        try:
+
+        def run() -> tuple[int, dict]:
+            reset_peak_rss()  # Linux begins a child's count with what its parent held at most
             process = subprocess.Popen(
                 command,
                 env=clean_environment(variables),
@@ -92,36 +93,39 @@ def run_alone(command: Sequence[str], energy: Energy, variables: Mapping[str, st
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+            return _wait(process)
+
+        try:
+            (code, used), measured = energy.around(run)
         except OSError as error:
             raise SystemExit(f"{command[0]} cannot be run: {error}") from None
-        code, peak = _wait(process)
-        seconds, joules = time.perf_counter() - started, energy.between(before, energy.read())
         log.seek(0)
         text = log.read().decode("utf-8", "replace")
     if code:
         raise SystemExit(f"{' '.join(map(str, command))}\nended with code {code}:\n{text[-ERROR_CHARACTERS:]}")
-    return text, {"seconds": seconds, "joules": joules, "no_joules": energy.why_not, "peak_bytes": peak}
+    return text, {**measured, **used}
 
 
-def _wait(process: subprocess.Popen) -> tuple[int, int]:
-    """(exit code, peak resident bytes) of a child; the peak is 0 where the system does not tell."""
+def _wait(process: subprocess.Popen) -> tuple[int, dict]:
+    """(exit code, {"processor_s", "peak_bytes"}) of a child: None and 0 where the system does not tell."""
     if not hasattr(os, "wait4"):
-        return process.wait(), 0
+        return process.wait(), {"processor_s": None, "peak_bytes": 0}
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+    peak = usage.ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+    return process.returncode, {"processor_s": usage.ru_utime + usage.ru_stime, "peak_bytes": peak}
 
 
 def parse_log(text: str, steps: int) -> dict:
-    """{"text_encoder_s", "steps_s", "step_s", "vae_s"} from sd-cli's log; step_s: average seconds a step.
+    """{"load_s", "text_encoder_s", "steps_s", "step_s", "vae_s"} from sd-cli's log; step_s: average seconds a step.
 
-    The format is that of stable-diffusion.cpp's source (src/stable-diffusion.cpp and src/core/util.cpp, August 2026,
-    and the pull request for FLUX.2 klein, number 1193): a line `[INFO ] file:line - <part> completed, taking 36.10s` a
-    part, seconds or ` ms`, and a progress bar `| 4/4 - 65.60s/it`, rewritten in place with carriage returns. Where a
-    part is logged more than once the last counts. Raises SystemExit if a part is missing.
+    The format is that of what stable-diffusion-cpp-python 0.4.7 carries, and of its source of August 2026: a line
+    `[INFO ] file:line - <part> completed, taking 36.10s` a part, seconds or ` ms`, and a progress bar
+    `| 4/4 - 65.60s/it`, rewritten in place with carriage returns. Where a part is logged more than once the last
+    counts. Raises SystemExit if a part is missing.
     """
     row: dict = {}
-    for part, words in PARTS.items():
+    for part, words in {"load_s": LOADED, **PARTS}.items():
         found = re.findall(rf"{re.escape(words)}, taking ([0-9.]+) ?(ms|s)\b", text)
         if not found:
             raise SystemExit(

