@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..weights.files import file_size, unreadable
+from ..weights.files import file_size, stamp, unreadable
 from ..weights.release import find_text_encoder, find_transformer, find_vae, shards_of
 from .loader import load_bonsai_model, require_readable
 from .progress import Progress, shares
@@ -63,14 +63,10 @@ def _again(key: tuple, load: Callable[[], Any]) -> Any:
     return found
 
 
-def _seen(folders: Iterable[Path]) -> Iterable[tuple[str, int, int]]:
-    """(path, bytes, time of the last change) of every file in them: another download is another key.
-
-    Raises PackError.
-    """
+def _seen(folders: Iterable[Path]) -> Iterable[tuple]:
+    """The stamp of every file in them: another download is another key. Raises PackError."""
     for folder in folders:
         try:
-            found = [(str(file), file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+            yield from [stamp(file) for file in sorted(folder.iterdir()) if file.is_file()]
         except OSError as error:
             raise unreadable(folder, error) from error
-        yield from ((file, status.st_size, status.st_mtime_ns) for file, status in found)

@@ -23,8 +23,10 @@ import torch
 from .. import kernels
 from ..weights import qwen3
 from ..weights.errors import escaped
+from ..weights.files import is_file
 from ..weights.packed_weight import PackedWeight
 from ..weights.read import open_text_encoder, read_weights
+from ..weights.release import find_text_encoder
 from . import comfyui
 from .flags import kept_as_asked, maps_files
 from .generation import generating
@@ -34,7 +36,7 @@ from .precision import DTYPES, make_text_ops, text_dtype
 from .progress import Progress
 from .record import saved_text_record
 from .text_layers import work_in_parts
-from .text_states import RememberingCLIP
+from .text_states import RememberingCLIP, Source
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -102,6 +104,7 @@ def load_bonsai_text_encoder(
     if compute_dtype not in TEXT_DTYPES:
         raise ValueError(f"compute_dtype {compute_dtype!r} is unknown, expected one of {', '.join(TEXT_DTYPES)}")
     comfyui.needed(KLEIN_TOKENIZER)
+    source = Source(_files(Path(path)), functools.partial(text_dtype, compute_dtype))
     pack, sizes = open_text_encoder(path, maps_files())
     weights = kept_as_asked(read_weights(pack, progress))
     packed = [w for w in weights.values() if isinstance(w, PackedWeight)]
@@ -118,11 +121,10 @@ def load_bonsai_text_encoder(
         embedding_directory=embedding_directory,
         disable_dynamic=disable_dynamic,
     )
-    clip = RememberingCLIP(clip)
+    clip = RememberingCLIP(clip, source)
     adopt(clip.patcher)
     if clip.patcher.load_device.type == "cpu":
-        layers = clip.cond_stage_model.qwen3_4b.transformer.model.layers
-        work_in_parts(layers, functools.partial(text_dtype, compute_dtype))
+        work_in_parts(clip.cond_stage_model.qwen3_4b.transformer.model.layers, source.dtype)
     clip.tokenizer.encoder = weakref.ref(clip.cond_stage_model)
     clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (str(path), embedding_directory, compute_dtype))
     held, should = pack.counts["layers"], pack.counts["layers in all"]
@@ -135,7 +137,7 @@ def load_bonsai_text_encoder(
         qwen3.LAYERS,
         len(packed),
         resident / 1e6,
-        str(text_dtype(compute_dtype, clip.patcher.load_device)).removeprefix("torch."),
+        str(source.dtype(clip.patcher.load_device)).removeprefix("torch."),
         time.perf_counter() - started,
         place,
         pack.release,
@@ -143,6 +145,13 @@ def load_bonsai_text_encoder(
     if clip.patcher.load_device.type == "cpu":
         kernels.tell_threads()
     return clip
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    """The files of a text encoder, and what may tell its sizes. Raises PackError."""
+    files = find_text_encoder(path)
+    beside = {found for file in files for found in file.parent.glob("*.json") if is_file(found)}
+    return (*files, *sorted(beside))
 
 
 def load_text_encoder_patcher(

@@ -56,6 +56,16 @@ def file_size(path: Path) -> int:
     return status.st_size
 
 
+def stamp(path: Path) -> tuple[str, int, int, int]:
+    """(place, bytes, times of the last change of content and of anything) of a file: other content, another stamp.
+
+    Raises OSError.
+    """
+    place = os.path.realpath(path)
+    status = Path(place).stat()
+    return place, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def unreadable(path: Path, error: OSError) -> PackError:
     """The error for a file that the system does not hand over."""
     return not_its_fault(path, error) or PackError(path, f"cannot be read ({error.strerror or error})", NO_ACCESS)

@@ -78,9 +78,23 @@ NEEDS = (
         "to compute its layers on a CPU in the cache",
         words="self_attn mlp gate_proj up_proj down_proj activation optimized_attention",
     ),
-    Need("host/text_states.py", "comfy.sd.CLIP", KEPT_STATES, "encode_from_tokens", "patcher layer_idx"),
+    Need(
+        "host/text_states.py",
+        "comfy.sd.CLIP",
+        KEPT_STATES,
+        "encode_from_tokens clone",
+        "patcher layer_idx cond_stage_model apply_hooks_to_conds",
+    ),
     Need("host/text_states.py", "comfy.sd.CLIP", KEPT_STATES, takes="no_init"),
-    Need("host/text_states.py", PATCHER, KEPT_STATES, words="forced_hooks patches_uuid"),
+    Need(
+        "host/text_states.py",
+        PATCHER,
+        KEPT_STATES,
+        "get_all_callbacks",
+        "load_device model patches object_patches weight_wrapper_patches hook_patches forced_hooks current_hooks "
+        "injections wrappers additional_models",
+    ),
+    Need("host/text_states.py", "comfy.patcher_extension.CallbacksMP", KEPT_STATES, "ON_LOAD"),
     Need("host/text_states.py", "comfy.cli_args.args", KEPT_STATES, "cache_none"),
     Need("host/flags.py", "comfy.model_management.text_encoder_dtype", "to keep layers as it is asked to"),
     Need(

@@ -33,6 +33,14 @@ def comfy(comfyui_path: Path) -> Iterator[Any]:
     comfy.utils.PROGRESS_BAR_ENABLED = bars
 
 
+@pytest.fixture(autouse=True)
+def no_text_states(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test is given what another had encoded."""
+    from bonsai_ops.host import text_states
+
+    monkeypatch.setattr(text_states, "STATES", text_states.TextStates())
+
+
 @pytest.fixture(scope="session")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """{variant: transformer file}."""

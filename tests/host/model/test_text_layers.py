@@ -29,8 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def clips(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """The text encoder as it is loaded, and with ComfyUI's layers."""
+    from comfy.cli_args import args
+
     from bonsai_ops.host import text_encoder
 
+    monkeypatch.setattr(args, "cache_none", True)  # one file: what one has encoded would be the other's
     ours = text_encoder.load_bonsai_text_encoder(folder, compute_dtype=dtype)
     monkeypatch.setattr(text_encoder, "work_in_parts", lambda *_: None)
     return ours, text_encoder.load_bonsai_text_encoder(folder, compute_dtype=dtype)
