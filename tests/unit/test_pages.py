@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
 import torch
-from resident import resident
+from resident import anonymous, resident
 from safetensors.torch import save_file
 
 from bonsai_ops.weights import mapped
 from bonsai_ops.weights.formats.safetensors_file import SafetensorsFile
-from bonsai_ops.weights.mapped import SMAPS, give_back
+from bonsai_ops.weights.mapped import SMAPS, give_back, give_back_freed
 
 pytestmark = pytest.mark.skipif(not SMAPS.is_file(), reason="only Linux tells which pages are a file's")
 BYTES = 8 << 20
@@ -35,6 +36,17 @@ def test_pages_of_a_file_are_given_back_and_read_again(file: SafetensorsFile, va
     assert give_back([codes]) >= BYTES
     assert resident(file.path) < BYTES / 8
     assert torch.equal(codes, values)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library keeps little")
+def test_what_was_freed_leaves_the_process() -> None:
+    """Pieces too small to be mapped one by one, below one that stays."""
+    pieces = [bytes([97]) * 100_000 for _ in range(2000)]
+    last, before = pieces.pop(), anonymous()
+    pieces.clear()
+    kept = anonymous()
+    give_back_freed()
+    assert before - kept < 50_000_000 and kept - anonymous() > 150_000_000 and last[0] == 97
 
 
 def test_what_was_written_to_is_kept(file: SafetensorsFile) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ...quantize import Settings, Statistics
+from ...weights.mapped import give_back_freed
 from ..progress import Progress
 from ..tensors import own_objects
 from .assemble import assemble, empty_twin
@@ -39,8 +40,11 @@ def patch_model(
     started = time.perf_counter()
     if not hasattr(source.model, "diffusion_model") or not hasattr(source.model, "model_config"):
         raise ValueError("this MODEL is no diffusion model of ComfyUI: it has no transformer or UNet to patch")
-    with own_objects(source):
-        return _patched(source, options, statistics or {}, progress, started)
+    try:
+        with own_objects(source):
+            return _patched(source, options, statistics or {}, progress, started)
+    finally:
+        give_back_freed()
 
 
 def _patched(
