@@ -101,12 +101,14 @@ def tune(
     plan: Plan,
     progress: Callable[[int, int], None] | None = None,
     told: Callable[[Look], None] | None = None,
+    better: Callable[[Tuned, Sequence[Sequence[torch.Tensor]]], None] | None = None,
 ) -> Tuned:
     """Trains the residuals in place; they end as the best state that a look found, never a worse one than came in.
 
     error(i): the squared error of point i, a differentiable scalar, in one unit for all points. training, held_out:
     numbers of points. progress(points done, points in all) is called a point; what it raises leaves the residuals as
-    they are just then. told: called with every look. The same inputs give the same result.
+    they are just then. told: called with every look. better(so far, [(up, down) of each residual, as stored]): called
+    where a look found a better state than all before. The same inputs give the same result.
     """
     work = _Work(residuals, error, plan, progress, len(held_out))
     order = _shuffled(training, random.Random(plan.seed))
@@ -129,9 +131,11 @@ def tune(
                 told(look)
             if look.held_out < best.held_out:
                 best, kept = look, _copies(residuals)
+                if better is not None:
+                    better(Tuned(tuple(looks), best), kept)
         if over:
             break
-    _take(residuals, kept)
+    take(residuals, kept)
     return Tuned(looks, best, finite)
 
 
@@ -212,7 +216,8 @@ def _copies(residuals: Sequence[Residual]) -> list[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def _take(residuals: Sequence[Residual], values: Sequence[Sequence[torch.Tensor]]) -> None:
+def take(residuals: Sequence[Residual], values: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Gives each residual these values (up, down)."""
     for residual, (up, down) in zip(residuals, values, strict=True):
         residual.up.copy_(up)
         residual.down.copy_(down)
@@ -222,8 +227,8 @@ def _take(residuals: Sequence[Residual], values: Sequence[Sequence[torch.Tensor]
 def _rounded(residuals: Sequence[Residual]) -> Iterator[None]:
     """Inside, the residuals have the values that are stored."""
     masters = [[parameter.detach().clone() for parameter in (r.up, r.down)] for r in residuals]
-    _take(residuals, _copies(residuals))
+    take(residuals, _copies(residuals))
     try:
         yield
     finally:
-        _take(residuals, masters)
+        take(residuals, masters)

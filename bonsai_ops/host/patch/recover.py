@@ -25,29 +25,26 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.sample
-import comfy.samplers
 import torch
 import torch.utils.checkpoint
 
-from ...quantize.recover import Look, Plan, Residual, Tuned, tune
+from ...quantize.recover import Look, Plan, Residual, Tuned, take, tune
 from ...weights.packed_weight import PackedWeight
-from ..compiled import uncompiled
 from ..gradients import outer_blocks
 from ..layout import is_packed, mode_of, unwrap, wrap
-from ..misfit import as_conds, explained
 from ..progress import Progress, shares
 from ..sampling import prepared
 from ..tensors import PREFIX, base_tensors
 from .assemble import around, assemble, empty_twin
 from .carry import carry_over
 from .layers import packed_pairs
+from .loaded import Loaded, with_model
 from .points import Points, room_for
 from .recovered import Recovered
+from .unfinished import Training, Unfinished
 
 if TYPE_CHECKING:
-    from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
-    from comfy.samplers import CFGGuider
 
 logger = logging.getLogger(__name__)
 
@@ -92,57 +89,13 @@ class Recovery:
         return self.points // steps
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A model as a sampler of ComfyUI gets it, with the conditionings prepared."""
-
-    model: BaseModel
-    conds: Sequence[dict]
-    options: Mapping[str, Any]
-    latent: torch.Tensor
-    whole: bool
-
-    def velocity(self, prompt: int, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """[1, ..] of x [1, ..]."""
-        times = torch.full((1,), sigma, dtype=torch.float32, device=x.device)
-        (denoised,) = comfy.samplers.calc_cond_batch(self.model, [[self.conds[prompt]]], x, times, self.options)
-        return (x - denoised) / sigma
-
-    def start(self, noise: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Where a sampling from this noise begins."""
-        times = torch.tensor(sigma, dtype=torch.float32, device=noise.device)
-        return self.model.model_sampling.noise_scaling(times, noise, self.latent, self.whole)
-
-
-class _Sampler(comfy.samplers.Sampler):
-    """Hands over what ComfyUI has loaded and prepared, and samples nothing."""
-
-    def __init__(self, work: Callable[[_Loaded], None]) -> None:
-        self.work = work
-
-    def sample(
-        self,
-        model_wrap: CFGGuider,
-        sigmas: torch.Tensor,
-        extra_args: dict[str, Any],
-        callback: Callable | None,
-        noise: torch.Tensor,
-        latent_image: torch.Tensor | None = None,
-        denoise_mask: torch.Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> torch.Tensor:
-        whole = self.max_denoise(model_wrap, sigmas)
-        options = extra_args["model_options"]
-        self.work(_Loaded(model_wrap.inner_model, model_wrap.conds["positive"], options, latent_image, whole))
-        return noise
-
-
 def recover(
     original: ModelPatcher, patched: ModelPatcher, recovery: Recovery, progress: Progress | None = None
 ) -> tuple[ModelPatcher, Recovered]:
     """(the packed ModelPatcher with better residuals, what became of them). Both models are as they were.
 
-    progress(done, total) follows; what it raises ends the work, and nothing is left. Raises ValueError if the patched
+    progress(done, total) follows; what it raises ends the work. The best state until then is kept (unfinished.py), and
+    the next call with the same models and inputs begins from it. Raises ValueError if the patched
     model has no residual or carries LoRAs, if the models differ or are one, or there is too little to train on;
     MisfitError for a conditioning or latent of another model.
     """
@@ -160,7 +113,10 @@ def recover(
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         between = time.perf_counter()
-        residuals, tuned = _train(patched, layers, prompts, samples, recovery, points, held, training)
+        begin = Training(original, patched, (prompts, samples, recovery.sigmas, samplings, repr(plan)))
+        begun = begin.unfinished()
+        residuals, tuned = _train(patched, layers, prompts, samples, recovery, points, held, begin, training)
+    begin.end()
     tensors = {name: _with(tensor, residuals.get(name)) for name, tensor in base_tensors(patched).items()}
     recovered = assemble(patched, empty_twin(patched.model), tensors, like=patched)
     return recovered, Recovered(
@@ -171,6 +127,7 @@ def recover(
         (len(points) - len(held), len(held)),
         (len(prompts), recovery.points),
         (between - started, time.perf_counter() - between),
+        begun,
     )
 
 
@@ -219,25 +176,6 @@ def _held_out(samplings: int, prompts: int, steps: int) -> list[int]:
     return [i * steps + step for i in out for step in range(steps)]
 
 
-def _with_model(
-    model: ModelPatcher, prompts: list[list], samples: torch.Tensor, sigmas: torch.Tensor, work: Callable
-) -> None:
-    """Calls `work` with the model loaded and these prompts prepared, as ComfyUI does it for a sampling."""
-    noise, sampler = torch.zeros_like(samples), _Sampler(work)
-    with explained(model.model, {"prompts": as_conds(prompts)}, samples), uncompiled(model) as plain:
-        try:
-            comfy.sample.sample_custom(
-                plain, noise, 1.0, sampler, sigmas, prompts, [], samples, disable_pbar=True, seed=0
-            )
-        except KeyError as error:
-            if not any(error.args[0] in entry for _, entry in prompts):
-                raise ValueError(
-                    f"a prompt has no {error.args[0]}, which {type(model.model).__name__} reads: encode the prompts "
-                    "with the text encoder that belongs to the original model"
-                ) from error
-            raise
-
-
 def _sample(
     original: ModelPatcher,
     prompts: list[list],
@@ -250,7 +188,7 @@ def _sample(
     sigmas = [float(sigma) for sigma in recovery.sigmas]
     total = recovery.samplings() * (len(sigmas) - 1)
 
-    def work(loaded: _Loaded) -> None:
+    def work(loaded: Loaded) -> None:
         for number in range(recovery.samplings()):
             noise = comfy.sample.prepare_noise(samples, recovery.plan.seed + number).to(loaded.latent)
             x = loaded.start(noise, sigmas[0])
@@ -262,7 +200,7 @@ def _sample(
                 x = x + (then - now) * velocity
 
     with torch.no_grad():
-        _with_model(original, prompts, samples, recovery.sigmas, work)
+        with_model(original, prompts, samples, recovery.sigmas, work)
     if not any(points.energies):
         raise ValueError("the original model predicts nothing but zeros: look at what it draws")
 
@@ -275,6 +213,7 @@ def _train(
     recovery: Recovery,
     points: Points,
     held: Sequence[int],
+    begin: Training,
     progress: Progress,
 ) -> tuple[dict[str, Residual], Tuned]:
     """({name of a weight: its best residual, on the processor}, how it went)."""
@@ -286,19 +225,27 @@ def _train(
     found: list[Tuned] = []
     with torch.inference_mode(False), torch.enable_grad(), _training():
         working, residuals = _working_copy(patched, layers)
+        begun = begin.unfinished()
+        if begun:
+            take(list(residuals.values()), [begun.values[name] for name in residuals])
 
-        def work(loaded: _Loaded) -> None:
+        def work(loaded: Loaded) -> None:
             def error(number: int) -> torch.Tensor:
                 x, truth = points.get(number, loaded.latent.device)
                 velocity = loaded.velocity(points.prompts[number], x, points.sigmas[number])
                 return (velocity.float() - truth).square().sum() / unit[number]
 
+            def better(tuned: Tuned, values: Sequence[Sequence[torch.Tensor]]) -> None:
+                stored = {n: [matrix.cpu() for matrix in pair] for n, pair in zip(residuals, values, strict=True)}
+                begin.keep(Unfinished(stored, begun.before if begun else tuned.before, tuned.best))
+
+            parts, plan = list(residuals.values()), recovery.plan
             with _checkpointed(loaded.model.diffusion_model):
-                found.append(tune(list(residuals.values()), error, trained, held, recovery.plan, progress, _told))
+                found.append(tune(parts, error, trained, held, plan, progress, _told, better))
 
         outside = [_outside(prompt) for prompt in prompts]
         try:
-            _with_model(working, outside, samples.clone(), recovery.sigmas.clone(), work)
+            with_model(working, outside, samples.clone(), recovery.sigmas.clone(), work)
         finally:
             comfy.model_management.unload_all_models()  # while the copy is known, which nobody else holds
     return {name: residual.to("cpu") for name, residual in residuals.items()}, found[0]

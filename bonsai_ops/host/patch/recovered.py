@@ -8,6 +8,7 @@ import numpy as np
 
 from ...quantize.recover import Plan, Tuned
 from ..sheet import FAINT, GAP, GREEN, LARGE, SMALL, YELLOW, Sheet, bytes_text
+from .unfinished import Unfinished
 
 CHART = 240
 """Pixels of height."""
@@ -16,7 +17,7 @@ CHART = 240
 @dataclass(frozen=True)
 class Recovered:
     """model: its class. nbytes: of the residuals. points: (trained on, held out). asked: (prompts, points asked for).
-    seconds: of (sampling, training)."""
+    seconds: of (sampling, training). begun: what a cancelled run had kept, which this one went on from."""
 
     model: str
     tuned: Tuned
@@ -25,6 +26,7 @@ class Recovered:
     points: tuple[int, int]
     asked: tuple[int, int]
     seconds: tuple[float, float]
+    begun: Unfinished | None = None
 
     @property
     def headline(self) -> str:
@@ -42,8 +44,13 @@ class Recovered:
             f"residuals of {bytes_text(self.nbytes)} trained; the model is as large as before",
             f"sampled in {self.seconds[0]:.1f} s, trained in {self.seconds[1]:.1f} s",
         ]
+        if self.begun is not None:
+            before, kept = self.begun.before.held_out, self.begun.best
+            error = f"{before:.4f} -> {kept.held_out:.4f}"
+            lines.append(f"went on from what was kept at Cancel, after step {kept.step}: error {error}")
         if best is self.tuned.before:
-            lines.append("no step made it better: the residuals are those that came in")
+            came = "were kept" if self.begun is not None else "came in"
+            lines.append(f"no step made it better: the residuals are those that {came}")
         elif best is not self.tuned.looks[-1]:
             lines.append(f"the best residuals are those after step {best.step}")
         if not self.tuned.finite:

@@ -280,7 +280,24 @@ def test_no_room_for_the_points(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp
             assert held.get(0, load_device())[1].sum() == 128 * 32
 
 
-def test_cancel_leaves_nothing(models: tuple[Any, Any], unload: Callable[[], None], comfy: Any) -> None:
+class Canceller:
+    """progress that cancels at its call number `at`."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, done: int, total: int) -> None:
+        self.left -= 1
+        if not self.left:
+            raise InterruptedError
+
+
+def cancelled(original: Any, patched: Any, at: int, **options: Any) -> None:
+    with pytest.raises(InterruptedError):
+        recover(original, patched, "flux2", Canceller(at), **options)
+
+
+def test_cancel_leaves_no_model(models: tuple[Any, Any], unload: Callable[[], None], comfy: Any) -> None:
     """In either phase: what progress raises comes out, no model is left beside the two, both draw as before."""
     from bonsai_ops.host.patcher import PackedPatcher
 
@@ -296,17 +313,55 @@ def test_cancel_leaves_nothing(models: tuple[Any, Any], unload: Callable[[], Non
     assert calls == sorted(calls) and calls[-1][0] <= calls[-1][1]
     comfy.model_management.unload_all_models()
     for at in (2, len(calls) // 2, len(calls)):
-
-        def cancel(done: int, total: int, left: list[int] = [at]) -> None:  # noqa: B006
-            left[0] -= 1
-            if not left[0]:
-                raise InterruptedError
-
-        with pytest.raises(InterruptedError):
-            recover(source, patched, "flux2", cancel)
+        cancelled(source, patched, at)
         comfy.model_management.unload_all_models()
         assert alive() == count
     assert all(torch.equal(sample("flux2", model), one) for model, one in zip(models, drawn, strict=True))
+    recover(source, patched, "flux2")  # to the end, which forgets what was kept
+
+
+def test_cancel_keeps_the_best(models: tuple[Any, Any], recovered: tuple[Any, Any], unload: Callable[[], None]) -> None:
+    """The next run with the same inputs begins from it, once; any other begins from what comes in."""
+    source, patched = models
+    calls: list[tuple[int, int]] = []
+    recover(source, patched, "flux2", lambda *call: calls.append(call))
+    whole = recovered[1].tuned
+    last = len(calls)  # in the last look: those before it have found better states
+    for other in ({"plan": {"seed": 1}}, {"conditionings": [prompt("flux2"), prompt("flux2", 3)]}):
+        cancelled(source, patched, last)
+        assert recover(source, patched, "flux2", **other)[1].begun is None
+    cancelled(source, patched, last)
+    found, report = recover(source, patched, "flux2")
+    begun, best = report.begun, min(whole.looks[:-1], key=lambda look: look.held_out)
+    assert begun is not None and begun.before == whole.before and begun.best == best
+    assert report.tuned.before.held_out == pytest.approx(best.held_out, rel=1e-6)
+    assert report.tuned.best.held_out < best.held_out < whole.before.held_out
+    assert f"kept at Cancel, after step {best.step}: error {whole.before.held_out:.4f} ->" in report.to_text()
+    again, fresh = recover(source, patched, "flux2")
+    assert fresh.begun is None and fresh.tuned == whole and same_state(state_bytes(again), state_bytes(recovered[0]))
+    assert not same_state(state_bytes(again), state_bytes(found))
+
+
+def test_cancel_again_keeps_the_better_one(models: tuple[Any, Any], unload: Callable[[], None]) -> None:
+    """Also where the second run is cancelled before it found anything; it goes with the model, and not before."""
+    from bonsai_ops.host.patch.unfinished import Unfinished
+
+    def kept() -> int:
+        gc.collect()
+        return sum(type(found) is Unfinished for found in gc.get_objects())
+
+    source, _ = models
+    patched, _ = patch(source, rank=8)
+    calls: list[tuple[int, int]] = []
+    recover(source, patched, "flux2", lambda *call: calls.append(call))
+    count = kept()
+    for at in (len(calls), 2, len(calls) // 2):
+        cancelled(source, patched, at)
+        assert kept() == count + 1
+    clone = patched.clone()
+    assert recover(source, clone, "flux2")[1].begun is None
+    del patched, clone  # which knows what it is a clone of
+    assert kept() == count
 
 
 def test_of_a_conditioning_only_the_text_counts(
