@@ -154,11 +154,10 @@ def test_programs_draw_in_turns_and_medians_count(capsys: pytest.CaptureFixture[
     picture.keep_in(file, {"commit": "0123456789"})(figures)
     written = json.loads(file.read_text(encoding="utf-8"))
     assert written["machine"] == {"commit": "0123456789"} and written["picture"]["ours"]["steps_s"] == 5.0
-    assert [bar.label for bar in plot.picture_panel(figures).groups[0][1]] == [
-        "Bonsai Image",
-        "stable-diffusion.cpp",
-        "stock ComfyUI, dense files",
-    ]
+    groups = dict(plot.picture_panel(figures).groups)
+    labels = ["Bonsai Image", "stable-diffusion.cpp", "stock ComfyUI, dense files"]
+    assert [bar.label for bar in groups["text encoder"]] == labels
+    assert [bar.value for bar in groups["whole process"]] == [15.0, 23.0, 60.0]
     with pytest.raises(SystemExit, match="no such model"):
         picture.measure([_program("ours", [])])
 
