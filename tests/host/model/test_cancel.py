@@ -1,6 +1,6 @@
 """Cancel at every stage of every node of ours that takes long: it ends there, leaves nothing and can be run again.
 
-None of them looks for a network meanwhile.
+None of them looks for a network meanwhile, nor does the plugin when it is imported: here there is none.
 
 The nodes are the plugin's own, imported as ComfyUI imports it. Cancel is pressed when it is looked for the n-th time,
 for some n from the first to the last.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ MODEL, PACK, ENCODER = "cancel.safetensors", "cancel-pack", "cancel-encoder.safe
 
 
 @pytest.fixture(scope="module")
-def ours(comfy: Any) -> Iterator[dict[str, Any]]:
+def ours(comfy: Any, connections: list[str]) -> Iterator[dict[str, Any]]:
     """{id: node class} of the plugin."""
     name = "bonsai_cancelled_plugin"
     spec = importlib.util.spec_from_file_location(
@@ -120,13 +121,17 @@ CONNECTS = ("socket.", "urllib.", "ftplib.", "smtplib.", "http.client.", "webbro
 
 @pytest.fixture(scope="module")
 def connections() -> Iterator[list[str]]:
-    """Events of a network in this process, as long as the tests of this file run; a hook cannot be taken away."""
+    """What looked for a network in this process and was refused, as long as the tests of this file run.
+
+    A hook cannot be taken away.
+    """
     seen: list[str] = []
     watching = [True]
 
     def hook(event: str, arguments: tuple) -> None:
         if watching and event.startswith(CONNECTS):
             seen.append(f"{event} {arguments}"[:200])
+            raise ConnectionError("there is no network here")
 
     sys.addaudithook(hook)
     yield seen
@@ -196,6 +201,19 @@ NAMES = (
 
 def test_every_node_is_here(ours: Mapping[str, Any]) -> None:
     assert set(ours) == {*NAMES, *QUICK}
+
+
+def test_without_a_network(ours: Mapping[str, Any], models: Path, connections: list[str]) -> None:
+    """The import, the nodes without a bar, a model, and a text that is encoded; the others are watched below."""
+    assert connections == []
+    with pytest.raises(ConnectionError), socket.socket() as opened:
+        opened.connect(("127.0.0.1", 9))
+    assert len(connections) == 1 and connections.pop().startswith("socket.")
+    inputs = {"pack_name": PACK, "compute_dtype": "fp32", "memory": "auto"}
+    (_, model), (kind, clip), _ = call(ours["LoadBonsaiPack"], inputs)
+    for name in sorted(QUICK):
+        call(ours[name], {"model": model})
+    assert fingerprint(kind, clip, 0) and connections == []
 
 
 @pytest.mark.parametrize("name", NAMES)
