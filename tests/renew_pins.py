@@ -20,10 +20,19 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bonsai_ops.tools.environment import PLUGIN, clean_environment, ensure_or_exit, run_attached
+from bonsai_ops.tools.environment import (
+    PLUGIN,
+    clean_environment,
+    ensure_or_exit,
+    environment_path,
+    newest_packages_path,
+    run_attached,
+)
 from bonsai_ops.tools.environment.comfyui_download import comfyui_requirements
 from bonsai_ops.tools.environment.locks import FOLDER, PYTHONS
 from bonsai_ops.tools.environment.pins import (
+    ARCHIVE_PACKAGES,
+    ARCHIVE_REQUIREMENTS,
     MANAGER_REQUIREMENTS,
     NEWEST_PACKAGES,
     TEST_REQUIREMENTS,
@@ -79,10 +88,11 @@ def _print_newer(python: str) -> None:
 def _write_locks() -> None:
     comfyui = {name for python in PYTHONS for name in asked_for(_own_of_comfyui(), python)}
     tools = {python: _without(asked_for(TEST_REQUIREMENTS, python), comfyui) for python in PYTHONS}
-    newer = {python: {_normal(line.partition("==")[0]): line for line in _newer()} for python in PYTHONS}
+    newer = _held(newest_packages_path(), NEWEST_PACKAGES, MANAGER_REQUIREMENTS)
+    archive = _held(environment_path() / "comfy-cli", ARCHIVE_PACKAGES, ARCHIVE_REQUIREMENTS)
     FOLDER.mkdir(exist_ok=True)
     head = HEAD.format(*(".".join(map(str, python)) for python in (PYTHONS[0], PYTHONS[-1])))
-    for name, wanted in (("tools", tools), ("newer", newer)):
+    for name, wanted in (("tools", tools), ("newer", newer), ("archive", archive)):
         lines = lock_lines({python: _looked_up(python, list(lines.values())) for python, lines in wanted.items()})
         (FOLDER / f"{name}.txt").write_text(head + "\n".join((*lines, "")), "ascii", newline="\n")
         print(f"{FOLDER / name}.txt: {len(lines)} packages")
@@ -92,15 +102,11 @@ def _own_of_comfyui() -> list[str]:
     return [*TORCH_REQUIREMENTS, *TORCHAUDIO_REQUIREMENTS, *comfyui_requirements()]
 
 
-def _newer() -> tuple[str, ...]:
-    """What comes before the environment's packages; what has no pin is taken as it is there now."""
-    from bonsai_ops.tools.environment import newest_packages_path
-
-    held = {
-        _normal(found.name): found.version
-        for found in importlib.metadata.distributions(path=[str(newest_packages_path())])
-    }
-    return (*NEWEST_PACKAGES, *(f"{name}=={held[_normal(name)]}" for name in MANAGER_REQUIREMENTS))
+def _held(folder: Path, pinned: Iterable[str], names: Iterable[str]) -> dict[tuple[int, int], dict[str, str]]:
+    """{Python version: {normalized name: requirement}} of a folder; what has no pin is taken as it is there now."""
+    held = {_normal(found.name): found.version for found in importlib.metadata.distributions(path=[str(folder)])}
+    lines = (*pinned, *(f"{name}=={held[_normal(name)]}" for name in names))
+    return {python: {_normal(line.partition("==")[0]): line for line in lines} for python in PYTHONS}
 
 
 def _normal(name: str) -> str:

@@ -54,7 +54,8 @@ class Scheme:
     ) -> torch.Tensor:
         """Integer codes -> values in `dtype`, both [R, K], or [.., g]; tables [R, K / group], or [..]."""
         tables = (None if table is None else table.unsqueeze(-1) for table in (scale, zero))
-        return self.formula(codes.reshape(*scale.shape, -1), *tables, dtype).view(codes.shape)
+        group = codes.shape[-1] if codes.ndim > scale.ndim else codes.shape[-1] // scale.shape[-1]
+        return self.formula(codes.reshape(*scale.shape, group), *tables, dtype).view(codes.shape)
 
 
 def _signed(step: int) -> Formula:

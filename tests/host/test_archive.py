@@ -1,7 +1,7 @@
 """The archive as comfy-cli packs it for the registry: checked by its own rules, unpacked into a ComfyUI, and run.
 
-comfy-cli lies in a folder of its own beside the environment, without what it needs only to install a ComfyUI; it is
-fetched here, and what needs it is left out where it cannot be had.
+comfy-cli lies in a folder of its own beside the environment; it is fetched here, and what needs it is left out where it
+cannot be had.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import pytest
 from released import RELEASED
 
 from bonsai_ops.tools.environment import NEWEST, PLUGIN_NAME, SetupError, comfyui_path, environment_path
+from bonsai_ops.tools.environment.locks import locked
+from bonsai_ops.tools.environment.pins import ARCHIVE_PACKAGES, ARCHIVE_REQUIREMENTS
 from bonsai_ops.tools.environment.processes import clean_environment
 from bonsai_ops.tools.environment.steps import folder_step
 from bonsai_ops.tools.server import ComfyServer
@@ -29,14 +31,6 @@ pytestmark = [pytest.mark.host, pytest.mark.slow]
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOST_BYTES = 16_000_000
 """Of the archive."""
-TOOL = "comfy-cli==1.23.0"
-TOOL_NEEDS = (
-    *("GitPython", "gitdb", "smmap", "httpx", "httpcore", "h11", "anyio", "mixpanel<5", "pathspec"),
-    *("posthog>=6,<8", "backoff", "distro", "questionary", "prompt_toolkit", "wcwidth", "semver~=3.0"),
-    *("tomlkit<0.16", "websocket-client", "cookiecutter", "binaryornot", "python-slugify", "text-unidecode", "arrow"),
-    *("python-dateutil", "six", "tzdata"),
-)
-"""Without uv and ffmpeg; the others of its needs the environment has."""
 
 
 class Comfy:
@@ -65,7 +59,7 @@ class Comfy:
 @pytest.fixture(scope="module")
 def comfy(tmp_path_factory: pytest.TempPathFactory) -> Comfy:
     packages = environment_path() / "comfy-cli"
-    step = folder_step("comfy-cli", packages, (TOOL, *TOOL_NEEDS))
+    step = folder_step("comfy-cli", packages, locked("archive", (*ARCHIVE_PACKAGES, *ARCHIVE_REQUIREMENTS))[0])
     if not step.is_done():
         try:
             step.run(lambda: None)

@@ -32,6 +32,7 @@ TORCHAUDIO_REQUIREMENTS = ("torchaudio==2.11.0",)
 TEST_REQUIREMENTS = (
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",
+    "hypothesis==6.170.17",
     "ruff==0.17.6",
     'diffusers==0.42.1; python_version >= "3.11"',
     'diffusers==0.41.0; python_version < "3.11"',
@@ -73,6 +74,16 @@ MANAGER_REQUIREMENTS = (
     "chardet",
     "nh3",
     "toml",
+)
+
+# What packs the archive, in a folder of its own (tests/host/test_archive.py): without uv and ffmpeg, which it has only
+# to install a ComfyUI; the others of its needs the environment has.
+ARCHIVE_PACKAGES = ("comfy-cli==1.23.0", "mixpanel==4.11.1", "tomlkit==0.15.2")
+ARCHIVE_REQUIREMENTS = (
+    *("GitPython", "gitdb", "smmap", "httpx", "httpcore", "h11", "anyio", "pathspec"),
+    *("posthog", "backoff", "distro", "questionary", "prompt_toolkit", "wcwidth", "semver"),
+    *("websocket-client", "cookiecutter", "binaryornot", "python-slugify", "text-unidecode", "arrow"),
+    *("python-dateutil", "six", "tzdata"),
 )
 
 
