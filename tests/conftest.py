@@ -96,7 +96,7 @@ if COMFYUI is not None:
     _set_comfyui_options(BASE_DIRECTORY)
 
 
-WITH_SERVER = ("test_blueprints", "test_matrix", "test_product", "test_sharing")
+WITH_SERVER = ("test_blueprints", "test_matrix", "test_product", "test_sharing", "test_soak")
 SEPARATE = ("test_guards", "test_other_hosts", "test_seedling_interpreted", "test_triton")
 """Files whose slow tests each start a process of their own and share nothing."""
 

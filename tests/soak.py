@@ -1,7 +1,8 @@
 """Hundreds of prompts on one server: python -m tests.soak [--prompts 500] [--size 128] [--steps 1].
 
 A real ComfyUI on the processor draws with the seedling, ternary and 1-bit, with LoRAs, stock samplers and from
-pictures; in between models are patched, calibrated, measured and saved, prompts are cancelled, and wrong ones are sent.
+pictures; in between models are patched, calibrated, measured, recovered, trained and saved, prompts are cancelled, and
+wrong ones are sent.
 Every prompt is answered as it has to be, the same seed gives the same picture to the bit however often and between
 whatever, and after the first 50 prompts the process takes no more memory, files and threads. Prints a table; the exit
 code is 1 if something of that does not hold.
@@ -30,8 +31,8 @@ from bonsai_ops.tools.server import ComfyServer, PromptInterruptedError
 INSIDE = "BONSAI_SOAK"
 """Set in the process of the private environment."""
 CYCLE = (
-    *("ternary", "binary", "lora", "stock", "bad name", "picture", "ternary", "patch", "lora", "binary"),
-    *("cancel", "ternary", "fast", "bad text", "binary", "save", "picture", "lora", "ternary", "damaged"),
+    *("ternary", "binary", "lora", "stock", "bad name", "picture", "ternary", "patch", "train", "binary"),
+    *("cancel", "ternary", "fast", "bad text", "recover", "save", "picture", "lora", "ternary", "damaged"),
     *("binary", "stock", "cancel", "lora", "ternary"),
 )
 """Kinds of prompts, again and again; how much memory is held is compared at the same place of it."""
@@ -67,6 +68,8 @@ class Soak:
 
     size: int
     steps: int
+    cycle: Sequence[str] = CYCLE
+    seeds: int = SEEDS
     answered: Counter[str] = field(default_factory=Counter)
     pictures: dict[str, str] = field(default_factory=dict)
     same: int = 0
@@ -78,7 +81,7 @@ class Soak:
         """Sends so many prompts, one after another; what is held is looked at after each whole cycle."""
         started = time.monotonic()
         for number in range(prompts):
-            kind = CYCLE[number % len(CYCLE)]
+            kind = self.cycle[number % len(self.cycle)]
             try:
                 self._one(server, kind, number)
                 self.answered[kind] += 1
@@ -86,14 +89,14 @@ class Soak:
                 self.wrong.append(f"prompt {number}, {kind}: {type(error).__name__}: {str(error)[:600]}")
                 if not alive(server):
                     break
-            if (number + 1) % len(CYCLE) == 0:
+            if (number + 1) % len(self.cycle) == 0:
                 if SYSTEM.exists():
                     self.held.append(held_by(server.pid))
                 said(f"{number + 1} prompts, {self.held[-1] if self.held else ''}, wrong: {len(self.wrong)}")
         self.seconds = time.monotonic() - started
 
     def _one(self, server: ComfyServer, kind: str, number: int) -> None:
-        seed = (number // len(CYCLE)) % SEEDS
+        seed = (number // len(self.cycle)) % self.seeds
         graph = GRAPHS[kind](self, seed, number)
         if kind in REFUSED:
             _refused(server, graph, REFUSED[kind])
@@ -111,10 +114,10 @@ class Soak:
         if not found:
             raise AssertionError("nothing was drawn")
 
-    def faults(self, bounded: bool = False) -> list[str]:
+    def faults(self) -> list[str]:
         """What does not hold; in few prompts memory is not compared."""
         faults = list(self.wrong)
-        if bounded or len(self.held) < 3:
+        if len(self.held) < 3:
             return faults
         first, last = self.held[BASE // len(CYCLE) - 1], self.held[-1]
         if last.memory > first.memory * (1 + GROWTH):
@@ -305,10 +308,52 @@ def _patch(soak: Soak, seed: int, number: int) -> dict[str, dict]:
             calibration=["seen", 0],
         ),
         measured=_node("MeasureBitLinear", original=["dense", 0], patched=["patched", 0], **given, **how),
+        about=_node("BonsaiModelInfo", model=["patched", 0]),
         told=_node("PreviewAny", source=["measured", 0]),
+        told_about=_node("PreviewAny", source=["about", 0]),
     )
     graph["pack"]["inputs"]["pack_name"] = tiny_files.PACK
     return _with(graph, model=["patched", 0])
+
+
+def _recover(soak: Soak, seed: int, number: int) -> dict[str, dict]:
+    """What is patched learns two steps long from four points of the dense model."""
+    graph = _patch(soak, seed, number)
+    graph["patched"]["inputs"]["rank"] = 4
+    graph["sigmas"] = _node("Flux2Scheduler", steps=2, width=soak.size, height=soak.size)
+    models = {"original": ["dense", 0], "patched": ["patched", 0], "prompts": ["text", 0], "latent": ["empty", 0]}
+    numbers = {"seed": seed, "points": 4, "steps": 2, "batch": 1, "learning_rate": 1e-3, "minutes": 0.0}
+    graph["recovered"] = _node("RecoverBitLinear", **models, sigmas=["sigmas", 0], **numbers)
+    return _with(graph, model=["recovered", 0])
+
+
+def _train(soak: Soak, seed: int, number: int) -> dict[str, dict]:
+    """A LoRA is trained on the dense model for one step and drawn with on the pack."""
+    import tiny_files
+
+    given = {"model": ["right", 0], "latents": ["empty", 0], "positive": ["text", 0]}
+    numbers = {
+        "batch_size": 1,
+        "grad_accumulation_steps": 1,
+        "steps": 1,
+        "learning_rate": 1e-3,
+        "rank": 2,
+        "seed": seed,
+    }
+    kinds = {"optimizer": "SGD", "loss_function": "MSE", "training_dtype": "fp32", "lora_dtype": "fp32"}
+    ways = {"algorithm": "LoRA", "gradient_checkpointing": True, "checkpoint_depth": 1, "existing_lora": "[None]"}
+    off = dict.fromkeys(("quantized_backward", "offloading", "bucket_mode"), False)
+    graph = _drawing(
+        soak,
+        seed,
+        number,
+        dense=_node("UNETLoader", unet_name=tiny_files.DENSE, weight_dtype="default"),
+        right=_node("BonsaiRightGradients", model=["dense", 0]),
+        trained=_node("TrainLoraNode", **given, **numbers, **kinds, **ways, **off, bypass_mode=True),
+        lora=_node("LoraModelLoader", model=["pack", 0], lora=["trained", 0], strength_model=1.0, bypass=False),
+    )
+    graph["pack"]["inputs"]["pack_name"] = tiny_files.PACK
+    return _with(graph, model=["lora", 0])
 
 
 def _bad_text(soak: Soak, seed: int, number: int) -> dict[str, dict]:
@@ -328,6 +373,8 @@ GRAPHS: dict[str, Callable[[Soak, int, int], dict[str, dict]]] = {
     "stock": _stock,
     "picture": _picture,
     "patch": _patch,
+    "recover": _recover,
+    "train": _train,
     "save": _save,
     "cancel": lambda soak, seed, number: _with(_drawing(soak, 1000 + number, number), steps=100),
     "bad name": lambda *how: _loaded(*how, "soak-not-there.safetensors"),
