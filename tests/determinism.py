@@ -1,8 +1,9 @@
 """Whether the same seed draws the same bits: python -m tests.determinism [--size 64] [--steps 1].
 
 With the seedling, ternary and 1-bit, on the processor, by each backend in fp32 and bf16: twice in one process, in two
-processes, with one thread and with two, alone and at both places of a batch of two. Prints a table; the exit code is 1
-if two runs or two processes differ. Threads and batches are measured only: how a product is cut into pieces, and so the
+processes, with one thread and with two, alone and at both places of a batch of two. The same of decoding: by the
+seedling's VAE, and by one of the published size with random weights. Prints a table; the exit code is 1 if two runs or
+two processes differ. Threads and batches are measured only: how a product is cut into pieces, and so the
 order of its sums, is up to the library that multiplies.
 """
 
@@ -28,7 +29,7 @@ PROMPT = "one orange bonsai in a black pot, mist, fallen leaves"
 
 
 def drawn(comfyui: Path, base: Path, size: int, steps: int) -> dict[str, dict[str, str]]:
-    """{what draws: {how: digest of the latent}} of this process, which has as many threads as OMP_NUM_THREADS says."""
+    """{what draws: {how: digest of the latent, or of the picture}} of this process, which has as many threads as OMP_NUM_THREADS says."""
     sys.path[:0] = [str(comfyui), str(PLUGIN)]
     from bonsai_ops.tools.bench.inside import comfyui as host
 
@@ -41,6 +42,8 @@ def drawn(comfyui: Path, base: Path, size: int, steps: int) -> dict[str, dict[st
     from bonsai_ops.host.loader import load_bonsai_model
     from bonsai_ops.host.sampling import sample_official
     from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
+    from bonsai_ops.host.vae import load_vae
+    from bonsai_ops.tools import synthetic
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     seedling = PLUGIN / "bonsai_ops" / "models" / "bonsai" / "seedling"
@@ -49,6 +52,10 @@ def drawn(comfyui: Path, base: Path, size: int, steps: int) -> dict[str, dict[st
 
     def digest(samples: Any) -> str:
         return hashlib.sha256(samples.contiguous().numpy().tobytes()).hexdigest()
+
+    def ways(once: Any, again: Any, pair: Any) -> dict[str, str]:
+        kinds = {"once": once, "again": again, "first of two": pair[:1], "second of two": pair[1:]}
+        return {kind: digest(samples) for kind, samples in kinds.items()}
 
     found: dict[str, dict[str, str]] = {}
     for name, path in (("ternary", seedling), ("1-bit", seedling / "binary.safetensors")):
@@ -62,12 +69,13 @@ def drawn(comfyui: Path, base: Path, size: int, steps: int) -> dict[str, dict[st
                     )
                     alone = [sample_official(model, positive, one, 7, steps, 1.0)["samples"] for _ in range(2)]
                     pair = sample_official(model, positive, two, 7, steps, 1.0)["samples"]
-                found[f"{name}, {dtype}, {backend}"] = {
-                    "once": digest(alone[0]),
-                    "again": digest(alone[1]),
-                    "first of two": digest(pair[:1]),
-                    "second of two": digest(pair[1:]),
-                }
+                found[f"{name}, {dtype}, {backend}"] = ways(*alone, pair)
+    synthetic.write_vae(base / "vae")
+    latent = torch.randn(1, 128, size // 16, size // 16, generator=torch.Generator().manual_seed(7))
+    for name, path in (("seedling's VAE", seedling), ("FLUX.2's VAE", base)):
+        vae = load_vae(path)
+        alone = [vae.decode(latent) for _ in range(2)]
+        found[name] = ways(*alone, vae.decode(latent.repeat(2, 1, 1, 1)))
     return found
 
 
