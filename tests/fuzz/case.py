@@ -20,7 +20,7 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bonsai_ops.weights.errors import PackError
+from bonsai_ops.weights.errors import GAP, PackError, shown
 
 from .formats import Format, copied
 from .mutate import mutate
@@ -34,10 +34,11 @@ ROOM = 4 << 30
 """Bytes of addresses that a reader may take beyond what it starts with: mapped files are among them."""
 LONGEST = 1400
 """Characters of a message without its path."""
-CURE = re.compile(
-    r"\b(expected|download|use|give|choose|update|put|save|load|allow|wait|convert|report|take it away|get|close)\b",
-    re.I,
+VERBS = (
+    "expected|download|use|give|choose|update|put|save|load|allow|wait|convert|report|take|get|close|free|restart|check"
 )
+CURE = re.compile(rf"(^|[.:;] |, (or|and) |, )({VERBS})\b", re.I)
+"""Of a cure: a sentence that begins with what to do or with what was expected."""
 EVENTS = re.compile(
     r"subprocess\.|os\.(system|exec|fork|posix_spawn|spawn|startfile|remove|rename|mkdir|rmdir|chmod|link)"
 )
@@ -64,12 +65,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Order:
-    """name: of the format. target: what is read; mapped: whether by mapping it. folder: that of the case."""
+    """name: of the format. target: what is read; mapped: whether by mapping it. folder: that of the case.
+
+    file, key: the one place that was changed, where it has a name; an error about that file must have it.
+    """
 
     name: str
     target: str
     mapped: bool
     folder: str
+    file: str = ""
+    key: str = ""
 
 
 def run_case(reader: Reader, name: str, seed_folder: Path, scratch: Path, key: str) -> tuple[Verdict, str]:
@@ -79,19 +85,24 @@ def run_case(reader: Reader, name: str, seed_folder: Path, scratch: Path, key: s
     shutil.rmtree(folder, ignore_errors=True)
     copied(seed_folder, folder)
     changes: list[str] = []
+    keys: list[tuple[str, str] | None] = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         try:
-            changes.append(mutate(folder, rng))
+            how, key = mutate(folder, rng)
+            changes.append(how)
+            keys.append(key)
         except Exception:  # what the change before left is beyond this one
+            keys.append(None)
             changes.append(f"none ({traceback.format_exc(-1).splitlines()[-1]})"[:200])
     target = folder / form.target if form.target else folder
-    # torch maps what it opens, and ComfyUI is told by its command line to map: there a process may end
-    moving = rng.random() < 0.05 and not form.needs_comfyui and not form.target.endswith(".pt")
-    order = Order(name, str(target), not moving and rng.random() < 0.8, str(folder))
+    moving = rng.random() < 0.05
+    touched = keys[0] if len(keys) == 1 and not moving else None
+    order = Order(name, str(target), not moving and rng.random() < 0.8, str(folder), *(touched or ("", "")))
     if moving:
         changes.append("while it is read")
         reader.end()
-        with _moved(folder, rng):
+        # torch maps what it opens: there a process may end where a file is cut off instead of replaced
+        with _moved(folder, rng, in_place=not form.target.endswith(".pt")):
             verdict = reader.read(order)
         reader.end()
         return verdict, ", ".join(changes)
@@ -106,12 +117,12 @@ def run_case(reader: Reader, name: str, seed_folder: Path, scratch: Path, key: s
 
 
 @contextlib.contextmanager
-def _moved(folder: Path, rng: random.Random) -> Iterator[None]:
+def _moved(folder: Path, rng: random.Random, in_place: bool) -> Iterator[None]:
     """Inside, another process changes the files of a folder."""
     mover = os.fork()
     if not mover:
         try:
-            _move(folder, rng)
+            _move(folder, rng, in_place)
         finally:
             os._exit(0)
     try:
@@ -121,20 +132,20 @@ def _moved(folder: Path, rng: random.Random) -> Iterator[None]:
         os.waitpid(mover, 0)
 
 
-def _move(folder: Path, rng: random.Random) -> None:
-    """Cuts files off, writes into them and puts others in their place until it is ended."""
+def _move(folder: Path, rng: random.Random, in_place: bool) -> None:
+    """Puts others in the place of files, and cuts these off and writes into them if `in_place`, until it is ended."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 64 << 20]
     raw = {path: path.read_bytes() for path in files}
     while files:
         path = rng.choice(files)
         size = len(raw[path])
-        kind = rng.randrange(3)
+        kind = rng.randrange(3) if in_place else 2
         if kind == 0:
             os.truncate(path, rng.randrange(size + 1))
         elif kind == 1:
             path.write_bytes(raw[path])
         else:
-            path.with_name("new").write_bytes(raw[path][: size // 2])
+            path.with_name("new").write_bytes(raw[path][: rng.choice((size, size // 2))])
             path.with_name("new").replace(path)
         time.sleep(0.002)
 
@@ -234,7 +245,7 @@ def _judged(formats: Mapping[str, Format], order: Order, seen: list[str]) -> Ver
         verdict.read = True
     except PackError as error:
         verdict.said = str(error)
-        verdict.fault = _wrong_message(verdict.said, folder)
+        verdict.fault = _wrong_message(error, folder) or _without_key(error, order)
     except BaseException as error:
         verdict.said = f"{type(error).__name__}: {error}"[:2000]
         verdict.fault = "another exception\n" + "".join(traceback.format_exception(error))[-3000:]
@@ -277,13 +288,23 @@ def _excess(verdict: Verdict, seen: list[str]) -> str:
     return ""
 
 
-def _wrong_message(text: str, folder: Path) -> str:
+def _without_key(error: PackError, order: Order) -> str:
+    """What an error lacks that is about a file of which one thing was changed: the name of that, or of its layer."""
+    if not order.key or str(error.path) != order.file:
+        return ""
+    told = f"{error.key} {error.found} {error.cure}"
+    layer = order.key.rpartition(".")[0] or order.key
+    return "" if shown(layer, 60).partition(GAP)[0] in told else f"a message without the key {order.key}"
+
+
+def _wrong_message(error: PackError, folder: Path) -> str:
     """What a message lacks: one printable line of the name of a file of the case, what to do, and its path."""
+    text = str(error)
     said, _, end = text.rpartition(f" ({folder}")
     if not end.endswith(")") or not said.startswith(f"{Path(f'{folder}{end[:-1]}').name}: "):
         return "a message that names no file"
     if not text.isprintable() or len(text) > LONGEST + 300:
         return "a message that is no line"
-    if not said.endswith(".") or not CURE.search(said):
+    if not said.endswith(".") or not CURE.search(error.cure):
         return "a message without a cure"
     return ""

@@ -7,7 +7,8 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from bonsai_ops.tools import synthetic
 from bonsai_ops.weights import flux2, qwen3
 from bonsai_ops.weights.formats import native
+from bonsai_ops.weights.formats.gguf import BLOCKS
+from bonsai_ops.weights.formats.native_record import RECORD_TENSOR
 from bonsai_ops.weights.packed_weight import PackedWeight
 from bonsai_ops.weights.read import open_text_encoder, open_transformer, read_weights
 
@@ -53,13 +56,36 @@ def text_encoder(path: Path, mapped: bool) -> None:
 def vae(path: Path, mapped: bool) -> None:
     from bonsai_ops.host.vae import load_vae
 
+    _map(mapped)
     load_vae(path)
 
 
 def model(path: Path, mapped: bool) -> None:
     from bonsai_ops.host.loader import load_bonsai_model
 
-    load_bonsai_model(path)
+    _map(mapped)
+    load_bonsai_model(path, {"compute_dtype": "fp32"})
+
+
+def clip(path: Path, mapped: bool) -> None:
+    from bonsai_ops.host.text_encoder import load_bonsai_text_encoder
+
+    _map(mapped)
+    load_bonsai_text_encoder(path)
+
+
+def pack(path: Path, mapped: bool) -> None:
+    from bonsai_ops.host.pack import load_pack
+
+    _map(mapped)
+    load_pack(path, {"compute_dtype": "fp32"})
+
+
+def _map(mapped: bool) -> None:
+    """Has ComfyUI read files as with or without --disable-mmap."""
+    from comfy.cli_args import args
+
+    args.disable_mmap = not mapped
 
 
 def _weights(folder: Path) -> dict[str, PackedWeight | torch.Tensor]:
@@ -69,9 +95,29 @@ def _weights(folder: Path) -> dict[str, PackedWeight | torch.Tensor]:
     return weights
 
 
-def write_native(folder: Path) -> None:
+def write_native(folder: Path, rank: int = 0) -> None:
     weights = _weights(folder)
+    for name, weight in weights.items():
+        if rank and isinstance(weight, PackedWeight):
+            rows, columns = weight.shape
+            weights[name] = replace(weight, up=torch.ones(rows, rank), down=torch.ones(rank, columns))
     native.write(folder / "w.safetensors", weights, native.make_record(weights, {"file": "x"}))
+
+
+def write_checkpoint(folder: Path) -> None:
+    """As ComfyUI saves one: its prefix before our names, the record as a tensor, and parts of other models."""
+    weights = _weights(folder)
+    tensors = native.to_tensors(weights) | {RECORD_TENSOR: native.make_record(weights, {"file": "x"}).to_tensor()}
+    whole = {f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole | {"vae.a": torch.ones(3)}, folder / "w.safetensors")
+
+
+def write_native_text(folder: Path) -> None:
+    write_mlx_text(folder / "x")
+    weights = read_weights(open_text_encoder(folder / "x")[0])
+    shutil.rmtree(folder / "x")
+    record = native.make_record(weights, {"file": "x"}, native.TEXT_ENCODER)
+    native.write(folder / "model.safetensors", weights, record)
 
 
 def write_unpacked(folder: Path) -> None:
@@ -101,16 +147,16 @@ def write_shards(folder: Path) -> None:
     (folder / NAME).unlink()
 
 
-def write_gguf(folder: Path) -> None:
-    """Names of BFL, matrices in TQ2_0, the rest in fp16."""
+def write_gguf(folder: Path, kind: int) -> None:
+    """Names of BFL, matrices in one kind of block, whose bytes are all zero, the rest in fp16."""
     geometry = flux2.Geometry(hidden=256, context=256, in_channels=128, double_blocks=1, single_blocks=1)
     header, data, count = b"", b"", 0
     for name, shape in flux2.expected_shapes(geometry).items():
         packed = flux2.is_block_linear(name)
-        rows = shape[0] * shape[-1] // 256 if packed else 0
-        raw = (bytes([0b01100100] * 64) + b"\0\x3c") * rows if packed else bytes(2 * torch.Size(shape).numel())
+        values = torch.Size(shape).numel()
+        raw = bytes(values // BLOCKS[kind].size * BLOCKS[kind].nbytes if packed else 2 * values)
         header += _text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
-        header += struct.pack("<IQ", 35 if packed else 1, len(data))
+        header += struct.pack("<IQ", kind if packed else 1, len(data))
         data += raw + bytes(-len(raw) % 32)
         count += 1
     pairs = _text("general.architecture") + struct.pack("<I", 8) + _text("flux")
@@ -173,8 +219,23 @@ def read_release(path: Path, mapped: bool) -> None:
     text_encoder(path, mapped)
 
 
-def write_vae(folder: Path) -> None:
+def write_vae(folder: Path, told: bool = True) -> None:
     synthetic.write_vae(folder / "vae", VAE_SIZES)
+    if not told:
+        (folder / "vae" / "config.json").unlink(missing_ok=True)
+
+
+def write_tiny_vae(folder: Path) -> None:
+    from comfy.taesd.taesd import TAESD
+
+    tensors = {name: torch.zeros_like(t) for name, t in TAESD(latent_channels=32).state_dict().items() if t.ndim}
+    (folder / "vae").mkdir()
+    save_file(tensors, folder / "vae" / NAME)
+
+
+def write_pack(folder: Path) -> None:
+    write_release(folder)
+    write_vae(folder)
 
 
 def write_family(folder: Path) -> None:
@@ -210,14 +271,26 @@ FORMATS: dict[str, Format] = {
     "gemlite-safetensors": Format(write_gemlite_safetensors, NAME, transformer),
     "unpacked": Format(write_unpacked, "w.safetensors", transformer),
     "native": Format(write_native, "w.safetensors", transformer),
-    "gguf": Format(write_gguf, "w.gguf", transformer),
+    **{
+        f"gguf-{block.name.lower()}": Format(partial(write_gguf, kind=kind), "w.gguf", transformer)
+        for kind, block in BLOCKS.items()
+    },
+    "checkpoint": Format(write_checkpoint, "w.safetensors", transformer),
+    "residual": Format(partial(write_native, rank=2), "w.safetensors", transformer),
     "hqq": Format(write_hqq, "qmodel.pt", text_encoder),
     "text-mlx": Format(write_mlx_text, "model.safetensors", text_encoder),
+    "text-native": Format(write_native_text, "model.safetensors", text_encoder),
     "text-unpacked": Format(write_dense_text, "model.safetensors", text_encoder),
     "shards": Format(write_shards, f"{NAME[:-12]}-00001-of-00003.safetensors", transformer),
     "release": Format(write_release, "", read_release),
     "lora": Format(write_lora, "lora.safetensors", transformer),
     "vae": Format(write_vae, "", vae, needs_comfyui=True),
+    "vae-alone": Format(partial(write_vae, told=False), "", vae, needs_comfyui=True),
+    "vae-tiny": Format(write_tiny_vae, "", vae, needs_comfyui=True),
+    "model": Format(write_native, "w.safetensors", model, needs_comfyui=True),
+    "clip": Format(write_mlx_text, "model.safetensors", clip, needs_comfyui=True),
+    "clip-hqq": Format(write_hqq, "qmodel.pt", clip, needs_comfyui=True),
+    "pack": Format(write_pack, "", pack, needs_comfyui=True),
     "family": Format(write_family, "w.safetensors", model, needs_comfyui=True),
 }
 

@@ -12,21 +12,22 @@ from . import torch_files
 from .values import RAW, TEXTS, changed, hostile, number, spelled
 
 GB, LARGE = 1 << 30, 64 << 20
-Mutation = Callable[[Path, Random], None]
+Mutation = Callable[[Path, Random], str | None]
+"""Changes a file; returns the name of the one tensor or entry that it made another, None where there is no one."""
 
 
-def mutate(folder: Path, rng: Random) -> str:
-    """Changes one of a folder's files and says which and how; the folder has at least one."""
+def mutate(folder: Path, rng: Random) -> tuple[str, tuple[str, str] | None]:
+    """Changes one of a folder's files. Returns which and how, and (file, key) where one thing in it has a name."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     if not files:
-        return "nothing left"
+        return "nothing left", None
     path = rng.choice(files)
     kinds = [*OF_SUFFIX.get(path.suffix, []) * 3, *OF_BYTES * 2, *OF_PLACE]
     if path.stat().st_size > LARGE:  # made so by the change before
         kinds = [gone, pipe, folder, link]
     kind = rng.choice(kinds)
-    kind(path, rng)
-    return f"{kind.__name__} {path.relative_to(folder)}"
+    key = kind(path, rng)
+    return f"{kind.__name__} {path.relative_to(folder)}", (str(path), key) if key else None
 
 
 # Bytes.
@@ -70,12 +71,12 @@ def header(path: Path, rng: Random) -> None:
     _write(path, spelled(described, rng), data)
 
 
-def tensor(path: Path, rng: Random) -> None:
+def tensor(path: Path, rng: Random) -> str | None:
     """Dtype, shape or place of one tensor, so that the sizes still fit or not."""
     described, data = _header(path)
     names = [name for name in described if name != "__metadata__"] if isinstance(described, dict) else []
     if not names:
-        return
+        return None
     name = rng.choice(names)
     entry = described[name]
     kind = rng.randrange(6)
@@ -98,6 +99,7 @@ def tensor(path: Path, rng: Random) -> None:
         entry |= {"dtype": "U8", "shape": [size], "data_offsets": [entry["data_offsets"][0]] * 2}
         entry["data_offsets"] = [entry["data_offsets"][0], entry["data_offsets"][0] + size]
     _write(path, json.dumps(described).encode(), data)
+    return name if kind < 3 else None
 
 
 def rename(path: Path, rng: Random) -> None:
@@ -160,14 +162,22 @@ def length(path: Path, rng: Random) -> None:
 # JSON.
 
 
-def value(path: Path, rng: Random) -> None:
+def value(path: Path, rng: Random) -> str | None:
     try:
         tree = json.loads(path.read_bytes())
     except ValueError:
         tree = {}
+    before = tree
     for _ in range(rng.choice((1, 1, 2, 4))):
         tree = changed(tree, rng) if isinstance(tree, (dict, list)) else hostile(rng)
-    path.write_bytes(spelled(tree, rng))
+    raw = spelled(tree, rng)
+    path.write_bytes(raw)
+    if not (
+        isinstance(before, dict) and isinstance(tree, dict) and raw == json.dumps(tree).encode("utf-8", "surrogatepass")
+    ):
+        return None
+    other = [key for key in {**before, **tree} if before.get(key, before) != tree.get(key, tree)]
+    return other[0] if len(other) == 1 else None
 
 
 def other_value(path: Path, rng: Random) -> None:

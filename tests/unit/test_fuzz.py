@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import select
 import subprocess
@@ -11,12 +12,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fuzz.formats import FORMATS
 from fuzz.run import collect
 
 from bonsai_ops.tools.environment import PLUGIN, clean_environment
 
-CASES = 105
-SECONDS = 300
+CASES = 2000
+SEED = datetime.date.today().isoformat()
+"""Other cases every day; the command that does a failed one again is printed with it."""
+SECONDS = 600
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")
 
@@ -32,11 +36,13 @@ def fuzz(*arguments: str, comfyui: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_reader(comfyui_path: Path) -> None:
-    done = fuzz("--cases", str(CASES), "--seed", "suite", "--workers", "2", comfyui=comfyui_path)
+    done = fuzz("--cases", str(CASES), "--seed", SEED, "--workers", "2", comfyui=comfyui_path)
     assert done.returncode == 0, done.stdout + done.stderr
     table = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
-    assert len(table) == 15 and all(int(row[2]) == CASES // 15 for row in table)
-    assert sum(int(row[3]) for row in table) > 5 and sum(int(row[4]) for row in table) > 50
+    cases = {row[1].strip(): tuple(map(int, row[2:5])) for row in table}
+    assert set(cases) == set(FORMATS) and sum(number for number, *_ in cases.values()) >= CASES
+    assert all(number > 20 for number, *_ in cases.values())
+    assert sum(read for _, read, _ in cases.values()) > CASES // 50 and all(refused for *_, refused in cases.values())
 
 
 def test_what_was_found_until_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +136,7 @@ READERS = {
     "did more than read: socket": lambda path, mapped: socket.socket().connect_ex(("127.0.0.1", 9)),
     "ended by signal 11": lambda path, mapped: os.kill(os.getpid(), 11),
     "without a cure": fail(("is bad", "It is bad.")),
+    "a message without a cure": fail(("is bad", "It is of no use to load it.")),
     "no file": lambda path, mapped: fail(("is bad", "Use another."))(Path("a"), mapped),
 }
 case.WALL_SECONDS, case.SECONDS = 15, 1.0
@@ -140,6 +147,16 @@ seed.mkdir()
 for expected, read in READERS.items():
     verdict, _ = case.run_case(case.Reader({"a": Format(lambda folder: None, "w.bin", read)}), "a", seed, scratch, "0")
     assert (expected in verdict.fault) if expected else not verdict.fault, (expected, verdict)
+
+changed = case.Order("a", "", True, "", "w.bin", "a.0.qkv.weight")
+for error, lacks in {
+    PackError("w.bin", "is bad", "Use another."): True,
+    PackError("w.bin", "is bad", "Use another.", "a.1.qkv.weight"): True,
+    PackError("w.bin", "is bad", "Use another.", "a.0.qkv.scales"): False,
+    PackError("w.bin", "is bad like a.0.qkv", "Use another."): False,
+    PackError("other.bin", "is bad", "Use another."): False,
+}.items():
+    assert bool(case._without_key(error, changed)) == lacks, error
 
 kept = []
 
