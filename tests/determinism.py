@@ -29,7 +29,7 @@ PROMPT = "one orange bonsai in a black pot, mist, fallen leaves"
 
 
 def drawn(comfyui: Path, base: Path, size: int, steps: int) -> dict[str, dict[str, str]]:
-    """{what draws: {how: digest of the latent, or of the picture}} of this process, which has as many threads as OMP_NUM_THREADS says."""
+    """{what draws: {how: digest of what it made}} of this process, which has as many threads as OMP_NUM_THREADS says."""
     sys.path[:0] = [str(comfyui), str(PLUGIN)]
     from bonsai_ops.tools.bench.inside import comfyui as host
 
@@ -74,8 +74,9 @@ def drawn(comfyui: Path, base: Path, size: int, steps: int) -> dict[str, dict[st
     latent = torch.randn(1, 128, size // 16, size // 16, generator=torch.Generator().manual_seed(7))
     for name, path in (("seedling's VAE", seedling), ("FLUX.2's VAE", base)):
         vae = load_vae(path)
-        alone = [vae.decode(latent) for _ in range(2)]
-        found[name] = ways(*alone, vae.decode(latent.repeat(2, 1, 1, 1)))
+        with torch.inference_mode():  # as ComfyUI runs every node
+            alone = [vae.decode(latent) for _ in range(2)]
+            found[name] = ways(*alone, vae.decode(latent.repeat(2, 1, 1, 1)))
     return found
 
 
