@@ -319,6 +319,7 @@ MEMBERS = "test_layout.py::test_each_member_of_the_layout"
 RECORDED = "test_recorded.py::test_a_graph_keeps_no_matrices"
 ELSEWHERE = "test_recorded.py::test_a_lora_elsewhere_is_refused_in_a_graph"
 GRADIENTS = "test_gradients.py::test_a_loaded_pack"
+PATCHED_GRADIENTS = "test_gradients.py::test_every_architecture"
 NODE_WINS = "test_attention.py::test_the_node_for_the_attention_wins"
 
 GUARDS = (
@@ -363,6 +364,7 @@ GUARDS = (
     Guard("newer", "a graph refuses LoRAs elsewhere", LORA, "LayerPatches._refuse_elsewhere", ELSEWHERE, _nothing),
     Guard("newer", "another attention stays", ASSEMBLE, "attend_in_parts", NODE_WINS, _insisting),
     Guard("newer", "right gradients", LOADER, "right_gradients", GRADIENTS, _nothing),
+    Guard("newer", "right gradients of what is patched", ASSEMBLE, "right_gradients", PATCHED_GRADIENTS, _nothing),
     Guard("lora", "matrices leave with the layer", LORA, "LayerPatches.forget", MATRICES, _nothing),
     Guard("lora", "ModelSave refuses a LoRA", PATCHER, "_refuse_loras", MODEL_SAVE, _nothing),
     Guard("lora", "hooks give the weight back as it was", PATCHER, "PackedPatcher._give_back", HOOK, _nothing),

@@ -8,6 +8,9 @@ raises for the first without checkpointing and sees neither with it. Two things 
 - a layer or function that keeps what it reads is given a copy of what its block may write into. For a layer it is made
   outside its forward, so that a checkpoint around it keeps the copy.
 
+A third: the checkpoints that Train LoRA puts on single layers where it offloads pass no gradient to what the layer
+trains unless its input needs one, and texts and times need none. So the inputs of the whole model are made to need one.
+
 Blocks are the members of ModuleLists, in any architecture. Where no gradient is wanted they do what they did before,
 and nothing hangs on their layers.
 """
@@ -98,9 +101,10 @@ def right_gradients(patcher: ModelPatcher) -> None:
             "this MODEL is no diffusion model of ComfyUI: it has no transformer or UNet whose gradients could be set "
             "right. Connect the output of a node that loads a diffusion model."
         )
-    for block in _blocks(transformer):
-        if not getattr(block, "works_on_copies", False):
-            block.__class__ = _class_on_copies(type(block))
+    for mixin, modules in ((_OnCopies, _blocks(transformer)), (_WithGradients, [transformer])):
+        for module in modules:
+            if not getattr(module, mixin.__name__, False):
+                module.__class__ = _mixed(mixin, type(module))
     on_clone = comfy.patcher_extension.CallbacksMP.ON_CLONE
     if not patcher.get_callbacks(on_clone, CALLBACK_KEY):
         patcher.add_callback_with_key(on_clone, CALLBACK_KEY, _clone_too)
@@ -143,10 +147,23 @@ def _layers(block: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield child
 
 
+class _WithGradients(Block):
+    """Mixed into the class of a transformer or UNet."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and _is_wanted(self, args, kwargs):
+            plain = {name: value for name, value in kwargs.items() if "mask" in name}  # products want these without
+            args, kwargs = _each(args, _needing), {n: _each(value, _needing) for n, value in kwargs.items()} | plain
+        return super().forward(*args, **kwargs)
+
+
+def _needing(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or one of the same values that needs a gradient, into which may be written."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_().clone()
+
+
 class _OnCopies(Block):
     """Mixed into the class of a block."""
-
-    works_on_copies = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not _is_wanted(self, args, kwargs):
@@ -164,29 +181,33 @@ class _OnCopies(Block):
         with _Reading(self, made.values()):
             return super().forward(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        """Copied and pickled by way of the block's own class, which has a name."""
-        return _made_again, (type(self).__mro__[2],), self.__dict__
+
+def _reduced(module: torch.nn.Module, protocol: int) -> tuple:
+    """Copied and pickled by way of the module's own class, which has a name."""
+    _, mixin, base, *_ = type(module).__mro__
+    return _made_again, (mixin, base), module.__dict__
 
 
 @functools.cache
-def _class_on_copies(base: type) -> type:
-    """`base` with _OnCopies in front, under the same name; the same class for the same base.
+def _mixed(mixin: type, base: type) -> type:
+    """`base` with `mixin` in front, under the same name; the same class for the same two.
 
     Its forward is code of its own: torch.compile counts and limits what it made of each code, whatever the class.
     """
-    shared = _OnCopies.forward
+    shared = mixin.forward
     code = shared.__code__.replace(co_name=f"forward_of_{base.__name__}")
     members = {
         "forward": types.FunctionType(code, shared.__globals__, "forward", None, shared.__closure__),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
+        "__reduce_ex__": _reduced,
+        mixin.__name__: True,  # known by its name, for a second import of the plugin has classes of its own
     }
-    return type(base.__name__, (_OnCopies, base), members)
+    return type(base.__name__, (mixin, base), members)
 
 
-def _made_again(base: type) -> torch.nn.Module:
-    cls = _class_on_copies(base)
+def _made_again(mixin: type, base: type) -> torch.nn.Module:
+    cls = _mixed(mixin, base)
     return cls.__new__(cls)
 
 
