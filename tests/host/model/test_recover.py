@@ -160,6 +160,28 @@ def test_gradients_are_right(
         assert slope == pytest.approx(difference, rel=2e-3)
 
 
+def test_blocks_keep_nothing_that_they_compute(unload: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a backward pass: of four blocks more less than a tensor each is kept outside of their checkpoints."""
+    from bonsai_ops.host.patch import recover as module
+
+    real, counts = module.tune, []
+
+    def tune(residuals: list, error: Callable, *rest: Any) -> Any:
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda kept: kept):
+            error(0)
+        counts.append(len(kept))
+        return real(residuals, error, *rest)
+
+    monkeypatch.setattr(module, "tune", tune)
+    for double, single in ((1, 1), (2, 4)):
+        config = {**KINDS["flux2"].config, "depth": double, "depth_single_blocks": single}
+        monkeypatch.setitem(KINDS, "flux2", dataclasses.replace(KINDS["flux2"], config=config))
+        source = stock("flux2")
+        recover(source, patch(source, rank=2)[0], "flux2", plan={"steps": 1})
+    assert 0 <= counts[1] - counts[0] < 4
+
+
 def test_one_model_at_a_time(
     models: tuple[Any, Any], unload: Callable[[], None], comfy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

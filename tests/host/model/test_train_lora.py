@@ -27,6 +27,14 @@ CASES: dict[str, tuple[float, dict[str, Any]]] = {
     "bf16": (5e-2, {"steps": 1, "training_dtype": "bf16", "lora_dtype": "bf16"}),
     "bf16 but for the lora": (5e-2, {"steps": 1, "training_dtype": "bf16", "lora_dtype": "fp32"}),
     "offloaded": (1e-5, {"offloading": True, "bypass_mode": True, "checkpoint_depth": 1}),
+    "offloaded, blocks": (1e-5, {"offloading": True, "checkpoint_depth": 2}),
+    "deep": (1e-5, {"checkpoint_depth": 5}),
+    "as loaded": (2e-2, {"steps": 1, "training_dtype": "none"}),
+    "quantized backward": (1e-5, {"quantized_backward": True}),
+    "loha": (1e-5, {"algorithm": "LoHa"}),
+    "lokr, bypass": (1e-5, {"algorithm": "LoKr", "bypass_mode": True}),
+    "oft, bypass": (1e-5, {"algorithm": "OFT", "bypass_mode": True}),
+    "bf16, bypass": (5e-2, {"steps": 1, "training_dtype": "bf16", "lora_dtype": "bf16", "bypass_mode": True}),
 }
 """{name: (distance of what was learned from what the twin learned, options)}; bf16 rounds the twin's sums elsewhere."""
 BEGINNING = ("algorithm", "rank", "lora_dtype", "bypass_mode")
