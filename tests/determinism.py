@@ -29,7 +29,7 @@ PROMPT = "one orange bonsai in a black pot, mist, fallen leaves"
 
 
 def drawn(comfyui: Path, base: Path, size: int, steps: int) -> dict[str, dict[str, str]]:
-    """{what draws: {how: digest of what it made}} of this process, which has as many threads as OMP_NUM_THREADS says."""
+    """{what draws: {how: digest of what it made}} here, with as many threads as OMP_NUM_THREADS says."""
     sys.path[:0] = [str(comfyui), str(PLUGIN)]
     from bonsai_ops.tools.bench.inside import comfyui as host
 
