@@ -17,7 +17,7 @@ from fuzz.run import collect
 
 from bonsai_ops.tools.environment import PLUGIN, clean_environment
 
-CASES = 2000
+CASES = 1450
 SEED = datetime.date.today().isoformat()
 """Other cases every day; the command that does a failed one again is printed with it."""
 SECONDS = 600
