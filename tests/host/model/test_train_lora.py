@@ -37,8 +37,8 @@ CASES: dict[str, tuple[float, dict[str, Any]]] = {
     "bf16, bypass": (5e-2, {"steps": 1, "training_dtype": "bf16", "lora_dtype": "bf16", "bypass_mode": True}),
 }
 """{name: (distance of what was learned from what the twin learned, options)}; bf16 rounds the twin's sums elsewhere."""
-BEGINNING = ("algorithm", "rank", "lora_dtype", "bypass_mode")
-"""Options that decide what a training begins with."""
+BEGINNING = ("algorithm", "rank", "lora_dtype", "training_dtype", "bypass_mode")
+"""Options that decide what a training begins with, or whether it can begin."""
 
 
 @pytest.fixture(scope="module")
