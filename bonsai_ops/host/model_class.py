@@ -99,9 +99,11 @@ def filled(
     load_device: torch.device,
     offload_device: torch.device,
     dynamic: bool,
+    shared: bool = False,
 ) -> ModelPatcher:
     """A ModelPatcher around an empty BaseModel, with these weights in its transformer, on the offload device.
 
+    shared: dense weights, too, become its parameters as they are, copied nowhere; under dynamic VRAM they do always.
     Raises ValueError if one is missing, has no place or another shape.
     """
     if not comfy.model_management.is_device_cpu(offload_device):
@@ -112,7 +114,7 @@ def filled(
     if not all(_has_place(transformer, name) for name in weights):
         weights = model.model_config.process_unet_state_dict(weights)
     try:
-        missing, unexpected = transformer.load_state_dict(weights, strict=False, assign=is_dynamic(patcher))
+        missing, unexpected = transformer.load_state_dict(weights, strict=False, assign=shared or is_dynamic(patcher))
     except RuntimeError as error:  # of another shape
         if is_the_devices(error):
             raise

@@ -177,7 +177,6 @@ class _Work:
         seen: list[float],
     ) -> bool:
         """One step at this share of the way; False, and nothing is changed, if an error or gradient is not finite."""
-        adam.zero_grad(set_to_none=True)
         errors = []
         for point in points:
             self.count()
@@ -191,6 +190,7 @@ class _Work:
         for group in adam.param_groups:
             group["lr"] = self.plan.learning_rate * _rate(share, self.plan.steps)
         adam.step()
+        adam.zero_grad(set_to_none=True)
         return True
 
 

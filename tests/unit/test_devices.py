@@ -28,7 +28,7 @@ NAME_ONE = {
     "test_overhead.py:test_an_unwrapped_weight_follows_its_tensor": "of a layer made by hand",
     "test_layout.py:<module>": "of a tensor made by hand",
     "test_layout.py:test_a_layer_shares_the_tables_that_it_is_given": "of a layer made by hand",
-    "test_recover.py:test_codes_lie_in_memory_once": "says where it holds",
+    "test_recover.py:test_weights_lie_in_memory_once": "says where it holds",
     "test_reuse.py:test_a_mapped_model_leaves_memory_after_a_picture": "says where it holds",
     "test_text_states.py:test_a_mapped_encoder_leaves_memory_after_a_prompt": "says where it holds",
     "test_vae.py:test_pictures_and_latents_stay": "says what holds on which",

@@ -63,9 +63,13 @@ def assemble(
 
 
 def around(
-    source: ModelPatcher, twin: BaseModel, tensors: Mapping[str, torch.Tensor | PackedWeight], dynamic: bool
+    source: ModelPatcher,
+    twin: BaseModel,
+    tensors: Mapping[str, torch.Tensor | PackedWeight],
+    dynamic: bool,
+    shared: bool = False,
 ) -> ModelPatcher:
-    """A clone of the patcher `source` around the twin, filled with `tensors`."""
+    """A clone of the patcher `source` around the twin, filled with `tensors`; shared: which it holds as they are."""
     dtype = twin.get_dtype_inference()
     offload = source.offload_device
     weights = {}
@@ -75,7 +79,7 @@ def around(
         elif isinstance(tensor, QuantizedTensor) and not is_packed(tensor):
             tensor = tensor.dequantize()
         weights[name] = (tensor if is_packed(tensor) else tensor.detach()).to(offload)
-    fresh = filled(twin, weights, source.load_device, offload, dynamic)
+    fresh = filled(twin, weights, source.load_device, offload, dynamic, shared)
     patcher = source.clone(disable_dynamic=not dynamic, model_override=fresh.get_clone_model_override())
     patcher.size, patcher.parent = 0, None
     comfyui.share_clone_base(patcher, fresh)

@@ -29,6 +29,7 @@ import torch
 import torch.utils.checkpoint
 
 from ...quantize.recover import Look, Plan, Residual, Tuned, take, tune
+from ...weights.mapped import give_back_freed
 from ...weights.packed_weight import PackedWeight
 from ..gradients import outer_blocks
 from ..layout import is_packed, mode_of, unwrap, wrap
@@ -112,6 +113,7 @@ def recover(
         _sample(original, prompts, samples, recovery, points, sampling)
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
+        give_back_freed()
         between = time.perf_counter()
         begin = Training(original, patched, (prompts, samples, recovery.sigmas, samplings, repr(plan)))
         begun = begin.unfinished()
@@ -273,7 +275,7 @@ def _working_copy(patched: ModelPatcher, layers: Sequence[str]) -> tuple[ModelPa
     residuals: dict[str, Residual] = {}
     for name, tensor in base_tensors(patched).items():
         if not is_packed(tensor):
-            tensors[name] = _outside(tensor.detach())
+            tensors[name] = _shared(tensor.detach())
             continue
         weight, mode = unwrap(tensor), mode_of(tensor)
         if name in layers:
@@ -282,7 +284,7 @@ def _working_copy(patched: ModelPatcher, layers: Sequence[str]) -> tuple[ModelPa
         weight = replace(weight, codes=_shared(weight.codes), **{n: _shared(t) for n, t in weight.tables().items()})
         tensors[name] = wrap(weight, tensor.dtype, mode)
     twin = empty_twin(patched.model)
-    working = around(patched, twin, tensors, dynamic=False)
+    working = around(patched, twin, tensors, dynamic=False, shared=True)
     carry_over(patched, working)
     for parameter in twin.parameters():
         if parameter.requires_grad:
@@ -304,7 +306,7 @@ def _outside(value: Any) -> Any:
 
 
 def _shared(tensor: torch.Tensor) -> torch.Tensor:
-    """As `_outside`, in the same memory where it can be: what is only read, as a model's codes and tables are."""
+    """As `_outside`, in the same memory where it can be: what is only read, as a model's codes, tables and dense weights are."""
     can = tensor.is_inference() and tensor.device.type in ("cpu", "cuda")
     return torch.from_dlpack(tensor) if can else _outside(tensor)
 

@@ -204,15 +204,19 @@ def test_one_model_at_a_time(
     assert comfy.model_management.current_loaded_models == []
 
 
-def test_codes_lie_in_memory_once(unload: Callable[[], None], comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is trained reads the codes and tables of the model that was given, and copies none of them."""
+def test_weights_lie_in_memory_once(unload: Callable[[], None], comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trained reads the weights of the model that was given, packed and dense ones, and copies none of them."""
     from bonsai_ops.host.layout import is_packed, unwrap
     from bonsai_ops.host.patch import recover as module
     from bonsai_ops.host.tensors import base_tensors
 
     def places(model: Any) -> dict[str, list[int]]:
-        packed = {name: unwrap(t).without_residual() for name, t in base_tensors(model).items() if is_packed(t)}
-        return {name: [t.data_ptr() for t in (w.codes, *w.tables().values())] for name, w in packed.items()}
+        found = {}
+        for name, tensor in base_tensors(model).items():
+            weight = unwrap(tensor).without_residual() if is_packed(tensor) else None
+            parts = (tensor,) if weight is None else (weight.codes, *weight.tables().values())
+            found[name] = [part.data_ptr() for part in parts]
+        return found
 
     if load_device().type != "cpu":
         pytest.skip("what ComfyUI has loaded lies on the device, what was given does not")
