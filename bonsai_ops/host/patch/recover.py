@@ -306,7 +306,7 @@ def _outside(value: Any) -> Any:
 
 
 def _shared(tensor: torch.Tensor) -> torch.Tensor:
-    """As `_outside`, in the same memory where it can be: what is only read, as a model's codes, tables and dense weights are."""
+    """As `_outside`, in the same memory where it can be: what is only read, as weights are."""
     can = tensor.is_inference() and tensor.device.type in ("cpu", "cuda")
     return torch.from_dlpack(tensor) if can else _outside(tensor)
 
