@@ -19,7 +19,7 @@ Stages, in order; each goes on where it stopped, and all but unpack, figures and
     other         the same for a small random model of another architecture; needs no other stage
     node          the same for the nodes Patch to BitLinear and Recover BitLinear on the dense one, with their defaults
     modes         what bf16 and 8-bit activations change in the pictures of the one that ships; needs no other stage
-    figures       docs/results, the curve and the tables of docs/benchmarks.md from what these four found
+    figures       docs/results, the curves and the tables of docs/benchmarks.md from what these four found
     badge         icon and banner for the ComfyUI registry, drawn by the seedling that ships
     night         what the shipped workflow trains on the packed one and on a dense one; needs no other stage
 

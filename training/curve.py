@@ -1,4 +1,4 @@
-"""The rows of fidelity.py as a picture: error of the velocity against bits a weight, the smaller the better."""
+"""The rows of fidelity.py or other.py as a picture: error of the velocity against bits a weight, smaller is better."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ WIDTH, HEIGHT, SCALE = 1000, 620, 2
 LEFT, RIGHT, TOP, BOTTOM = 90, 40, 70, 80
 INK, PALE, LINE, PAPER = (33, 37, 41), (108, 117, 125), (222, 226, 230), (255, 255, 255)
 BLUE, ORANGE, GREY = (33, 102, 172), (214, 96, 24), (90, 98, 104)
-TITLE = "Error of the velocity against the dense seedling, by bits a weight"
-
-NOTE = "bits a weight with scales and 16-bit residuals; rank 32 is 16 % of these small layers, 1 to 2 % of a 4B model's"
+TITLE = "Error of the velocity against {}, by bits a weight"
+NOTE = "bits a weight with scales and 16-bit residuals, a larger part of these small layers than of a 4B model's"
 
 
 @dataclass(frozen=True)
@@ -30,20 +29,27 @@ class Series:
     dashed: bool = False
 
 
-def draw(file: Path, rows: Mapping[str, Mapping]) -> None:
-    """Writes a PNG of the rows that there are, {name of a way: its figures}; none if there is nothing to show."""
+def draw(file: Path, rows: Mapping[str, Mapping], dense: str = "the dense seedling") -> None:
+    """Writes a PNG of the rows that there are, {name of a way: its figures}; none if there is nothing to show.
+
+    dense: what the error is against.
+    """
     series = [part for part in _series(rows) if part.points]
     if series:
-        _Chart(series).image().save(file, format="PNG", optimize=True)
+        _Chart(series, TITLE.format(dense)).image().save(file, format="PNG", optimize=True)
 
 
 def _series(rows: Mapping[str, Mapping]) -> Iterator[Series]:
     for recipe, colour in (("ternary", BLUE), ("binary", ORANGE)):
         plain = [(f"{recipe}, rounded", "rounded"), (f"{recipe}, calibrated", "calibrated")]
         yield Series(f"{recipe}, no residual", colour, _found(rows, plain), filled=False)
-        for training, filled in (("", False), (", recovered, seed 0", True)):
-            names = [(f"{recipe}, calibrated, rank {rank}{training}", f"{rank}") for rank in (8, 16, 32, 64)]
-            kind = "recovered" if training else "residual by SVD"
+        for kind, endings in (("residual by SVD", [""]), ("recovered", [", recovered", ", recovered, seed 0"])):
+            names = [
+                (f"{recipe}, calibrated, rank {rank}{ending}", f"{rank}")
+                for rank in (8, 16, 32, 64)
+                for ending in endings
+            ]
+            filled = kind == "recovered"
             yield Series(f"{recipe}, {kind} (rank)", colour, _found(rows, names), filled, not filled)
     mixes = [(f"mix {bits}, calibrated", f"mix {bits}") for bits in (2.5, 3, 3.5)]
     yield Series(
@@ -60,8 +66,8 @@ def _found(rows: Mapping[str, Mapping], names: Sequence[tuple[str, str]]) -> lis
 class _Chart:
     """Bits linear, errors logarithmic."""
 
-    def __init__(self, series: Sequence[Series]) -> None:
-        self.series = series
+    def __init__(self, series: Sequence[Series], title: str) -> None:
+        self.series, self.title = series, title
         points = [point for part in series for point in part.points]
         self.bits = (0.0, math.ceil(max(bits for bits, _, _ in points)) + 0.5)
         errors = [error for _, error, _ in points]
@@ -90,13 +96,14 @@ class _Chart:
         return x, HEIGHT - BOTTOM - (math.log10(error) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def _axes(self) -> None:
-        self._text(LEFT, 32, TITLE, 20, INK, "lm")
+        self._text(LEFT, 32, self.title, 20, INK, "lm")
         for bits in range(math.ceil(self.bits[0]), math.floor(self.bits[1]) + 1):
             x, _ = self._place(bits, 1)
             self._stroke([(x, TOP), (x, HEIGHT - BOTTOM)], LINE)
             self._text(x, HEIGHT - BOTTOM + 18, str(bits), 14, PALE, "mm")
+        few = self.errors[1] - self.errors[0] < 1
         for power in range(-4, 2):
-            for step in (1, 2, 5):
+            for step in range(1, 10) if few else (1, 2, 5):
                 error = step * 10.0**power
                 if self.errors[0] <= math.log10(error) <= self.errors[1]:
                     _, y = self._place(0, error)

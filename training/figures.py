@@ -1,4 +1,4 @@
-"""What `fidelity`, `other`, `modes` and `node` found -> docs/results, the curve, the tables of docs/benchmarks.md.
+"""What `fidelity`, `other`, `modes` and `node` found -> docs/results, the curves, the tables of docs/benchmarks.md.
 
 A table stands between two comments, <!-- NAME --> and <!-- end of NAME -->; of each there is one.
 """
@@ -36,6 +36,8 @@ def show(work: Path, docs: Path = DOCS) -> None:
             text.write_text(filled(text.read_text(encoding="utf-8"), name, "\n".join(table(rows))), encoding="utf-8")
             if name == "fidelity":
                 curve.draw(docs / fidelity.PICTURE, {name: row for name, row in rows.items() if row["velocity"]})
+            elif name == "other":
+                curve.draw(docs / other.PICTURE, rows, "a small random Z-Image")
 
 
 def filled(text: str, name: str, table: str) -> str:

@@ -26,7 +26,7 @@ from .walk import Start, distances, sampled
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-FILE = "other.json"
+FILE, PICTURE = "other.json", "other.png"
 KIND = "ZImage"
 CONFIG = {
     "image_model": "lumina2",

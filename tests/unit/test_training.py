@@ -224,6 +224,7 @@ def test_the_tables_of_the_documents_are_filled_in(tmp_path: Path) -> None:
     outside = [re.sub(r"<!-- (\w+) -->.*?<!-- end", "", text, flags=re.DOTALL) for text in (before, after)]
     assert outside[0] == outside[1]
     assert (docs / fidelity.PICTURE).is_file() and (docs / "results" / other.FILE).is_file()
+    assert (docs / other.PICTURE).is_file()
     with pytest.raises(ValueError, match="found 0"):
         figures.filled(before, "nothing", "")
 
