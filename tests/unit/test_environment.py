@@ -204,6 +204,12 @@ class TestComfyUI:
         with pytest.raises(environment.SetupError, match=r"no main\.py"):
             environment.ensure(comfyui=tmp_path)
 
+    @pytest.mark.parametrize("folder", ["a" * 300, "~no-such-user-of-this-machine/ComfyUI"])
+    def test_folder_that_cannot_be_is_explained(self, folder: str) -> None:
+        said = r"^\S+ cannot be used \(.+\): name the folder that holds ComfyUI's main\.py\.$"
+        with pytest.raises(SystemExit, match=said):
+            environment.ensure_or_exit(comfyui=Path(folder))
+
 
 class TestSteps:
     def test_stamp_makes_a_second_run_do_nothing(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

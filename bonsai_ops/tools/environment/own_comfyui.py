@@ -36,8 +36,12 @@ def find_comfyui_or_exit(chosen: Path | None = None, others: Sequence[Path] = ()
 
 def root_of(folder: Path) -> Path:
     """The folder of main.py; also takes that of the Windows portable build. Raises SetupError."""
-    folder = folder.expanduser().resolve()
-    root = next((path for path in (folder, folder / "ComfyUI") if (path / "main.py").is_file()), None)
+    try:
+        folder = folder.expanduser().resolve()
+        root = next((path for path in (folder, folder / "ComfyUI") if (path / "main.py").is_file()), None)
+    except (OSError, RuntimeError) as error:  # too long, no rights, links in a circle, no such user
+        said = getattr(error, "strerror", None) or error
+        raise SetupError(f"{folder} cannot be used ({said}): name the folder that holds ComfyUI's main.py.") from error
     if root is None:
         raise SetupError(f"{folder} holds no ComfyUI (no main.py): name the folder that holds ComfyUI's main.py.")
     comfyui_version(root)
