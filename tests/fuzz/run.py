@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
 import select
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -38,17 +41,40 @@ def run(names: Sequence[str], cases: int, seed: str, first: int, workers: int) -
         each = -(-cases // len(chosen))
         todo = [(name, number) for number in range(first, first + each) for name in chosen]
         started, found = time.monotonic(), []
-        pipes = [_worker(i, todo[i::workers], chosen, seeds, Path(scratch), seed) for i in range(workers)]
+        shared = (chosen, seeds, Path(scratch), seed)
+        pipes = [begin(functools.partial(_worker, i, todo[i::workers], *shared)) for i in range(workers)]
         ended = collect(pipes, found)
     if len(found) < len(todo):
         print(f"{len(todo) - len(found)} cases did not run: {ended}.")
     return _report(found, chosen, seed, time.monotonic() - started) or int(len(found) < len(todo))
 
 
-def collect(pipes: Sequence[tuple[int, int]], found: list) -> str:
-    """Adds what the workers tell to `found` until they end; returns why they would before all is told.
+def begin(work: Callable[[TextIO], None]) -> tuple[int, int]:
+    """(what the lines that `work` prints are read from, its process), forked.
 
-    Ctrl-C ends them too, and what they found by then is reported.
+    That leads a group of its own: Ctrl-C of a terminal reaches `collect` alone, for Python forgets what comes in the
+    midst of a fork.
+    """
+    out, into = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(into)
+        with contextlib.suppress(OSError):  # it has done so itself
+            os.setpgid(child, child)
+        return out, child
+    try:
+        os.setpgid(0, 0)
+        os.close(out)
+        with os.fdopen(into, "w") as lines:
+            work(lines)
+    finally:
+        os._exit(0)
+
+
+def collect(pipes: Sequence[tuple[int, int]], found: list) -> str:
+    """Adds what the workers of `begin` tell to `found` until they end; returns why they would before all is told.
+
+    Ctrl-C ends them and whatever they forked, and what they told by then is reported.
     """
     why = "a worker ended"
     with contextlib.ExitStack() as stack:
@@ -57,7 +83,7 @@ def collect(pipes: Sequence[tuple[int, int]], found: list) -> str:
             try:
                 ready, _, _ = select.select(files, [], [])
                 for file in ready:
-                    if line := file.readline():
+                    if (line := file.readline()).endswith("\n"):
                         found.append(json.loads(line))
                         if len(found) % TOLD == 0:
                             print(f"{len(found)} cases", file=sys.stderr, flush=True)
@@ -65,6 +91,9 @@ def collect(pipes: Sequence[tuple[int, int]], found: list) -> str:
                         files.remove(file)
             except KeyboardInterrupt:
                 why = "stopped"
+                for _, child in pipes:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child, signal.SIGKILL)
     for _, child in pipes:
         os.waitpid(child, 0)
     return why
@@ -105,25 +134,18 @@ def _worker(
     seeds: dict[str, Path],
     scratch: Path,
     seed: str,
-) -> tuple[int, int]:
-    """(what its lines of JSON are read from, its process). It forks a reader."""
-    out, into = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(into)
-        return out, child
+    lines: TextIO,
+) -> None:
+    """Runs its share of the cases and prints a line of JSON for each."""
     reader = Reader(chosen)
     try:
-        os.close(out)
         own = scratch / f"worker-{number}"
         own.mkdir()
-        with os.fdopen(into, "w") as lines:
-            for name, index in todo:
-                verdict, how = run_case(reader, name, seeds[name], own, f"{seed}/{name}/{index}")
-                print(json.dumps([name, index, how, vars(verdict)]), file=lines, flush=True)
+        for name, index in todo:
+            verdict, how = run_case(reader, name, seeds[name], own, f"{seed}/{name}/{index}")
+            print(json.dumps([name, index, how, vars(verdict)]), file=lines, flush=True)
     finally:
         reader.end()  # which may hang
-        os._exit(0)
 
 
 def _report(found: list, chosen: dict[str, Format], seed: str, seconds: float) -> int:

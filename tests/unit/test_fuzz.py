@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from fuzz.formats import FORMATS
-from fuzz.run import collect
+from fuzz.run import begin, collect
 
 from bonsai_ops.tools.environment import PLUGIN, clean_environment
 
@@ -45,30 +48,40 @@ def test_every_reader(comfyui_path: Path) -> None:
     assert sum(read for _, read, _ in cases.values()) > CASES // 50 and all(refused for *_, refused in cases.values())
 
 
-def test_what_was_found_until_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hours of cases are reported when they are stopped, and lines of two workers at once are all read."""
-    pipes = []
-    for worker in range(2):
-        out, into = os.pipe()
-        child = os.fork()
-        if not child:
-            os.write(into, f"[{worker}, 0]\n[{worker}, 1]\n".encode())
-            time.sleep(0.2)
-            os.write(into, f"[{worker}, 2]\n".encode())
-            os._exit(0)
-        os.close(into)
-        pipes.append((out, child))
+def test_ctrl_c_ends_what_hears_nothing_and_tells_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of cases are reported when they are stopped, and lines of two workers at once are all read.
+
+    A worker that Ctrl-C meets in the midst of a fork goes on: it was waited for until its last case. Its reader ends
+    with it, and half a line is none.
+    """
+    alive, kept = os.pipe()
+
+    def work(worker: int, lines: TextIO) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if os.fork():
+            lines.write(f"[{worker}, 0]\n[{worker}, 1]\n[{worker}")
+            lines.flush()
+            os.write(kept, b"told")
+        time.sleep(20)
+
+    pipes = [begin(functools.partial(work, worker)) for worker in range(2)]
+    os.close(kept)
+    for _ in pipes:
+        assert os.read(alive, 4) == b"told"
     looks, wait = iter(range(1000)), select.select
 
     def interrupted(*what: list) -> tuple[list, ...]:
-        if next(looks) == 2:
+        if next(looks) == 1:
             raise KeyboardInterrupt
         return wait(*what)
 
     monkeypatch.setattr(select, "select", interrupted)
     found: list[list[int]] = []
+    started = time.monotonic()
     assert collect(pipes, found) == "stopped"
-    assert sorted(found) == [[worker, case] for worker in range(2) for case in range(3)]
+    assert sorted(found) == [[worker, case] for worker in range(2) for case in range(2)]
+    with open(alive, "rb") as everyone:
+        assert everyone.read() == b"" and time.monotonic() - started < 10
 
 
 def test_changing_a_file_ends(tmp_path: Path) -> None:
