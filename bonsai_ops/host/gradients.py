@@ -104,10 +104,18 @@ def right_gradients(patcher: ModelPatcher) -> None:
     for mixin, modules in ((_OnCopies, _blocks(transformer)), (_WithGradients, [transformer])):
         for module in modules:
             if not getattr(module, mixin.__name__, False):
+                _forget_forward(module)
                 module.__class__ = _mixed(mixin, type(module))
     on_clone = comfy.patcher_extension.CallbacksMP.ON_CLONE
     if not patcher.get_callbacks(on_clone, CALLBACK_KEY):
         patcher.add_callback_with_key(on_clone, CALLBACK_KEY, _clone_too)
+
+
+def _forget_forward(module: torch.nn.Module) -> None:
+    """Takes away what Train LoRA's `unpatch` leaves on a module: its class's forward, which would hide ours."""
+    left = vars(module).get("forward")
+    if getattr(left, "__self__", None) is module and left.__func__ is type(module).forward:
+        del module.forward
 
 
 def with_right_gradients(patcher: ModelPatcher) -> ModelPatcher:

@@ -185,6 +185,17 @@ def test_comfyui_alone_is_wrong(kind: str) -> None:
         assert distance(gradients(kind, stock(kind), depth), truth) > 0.01, depth
 
 
+@pytest.mark.parametrize("kind", ["flux2", "ltx"])
+def test_a_model_that_was_trained_before(kind: str) -> None:
+    """Train LoRA leaves on every module that it checkpointed the forward of the class that the module had."""
+    model = stock(kind)
+    for depth in (1, 2):
+        gradients(kind, model, depth)
+    truth = truth_of(kind, stock(kind))
+    put_right(model)
+    assert all(distance(gradients(kind, model, depth), truth) < TOLERANCE for depth in DEPTHS)
+
+
 def test_a_loaded_pack(pair: Pair) -> None:
     """And its clone, and the dense twin, whose loader is not ours, raises."""
     truth = truth_of("bonsai", copy.copy(pair.dense))
