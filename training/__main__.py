@@ -18,8 +18,9 @@ Stages, in order; each goes on where it stopped, and all but unpack, figures and
     fidelity      how close packed twins of the dense one come, by size and by way of making them
     other         the same for a small random model of another architecture; needs no other stage
     node          the same for the nodes Patch to BitLinear and Recover BitLinear on the dense one, with their defaults
+    gradients     those of Train LoRA on the dense one and small random models, stock and right, against the true ones
     modes         what bf16 and 8-bit activations change in the pictures of the one that ships; needs no other stage
-    figures       docs/results, the curves and the tables of docs/benchmarks.md from what these four found
+    figures       docs/results, the curves and the tables of docs from what these five found
     badge         icon and banner for the ComfyUI registry, drawn by the seedling that ships
     night         what the shipped workflow trains on the packed one and on a dense one; needs no other stage
 
@@ -82,6 +83,7 @@ def _stages(work: Path, comfyui: Path, arguments: argparse.Namespace) -> dict[st
         export,
         fidelity,
         figures,
+        gradients,
         lora,
         measure,
         modes,
@@ -119,6 +121,7 @@ def _stages(work: Path, comfyui: Path, arguments: argparse.Namespace) -> dict[st
         "fidelity": lambda: fidelity.show(work, comfyui, seconds),
         "other": lambda: other.show(work, comfyui, seconds),
         "node": lambda: node.show(work, comfyui, seconds),
+        "gradients": lambda: gradients.show(work, comfyui),
         "modes": lambda: modes.show(work, comfyui),
         "figures": lambda: figures.show(work),
         "badge": lambda: badge.make(work, comfyui),

@@ -1,4 +1,4 @@
-"""What `fidelity`, `other`, `modes` and `node` found -> docs/results, the curves, the tables of docs/benchmarks.md.
+"""What stages found -> docs/results, the curves, the tables of docs/benchmarks.md and docs/report-to-comfyui.md.
 
 A table stands between two comments, <!-- NAME --> and <!-- end of NAME -->; of each there is one.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bonsai_ops.tools.environment import PLUGIN
 
-from . import curve, fidelity, modes, node, other
+from . import curve, fidelity, gradients, modes, node, other
 from .rows import read
 
 DOCS = PLUGIN / "docs"
@@ -20,12 +20,12 @@ DOCS = PLUGIN / "docs"
 
 def show(work: Path, docs: Path = DOCS) -> None:
     """Takes over what the work folder has, and shows what docs/results then holds."""
-    text = docs / "benchmarks.md"
     tables: dict[str, tuple[str, Callable[[Mapping], Iterator[str]]]] = {
         "fidelity": (fidelity.FILE, fidelity.table),
         "other": (other.FILE, other.table),
         "modes": (modes.FILE, modes.table),
         "node": (node.FILE, node.table),
+        "gradients": (gradients.FILE, gradients.table),
     }
     for name, (file, table) in tables.items():
         kept = docs / "results" / file
@@ -33,6 +33,7 @@ def show(work: Path, docs: Path = DOCS) -> None:
             shutil.copyfile(work / file, kept)
         if kept.is_file():
             rows = read(kept)
+            text = docs / ("report-to-comfyui.md" if name == "gradients" else "benchmarks.md")
             text.write_text(filled(text.read_text(encoding="utf-8"), name, "\n".join(table(rows))), encoding="utf-8")
             if name == "fidelity":
                 curve.draw(docs / fidelity.PICTURE, {name: row for name, row in rows.items() if row["velocity"]})

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -157,13 +157,16 @@ class Other:
         return model, 8 * (report.nbytes - self.rest) / self.weights
 
 
-def random_model() -> ModelPatcher:
-    """ComfyUI's ModelPatcher around its own class, in fp32, with weights that keep activations near 1."""
+def random_model(kind: str = KIND, configuration: Mapping[str, Any] = CONFIG) -> ModelPatcher:
+    """ComfyUI's ModelPatcher around its own class, in fp32, with weights that keep activations near 1.
+
+    kind: a class in comfy.supported_models.
+    """
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = getattr(comfy.supported_models, KIND)(dict(CONFIG))
+    config = getattr(comfy.supported_models, kind)(dict(configuration))
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "")
     generator = torch.Generator().manual_seed(0)
