@@ -48,6 +48,7 @@ CANCELLED = {
     "Bonsai 14": ["RecoverBitLinear"],
 }
 """{beginning of a workflow's name: nodes at which Cancel is pressed, each in a run of its own, before it is run}."""
+LOSSES = "LossGraphNode"
 ASKED = ("positive", "negative")
 WALK = {
     "nodes": {
@@ -181,14 +182,32 @@ def values_of(graph: dict[str, Any]) -> dict[str, list]:
     return {str(node["id"]): node.get("widgets_values") or [] for node in graph["nodes"]}
 
 
-def saved_pictures(graph: dict[str, Any], answer: dict[str, Any], server: ComfyServer) -> list[Path]:
-    """The files that the Save Image nodes wrote."""
+def pictures_of(
+    graph: dict[str, Any],
+    answer: dict[str, Any],
+    server: ComfyServer,
+    kind: str = "SaveImage",
+    title: str | None = None,
+) -> list[Path]:
+    """The files that the nodes of this kind, or of this kind and title, wrote."""
     files = []
     for node in graph["nodes"]:
-        if node["type"] == "SaveImage":
+        if node["type"] == kind and title in (None, node.get("title")):
             for image in answer["outputs"][str(node["id"])]["images"]:
                 files.append(server.base_directory / image["type"] / image["subfolder"] / image["filename"])
     return files
+
+
+def assert_trained(graph: dict[str, Any], answer: dict[str, Any], server: ComfyServer, after: Path) -> None:
+    """The page shows the losses, a line; the picture before is another one than that after the two steps of a test."""
+    (number,) = (str(node["id"]) for node in graph["nodes"] if node["type"] == LOSSES)
+    assert answer["shown"][number]["pictures"] == 1
+    (losses,) = pictures_of(graph, answer, server, LOSSES)
+    with Image.open(losses) as picture:
+        assert (0, 0, 255) in {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+    (before,) = pictures_of(graph, answer, server, "PreviewImage", "Before")
+    with Image.open(before) as first, Image.open(after) as second:
+        assert first.size == second.size and first.convert("RGB").tobytes() != second.convert("RGB").tobytes()
 
 
 @each_workflow
@@ -204,7 +223,9 @@ def test_workflow_runs(path: Path, page: Page) -> None:
     exported = {number: {**node, "_meta": None} for number, node in answer["exported"].items()}
     queued = to_api(graph, page.server.object_info())
     assert exported == {number: {**node, "_meta": None} for number, node in queued.items()}
-    (file,) = saved_pictures(graph, answer, page.server)
+    (file,) = pictures_of(graph, answer, page.server)
+    if LOSSES in {node["type"] for node in graph["nodes"]}:
+        assert_trained(graph, answer, page.server, file)
     with Image.open(file) as picture:
         assert picture.width % 32 == 0 and picture.height % 32 == 0
         assert 0.8 < picture.width * picture.height / tiny_files.pixels(read(path)) < 1.25
@@ -216,7 +237,7 @@ def test_a_picture_dropped_on_the_page_opens_its_workflow(page: Page) -> None:
     graph = read(FIRST_RUN)
     drawn = page.drive("sent", graph, run=True)
     assert drawn["errors"] == [], page.server.log_tail()
-    (picture,) = saved_pictures(graph, drawn, page.server)
+    (picture,) = pictures_of(graph, drawn, page.server)
     answer = page.drive("dropped", graph, run=False, drop=str(picture))
     assert answer["errors"] == []
     opened = answer["dropped"]
@@ -294,7 +315,7 @@ def test_a_blueprint_is_found_and_draws(name: str, page: Page) -> None:
     names = [entry["name"] for entry in shipped["inputs"] if "widget" in entry]
     assert {widget: shown[widget] for widget in names} == dict(zip(names, shipped["widgets_values"], strict=True))
     assert {"text", "width", "height", "seed"} <= {*names}
-    (file,) = saved_pictures(graph, answer, page.server)
+    (file,) = pictures_of(graph, answer, page.server)
     with Image.open(file) as picture:
         assert picture.size == (128, 128) and len(picture.convert("RGB").getcolors(1 << 24)) > 1000
 
