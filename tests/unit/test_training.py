@@ -23,6 +23,7 @@ from training import (
     dataset,
     fidelity,
     figures,
+    gradients,
     modes,
     node,
     other,
@@ -202,6 +203,14 @@ def test_the_tables_of_the_documents_are_filled_in(tmp_path: Path) -> None:
     work.mkdir()
     before = (figures.DOCS / "benchmarks.md").read_text(encoding="utf-8")
     (docs / "benchmarks.md").write_text(before, encoding="utf-8")
+    report = docs / "report-to-comfyui.md"
+    report.write_text((figures.DOCS / report.name).read_text(encoding="utf-8"), encoding="utf-8")
+    at = [{"raises": "one of"}, {"cosine": 0.5, "error": 0.75}, {"cosine": 0.9987, "error": 1e-2}]
+    right = [{"cosine": 1.0, "error": error} for error in (1.25e-7, 3e-6, 0.0)]
+    seen = {
+        key: {str(depth): found for depth, found in enumerate(each)} for key, each in (("stock", at), ("right", right))
+    }
+    (work / gradients.FILE).write_text(json.dumps({"a model": seen}), encoding="utf-8")
     trained = "binary, calibrated, rank 32, recovered, seed 0"
     (work / fidelity.FILE).write_text(json.dumps({trained: row, "binary, rounded": row}), encoding="utf-8")
     Rows(work / other.FILE).add("ternary, rounded", row)
@@ -225,8 +234,20 @@ def test_the_tables_of_the_documents_are_filled_in(tmp_path: Path) -> None:
     assert outside[0] == outside[1]
     assert (docs / fidelity.PICTURE).is_file() and (docs / "results" / other.FILE).is_file()
     assert (docs / other.PICTURE).is_file()
+    assert "| --- |\n| a model | raises | 0.50 | 0.999 | 3.0e-6 |\n<!-- end of gradients" in report.read_text("utf-8")
     with pytest.raises(ValueError, match="found 0"):
         figures.filled(before, "nothing", "")
+
+
+@pytest.mark.parametrize("page", [".md", "/ja.md", "/zh.md"])
+def test_the_help_has_the_figures_of_the_stage(page: str) -> None:
+    text = (PLUGIN / "web" / "docs" / f"BonsaiRightGradients{page}").read_text(encoding="utf-8")
+    rows = read(figures.DOCS / "results" / gradients.FILE)
+    assert len(rows) == 1 + len(gradients.KINDS)
+    for row in rows.values():
+        shown = (r"[^|\d]+" if cell == "raises" else f" {re.escape(cell)} " for cell in gradients.cells(row))
+        assert re.search(rf"\|{'[|]'.join(shown)}\|\n", text)
+        assert all(round(found["cosine"], 6) == 1 for found in row["right"].values())
 
 
 def test_rows_say_what_they_were_measured_on(tmp_path: Path) -> None:
