@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 KINDS = ("disk", "limit")
+OTHERS = "of another program"
 
 
 @contextlib.contextmanager
@@ -33,3 +34,12 @@ def small_disk(folder: Path, nbytes: int, kind: str) -> Iterator[Callable[[], No
                 subprocess.run(["umount", "--lazy", str(folder)], check=False)
             return
     pytest.skip("this process may not mount a small disk")
+
+
+def fill(folder: Path) -> Path:
+    """The file that takes what room is left on the disk of a folder, one of small_disk, as others who use it do."""
+    path = folder / OTHERS
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as rest:
+        while rest.write(bytes(1 << 12)):
+            pass
+    return path

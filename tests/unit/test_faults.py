@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from messages import reason
-from small_disk import KINDS, small_disk
+from small_disk import KINDS, OTHERS, small_disk
 
 from bonsai_ops.tools import synthetic
 from bonsai_ops.tools.environment import PLUGIN as REPOSITORY
 from bonsai_ops.weights import files, flux2
 from bonsai_ops.weights.errors import PackError
 from bonsai_ops.weights.formats import open_pack
+from bonsai_ops.weights.new_file import MAKE_ROOM, MB
 from bonsai_ops.weights.packed_weight import PackedWeight
 
 resource = pytest.importorskip("resource")
@@ -150,6 +151,47 @@ def test_no_room_for_a_conversion(kind: str, source: str, tmp_path: Path) -> Non
         told = reason(said.strip(), target)
         assert told.startswith("needs ") and told.endswith("or choose another folder.")
         assert "MB" in told and len(told.splitlines()) == 1 and list(target.parent.iterdir()) == []
+
+
+FILLED = """
+import sys
+from pathlib import Path
+from small_disk import OTHERS, fill
+from bonsai_ops import convert
+from bonsai_ops.weights.new_file import PREFIX
+folder, bar = Path(sys.argv[-1]).parent, convert._bar
+
+def report(stage):
+    def told(done, total):
+        if stage == "writing" and not (folder / OTHERS).exists():
+            fill(folder)
+            (hidden,) = folder.glob(f"{PREFIX}*")
+            print(done, total, hidden.stat().st_size)
+    return told
+
+convert._bar = report
+raise SystemExit(convert.main(sys.argv[1:]))
+"""
+"""Another program takes the rest of the disk after the first bytes were written."""
+
+
+def test_a_disk_that_is_full_while_a_conversion_writes(source: str, tmp_path: Path) -> None:
+    """There was room when it began. What it wrote is gone; elsewhere, and with room, the next run succeeds."""
+    path = {"env": {**os.environ, "PYTHONPATH": str(REPOSITORY / "tests")}}
+    with small_disk(tmp_path / "disk", 16 << 20, "disk"):
+        target, other = tmp_path / "disk" / "w.safetensors", tmp_path / "w.safetensors"
+        run = converted(source, str(target), script=FILLED, **path)
+        written, said = run.communicate(timeout=120)
+        assert run.returncode == 1, said
+        done, total, on_disk = map(int, written.split())
+        assert 0 < done < total and on_disk > 0
+        (left,) = target.parent.iterdir()
+        assert left.name == OTHERS
+        assert converted(source, str(other)).wait(120) == 0
+        told = f"needs {other.stat().st_size / MB:,.1f} MB, and there is no room for it (No space left on device)."
+        assert reason(said.strip(), target) == f"{told} {MAKE_ROOM}" and len(said.strip().splitlines()) == 1
+        left.unlink()
+        assert converted(source, str(target)).wait(120) == 0 and target.read_bytes() == other.read_bytes()
 
 
 def test_two_conversions_to_one_target_and_one_that_is_killed(source: str, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from children import said_by
 from messages import reason
+from small_disk import OTHERS, fill, small_disk
 from twins import SMALL, bfl_lora, draw, with_lora, write_pack
 
 from bonsai_ops.tools import synthetic
 from bonsai_ops.weights.errors import PackError
+from bonsai_ops.weights.new_file import MAKE_ROOM, MB
 
 pytestmark = pytest.mark.host
 
@@ -149,6 +151,53 @@ def test_a_quota_while_a_model_is_saved(
         save_bonsai_model(model, path, include_loras=loras)
         load(path)
         path.unlink()
+
+
+@pytest.mark.parametrize("loras", [False, True])
+def test_a_disk_that_is_full_while_a_model_is_saved(
+    loras: bool, load: Callable[..., Any], lora_file: Callable[..., str], comfy_base_directory: Path, tmp_path: Path
+) -> None:
+    """There was room when it began. Nothing is left or offered; elsewhere, or with room, the next save succeeds."""
+    from bonsai_ops.host import folders
+    from bonsai_ops.host.save import save_bonsai_model
+
+    folders.register()
+    model = with_lora(load(write_pack(tmp_path / "m" / "model.safetensors", "ternary")), lora_file(bfl_lora()))
+    kept = model if loras else load(tmp_path / "m" / "model.safetensors")
+    expected = draw(kept, **width_of(kept))
+    place, elsewhere = comfy_base_directory / "models" / "diffusion_models" / "small", tmp_path / "saved.safetensors"
+    path = place / "saved.safetensors"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    written: list[int] = []
+
+    def progress(done: int, _: int) -> None:
+        if done and not written:
+            fill(place)
+            written.append(done)
+
+    def offered() -> list[str]:
+        return [name for name in folders.model_names() if "small/" in name]
+
+    try:
+        with small_disk(place, 16 << 20, "disk"):
+            with pytest.raises(PackError) as during:
+                save_bonsai_model(model, path, progress=progress, include_loras=loras)
+            assert written and [left.name for left in place.iterdir()] == [OTHERS] and offered() == []
+            with pytest.raises(PackError) as before:
+                save_bonsai_model(model, path, include_loras=loras)
+            assert [left.name for left in place.iterdir()] == [OTHERS]
+            save_bonsai_model(model, elsewhere, include_loras=loras)
+            needs = f"needs {elsewhere.stat().st_size / MB:,.1f} MB, and"
+            full = "there is no room for it (No space left on device)"
+            assert reason(during.value, path) == f"{needs} {full}. {MAKE_ROOM}"
+            assert reason(before.value, path) == f"{needs} 0.0 MB are left for it. {MAKE_ROOM}"
+            (place / OTHERS).unlink()
+            save_bonsai_model(model, path, include_loras=loras)
+            assert offered() == ["small/saved.safetensors"]
+            for saved in (path, elsewhere):
+                assert torch.equal(draw(load(saved), **width_of(model)), expected)
+    finally:
+        place.rmdir()
 
 
 def test_what_ended_processes_left_is_not_offered(comfy: Any, comfy_base_directory: Path) -> None:
