@@ -283,6 +283,7 @@ LOADER, SAVE, OPS, KLEIN = (
 )
 TEXT_ENCODER = "bonsai_ops/host/text_encoder.py"
 REUSE, ASSEMBLE = "bonsai_ops/kernels/reuse.py", "bonsai_ops/host/patch/assemble.py"
+RIGHT = "bonsai_ops/host/gradients.py"
 KITCHEN, HANDLERS, PACKED_LAYOUT = "comfy_kitchen.tensor.base", "_LAYOUT_DISPATCH_TABLE", "BonsaiPackedLayout"
 
 LORA_ACTS = "test_traps.py::test_a_lora_is_no_silent_no_op"
@@ -319,6 +320,7 @@ MEMBERS = "test_layout.py::test_each_member_of_the_layout"
 RECORDED = "test_recorded.py::test_a_graph_keeps_no_matrices"
 ELSEWHERE = "test_recorded.py::test_a_lora_elsewhere_is_refused_in_a_graph"
 GRADIENTS = "test_gradients.py::test_a_loaded_pack"
+TRAINED_BEFORE = "test_gradients.py::test_a_model_that_was_trained_before"
 PATCHED_GRADIENTS = "test_gradients.py::test_every_architecture"
 NODE_WINS = "test_attention.py::test_the_node_for_the_attention_wins"
 
@@ -365,6 +367,7 @@ GUARDS = (
     Guard("newer", "another attention stays", ASSEMBLE, "attend_in_parts", NODE_WINS, _insisting),
     Guard("newer", "right gradients", LOADER, "right_gradients", GRADIENTS, _nothing),
     Guard("newer", "right gradients of what is patched", ASSEMBLE, "right_gradients", PATCHED_GRADIENTS, _nothing),
+    Guard("newer", "no forward of before", RIGHT, "_forget_forward", TRAINED_BEFORE, _nothing),
     Guard("lora", "matrices leave with the layer", LORA, "LayerPatches.forget", MATRICES, _nothing),
     Guard("lora", "ModelSave refuses a LoRA", PATCHER, "_refuse_loras", MODEL_SAVE, _nothing),
     Guard("lora", "hooks give the weight back as it was", PATCHER, "PackedPatcher._give_back", HOOK, _nothing),
