@@ -1,6 +1,7 @@
 """Run the tests in the private environment with a real ComfyUI: python -m tests [pytest arguments].
 
-The whole suite, that is without the name of a test among the arguments, runs in several processes (-n 0: in one).
+The whole suite, that is without the name of a test among the arguments, runs in several processes (-n 0: in one). With
+CI=true a test that is skipped without need fails it.
 BONSAI_COMFYUI names another ComfyUI folder for the tests that import ComfyUI into their own process.
 """
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     )
     command = [str(environment.python), "-m", "pytest", "--no-loadscope-reorder"]
     command += [f"-n{workers}"] if workers > 1 else []
+    command += ["--no-skips"] if whole and os.environ.get("CI") == "true" else []
     command += [*argv, "tests"] if whole else argv
     return run_attached(command, env=variables, cwd=PLUGIN)
 

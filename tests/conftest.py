@@ -39,6 +39,13 @@ ELSEWHERE = {
 }
 """{mark: the devices on which a test with it runs}"""
 
+MAY_BE_SKIPPED = {
+    "BONSAI_PACKAGES names no folder": "tests/host/test_other_hosts.py runs it with newer packages",
+    "no comfyui-manager: BONSAI_PACKAGES names no folder with it": "the same",
+    "this user writes anywhere": "root does, and the other ways in which a folder is spoilt are tried",
+}
+"""{reason of a skip that --no-skips allows: why nothing is missed}"""
+
 pytest.register_assert_rewrite("twins", "peers.families")
 
 
@@ -138,6 +145,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     item.add_marker(skip)
     slow = {worker_group(item.nodeid) for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: worker_group(item.nodeid) not in slow)
+
+
+class NoSkips:
+    """Fails a run in which a test was skipped for another reason than those of MAY_BE_SKIPPED, and says which."""
+
+    def __init__(self) -> None:
+        self.skipped: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+            if reason not in MAY_BE_SKIPPED:
+                self.skipped.append(f"{report.nodeid}: {reason}")
+
+    pytest_collectreport = pytest_runtest_logreport
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.skipped and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for line in self.skipped:
+            terminalreporter.line(f"SKIPPED WHERE NONE MAY BE {line}", red=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="fail where a test is skipped that can be run in CI")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--no-skips") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(NoSkips())
 
 
 def pytest_unconfigure() -> None:
