@@ -1,24 +1,36 @@
-"""The example for several machines with real Ray, and a model that travels to another process as function and path."""
+"""The examples for several machines: with real Ray, over two real servers, and a model that travels to a process."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import pickle
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from twins import draw, write_pack
 
+from bonsai_ops.demo import WORKFLOW
+from bonsai_ops.tools.environment import link_plugin
 from bonsai_ops.tools.environment.processes import inherited_environment
+from bonsai_ops.tools.server import ComfyServer
+from bonsai_ops.tools.workflow import find_nodes, to_api
+from machines import over_distributed
 from machines.over_ray import PLUGIN, PROMPTS, SEEDLING, Painter, Place, tasks
 
 pytestmark = [pytest.mark.host, pytest.mark.processor, pytest.mark.slow]
@@ -116,3 +128,124 @@ def still_running(folder: Path) -> list[str]:
         except OSError:  # it has ended
             continue
     return [line for line in lines if os.fspath(folder) in line]
+
+
+# ComfyUI-Distributed
+
+
+def alone(prompt: dict[str, dict], number: int) -> dict[str, dict]:
+    """The graph as the plugin's two nodes have server `number` draw it, without them: plain servers lack them."""
+    seeds = {
+        n: node["inputs"]["seed"] + number for n, node in prompt.items() if node["class_type"] == "DistributedSeed"
+    }
+    links = {n: node["inputs"]["images"] for n, node in prompt.items() if node["class_type"] == "DistributedCollector"}
+    made = {}
+    for n in prompt.keys() - seeds.keys() - links.keys():
+        inputs = {k: v[0] if isinstance(v, list) else v for k, v in prompt[n]["inputs"].items()}
+        inputs = {k: seeds.get(v, links.get(v, prompt[n]["inputs"][k])) for k, v in inputs.items()}
+        made[n] = {**prompt[n], "inputs": inputs}
+    return made
+
+
+class Distributed(ThreadingHTTPServer):
+    """Stands in for ComfyUI-Distributed 1.4.4 before real servers: its two routes that the example asks, and /history.
+
+    Workers that do not answer are left out; pictures of those that did go to the first server. kills: the first worker
+    is ended once it has its graph.
+    """
+
+    def __init__(self, *servers: ComfyServer) -> None:
+        super().__init__(("127.0.0.1", 0), Routes)
+        self.servers, self.kills = servers, False
+        self.queued: list[tuple[ComfyServer, str]] = []
+
+    def queue(self, body: dict[str, Any]) -> dict[str, Any]:
+        first, *workers = self.servers
+        chosen = [first]
+        for number, worker in enumerate(workers, 1):
+            with contextlib.suppress(OSError):
+                if str(number) in body["enabled_worker_ids"]:
+                    worker.get("/queue")
+                    chosen.append(worker)
+        self.queued = [(server, server.queue(alone(body["prompt"], i))) for i, server in enumerate(chosen)]
+        if self.kills:
+            os.kill(workers[0].pid, signal.SIGKILL)
+        return {"prompt_id": self.queued[0][1], "worker_count": len(chosen) - 1}
+
+    def history(self) -> dict[str, Any]:
+        found = []
+        for server, prompt in self.queued:
+            with contextlib.suppress(OSError):
+                if not (entry := server.get(f"/history/{prompt}")):
+                    return {}
+                found.append((server, entry[prompt]))
+        (first, entry), *others = found
+        for number, (server, other) in enumerate(others, 1):
+            (picture,) = server.images(other)
+            name = f"worker-{number}-{picture.name}"
+            shutil.copyfile(picture, first.base_directory / "output" / name)
+            entry["outputs"][f"worker {number}"] = {"images": [{"filename": name, "type": "output"}]}
+        return {self.queued[0][1]: entry}
+
+
+class Routes(BaseHTTPRequestHandler):
+    server: Distributed
+
+    def do_GET(self) -> None:
+        workers = [{"id": str(n), "enabled": True} for n in range(1, len(self.server.servers))]
+        self.answer({"workers": workers} if self.path == "/distributed/config" else self.server.history())
+
+    def do_POST(self) -> None:
+        assert self.path == "/distributed/queue"
+        self.answer(self.server.queue(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+    def answer(self, said: dict[str, Any]) -> None:
+        raw = json.dumps(said).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_two_servers_and_one_that_is_killed(
+    comfyui_path: Path,
+    comfy_server: Callable[..., ComfyServer],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each draws its seed. What a killed worker had is told as missing, and drawn by who is left when asked again."""
+    first, graph_file = comfy_server(), tmp_path / "graph.json"
+    link_plugin(tmp_path / "worker")
+    graph = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), first.object_info())
+    (sampler,), (saving,) = (find_nodes(graph, kind) for kind in ("BonsaiSampler", "SaveImage"))
+    graph[saving]["inputs"]["filename_prefix"] = "machines"
+
+    def drawn(seed: int, *options: str) -> tuple[int, list[bytes], str]:
+        """(exit code, pixels of the pictures, what was said)."""
+        graph[sampler]["inputs"]["seed"] = seed
+        graph_file.write_text(json.dumps(graph), encoding="utf-8")
+        code = over_distributed.main([str(graph_file), "--server", address, *options])
+        said = capsys.readouterr()
+        told, *names = said.out.splitlines()
+        pictures = [Image.open(first.base_directory / "output" / name).tobytes() for name in names]
+        return code, pictures, told + said.err
+
+    with (
+        ComfyServer(Path(sys.executable), comfyui_path, tmp_path / "worker", packages=first.packages) as worker,
+        Distributed(first, worker) as distributed,
+    ):
+        threading.Thread(target=distributed.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{distributed.server_port}"
+        code, (one, two), said = drawn(5)
+        assert code == 0 and one != two and said == "1 of 1 workers answer."
+        distributed.kills = True
+        code, pictures, said = drawn(5)
+        assert code == 1 and pictures == [one] and said.startswith("1 of 1 workers answer.1 pictures are missing")
+        distributed.kills = False
+        code, pictures, said = drawn(6)
+        assert code == 1 and pictures == [two] and said.startswith("0 of 1 workers answer.1 pictures are missing")
+        assert drawn(6, "--workers") == (0, [two], "0 of 0 workers answer.")
+        distributed.shutdown()
