@@ -25,15 +25,20 @@ def small_disk(folder: Path, nbytes: int, kind: str) -> Iterator[Callable[[], No
     if kind == "limit":
         yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
         return
+    if not _mounted(folder, nbytes):
+        pytest.skip("this process may not mount a small disk")
+    try:
+        yield lambda: None
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+
+def _mounted(folder: Path, nbytes: int) -> bool:
     options = ["-t", "tmpfs", "-o", f"size={nbytes}", "bonsai-small-disk", str(folder)]
-    with contextlib.suppress(OSError):
-        if subprocess.run(["mount", *options], capture_output=True, check=False).returncode == 0:
-            try:
-                yield lambda: None
-            finally:
-                subprocess.run(["umount", "--lazy", str(folder)], check=False)
-            return
-    pytest.skip("this process may not mount a small disk")
+    try:
+        return subprocess.run(["mount", *options], capture_output=True, check=False).returncode == 0
+    except OSError:  # there is no such program
+        return False
 
 
 def fill(folder: Path) -> Path:

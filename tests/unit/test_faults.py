@@ -153,6 +153,12 @@ def test_no_room_for_a_conversion(kind: str, source: str, tmp_path: Path) -> Non
         assert "MB" in told and len(told.splitlines()) == 1 and list(target.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_on_a_small_disk_is_no_skip(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), small_disk(tmp_path / "disk", 4096, kind):
+        raise OSError("full")
+
+
 FILLED = """
 import sys
 from pathlib import Path
