@@ -101,9 +101,8 @@ class _Chart:
             x, _ = self._place(bits, 1)
             self._stroke([(x, TOP), (x, HEIGHT - BOTTOM)], LINE)
             self._text(x, HEIGHT - BOTTOM + 18, str(bits), 14, PALE, "mm")
-        few = self.errors[1] - self.errors[0] < 1
         for power in range(-4, 2):
-            for step in range(1, 10) if few else (1, 2, 5):
+            for step in (1, 2, 5):
                 error = step * 10.0**power
                 if self.errors[0] <= math.log10(error) <= self.errors[1]:
                     _, y = self._place(0, error)
