@@ -39,6 +39,8 @@ VERBS = (
 )
 CURE = re.compile(rf"(^|[.:;] |, (or|and) |, )({VERBS})\b", re.I)
 """Of a cure: a sentence that begins with what to do or with what was expected."""
+ABOUT_ALL = "tensors that do not fit"
+"""Of a finding that no one tensor is to blame for."""
 EVENTS = re.compile(
     r"subprocess\.|os\.(system|exec|fork|posix_spawn|spawn|startfile|remove|rename|mkdir|rmdir|chmod|link)"
 )
@@ -289,8 +291,11 @@ def _excess(verdict: Verdict, seen: list[str]) -> str:
 
 
 def _without_key(error: PackError, order: Order) -> str:
-    """What an error lacks that is about a file of which one thing was changed: the name of that, or of its layer."""
-    if not order.key or str(error.path) != order.file:
+    """What an error lacks that is about a file of which one thing was changed: the name of that, or of its layer.
+
+    Nothing where it is about all tensors: of two that do not fit each other, nobody knows the right one.
+    """
+    if not order.key or str(error.path) != order.file or ABOUT_ALL in error.found:
         return ""
     told = f"{error.key} {error.found} {error.cure}"
     layer = order.key.rpartition(".")[0] or order.key
