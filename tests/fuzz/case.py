@@ -298,7 +298,8 @@ def _without_key(error: PackError, order: Order) -> str:
     if not order.key or str(error.path) != order.file or ABOUT_ALL in error.found:
         return ""
     told = f"{error.key} {error.found} {error.cure}"
-    layer = order.key.rpartition(".")[0] or order.key
+    key = order.key.removeprefix("diffusion_model.")  # by which ComfyUI knows it
+    layer = key.rpartition(".")[0] or key
     return "" if shown(layer, 60).partition(GAP)[0] in told else f"a message without the key {order.key}"
 
 
