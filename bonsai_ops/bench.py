@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from .tools.bench import table
-from .tools.environment import ensure_or_exit, relaunch_if_needed
+from .tools.environment import ending_by_exception, ensure_or_exit, relaunch_if_needed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     if not (alone and alone.finds_python):
         relaunch_if_needed("bonsai_ops.bench", given, arguments.yes)
     if alone:
-        return alone.measure(table.Run(arguments, arguments.work or Path(), given=given))
+        with ending_by_exception():
+            return alone.measure(table.Run(arguments, arguments.work or Path(), given=given))
     from .tools.bench import machine, plot, report, timer  # torch is there only after the relaunch
 
     if arguments.device != "cpu":
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     machine.show(figures["machine"])
     in_host = any(benchmark.in_host for benchmark in chosen)
     comfyui = ensure_or_exit(comfyui=arguments.comfyui).comfyui if in_host else None
-    with tempfile.TemporaryDirectory(prefix="bonsai-bench-") as temporary:
+    with ending_by_exception(), tempfile.TemporaryDirectory(prefix="bonsai-bench-") as temporary:
         run = table.Run(arguments, arguments.work or Path(temporary), comfyui)
         for benchmark in chosen:
             measured = benchmark.measure(run)

@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -45,7 +46,7 @@ from bonsai_ops.tools.bench import (
 )
 from bonsai_ops.tools.bench.inside.profile import StepProfile, kind_of
 from bonsai_ops.tools.bench.inside.train import needed, possible
-from bonsai_ops.tools.environment import inherited_environment, module_command
+from bonsai_ops.tools.environment import PLUGIN, inherited_environment, module_command
 from bonsai_ops.weights.packed_weight import PackedWeight
 from bonsai_ops.weights.read import open_transformer, read_weights
 
@@ -724,3 +725,34 @@ def test_every_way_of_a_step_is_drawn_in_its_own_name(tmp_path: Path) -> None:
     labels = [bar.label for _, bars in plot.step_panel(figures).groups for bar in bars]
     assert labels == [way.label for way in ways.STEP_WAYS] and len(set(labels)) == len(labels)
     assert "Bonsai Image, int8 activations" in labels
+
+
+ENDED = """
+import subprocess, sys
+from types import SimpleNamespace
+from bonsai_ops import bench
+from bonsai_ops.tools.bench import table
+
+def measure(run):
+    code = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code]) as child:
+        try:
+            child.wait()
+        finally:
+            child.kill()
+
+one = SimpleNamespace(alone=False, in_host=False, name="one", at_the_top=False, measure=measure)
+table.chosen = lambda arguments: [one]
+bench.main(["--threads", "1"])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+def test_what_is_measured_ends_with_the_benchmark() -> None:
+    """A child that goes on would take the processors from whatever is measured next."""
+    with subprocess.Popen([sys.executable, "-c", ENDED], stdout=subprocess.PIPE, text=True, cwd=PLUGIN) as run:
+        child = next(int(line) for line in run.stdout if line.strip().isdigit())
+        run.terminate()
+        assert run.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
