@@ -42,6 +42,8 @@ BASE = 2 * len(CYCLE)
 GROWTH = 0.03
 LOOKS = 4
 """At open files and threads, the last ones, of which the least counts."""
+SETTLES = 5.0
+"""Seconds in which a connection that was just closed leaves a busy machine's count of files."""
 PROMPT = "two green bonsai trees in blue pots, summer, blue sky"
 LORA, DAMAGED = "seedling_night.safetensors", "soak-damaged.safetensors"
 REFUSED = {
@@ -91,7 +93,7 @@ class Soak:
                     break
             if (number + 1) % len(self.cycle) == 0:
                 if SYSTEM.exists():
-                    self.held.append(held_by(server.pid))
+                    self.held.append(settled(server.pid, self.held[:1]))
                 said(f"{number + 1} prompts, {self.held[-1] if self.held else ''}, wrong: {len(self.wrong)}")
         self.seconds = time.monotonic() - started
 
@@ -150,11 +152,21 @@ class Soak:
 
 
 def held_by(process: int) -> Held:
-    """Of a process of Linux."""
+    """Of a process of Linux, now."""
     folder = Path(f"/proc/{process}")
     pages = int((folder / "statm").read_text().split()[1])
     counts = [len(os.listdir(folder / name)) for name in ("fd", "task")]
     return Held(pages * os.sysconf("SC_PAGE_SIZE"), *counts)
+
+
+def settled(process: int, before: Sequence[Held]) -> Held:
+    """What a process has as soon as it has no more files than before, or after SETTLES."""
+    until = time.monotonic() + SETTLES
+    while True:
+        held = held_by(process)
+        if time.monotonic() > until or all(held.files <= known.files for known in before):
+            return held
+        time.sleep(0.1)
 
 
 def alive(server: ComfyServer) -> bool:

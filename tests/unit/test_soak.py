@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from soak import BASE, CYCLE, GRAPHS, REFUSED, Held, Soak
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from soak import BASE, CYCLE, GRAPHS, REFUSED, SYSTEM, Held, Soak, held_by, settled
 
 
 def test_every_kind_has_its_graph() -> None:
@@ -24,3 +29,12 @@ def test_what_does_not_hold_is_told() -> None:
     assert after(100, files=(11, 12)) == ["files grew from 10 to 11"]
     assert after(100, files=(10, 11)) == after(100, files=(11, 11, 10)) == [], "open at the moment of one look"
     assert after(100, threads=(6,)) == ["threads grew from 5 to 6"]
+
+
+@pytest.mark.skipif(not SYSTEM.exists(), reason="only Linux tells what a process holds")
+def test_a_file_that_is_just_being_closed_is_none() -> None:
+    before = held_by(os.getpid())
+    with Path(__file__).open() as file:
+        assert held_by(os.getpid()).files == before.files + 1
+        threading.Timer(0.3, file.close).start()
+        assert settled(os.getpid(), [before]).files == before.files
