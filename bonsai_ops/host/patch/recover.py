@@ -96,9 +96,9 @@ def recover(
     """(the packed ModelPatcher with better residuals, what became of them). Both models are as they were.
 
     progress(done, total) follows; what it raises ends the work. The best state until then is kept (unfinished.py), and
-    the next call with the same models and inputs begins from it. Raises ValueError if the patched
-    model has no residual or carries LoRAs, if the models differ or are one, or there is too little to train on;
-    MisfitError for a conditioning or latent of another model.
+    the next call with the same models and inputs begins from it. Raises ValueError if the patched model has no residual
+    or carries LoRAs, if the models differ or are one, or there is too little to train on; MisfitError for a
+    conditioning or latent of another model.
     """
     layers = _trained(original, patched)
     prompts, samplings = recovery.prompts(), recovery.samplings()
