@@ -5,6 +5,9 @@ on: 113 MB each for the 4B model at 512x512, 1 GB at 1024x1024, in each of its 2
 to clear first. Part after part, each by the same function, the scores stay in the cache, in memory that the C library
 keeps. Rows of scores do not depend on each other: the result is the same to the bit.
 
+Where gradients are wanted the same function keeps the scores of all heads for the backward pass, several times over.
+PyTorch's own attention keeps a number a row instead and computes the scores again. It rounds elsewhere.
+
 It is chosen through ComfyUI's own hook, `transformer_options["optimized_attention_override"]`, and leaves alone
 whatever else stands there.
 """
@@ -68,9 +71,10 @@ def _in_parts(
 
     if query.device.type != "cpu" or mask is not None or skip_output_reshape or options.get("enable_gqa"):
         return whole()
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        return whole()
     q, k, v = (query, key, value) if skip_reshape else (_by_head(t, heads) for t in (query, key, value))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=options.get("scale"))
+        return out.transpose(1, 2).flatten(2)
     batch, _, tokens, _ = q.shape
     most = max(1, SCORE_BYTES // (batch * k.shape[2] * q.dtype.itemsize))
     if most >= heads * tokens:

@@ -27,6 +27,8 @@ import comfy.patcher_extension
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .attention import attend_in_parts
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from torch.utils.hooks import RemovableHandle
@@ -119,9 +121,13 @@ def _forget_forward(module: torch.nn.Module) -> None:
 
 
 def with_right_gradients(patcher: ModelPatcher) -> ModelPatcher:
-    """A clone that gives right gradients; it shares its layers with the original. Raises as `right_gradients` does."""
+    """A clone that gives right gradients; it shares its layers with the original. Raises as `right_gradients` does.
+
+    On a CPU its attention takes little memory, as that of our own models does.
+    """
     clone = patcher.clone()
     right_gradients(clone)
+    attend_in_parts(clone)
     return clone
 
 
