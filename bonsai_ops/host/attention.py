@@ -96,5 +96,5 @@ def _in_parts(
 
 
 def _by_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, tokens, heads D] as [B, heads, tokens, D]."""
-    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """[B, tokens, heads D], or [B, tokens, heads, D] as SD3 has values, as [B, heads, tokens, D]."""
+    return tensor.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2)

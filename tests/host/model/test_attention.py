@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import patch
+from families import KINDS, patch, sample, stock
 from twins import draw, load_stock, read_dense, relative, run_node
 
 pytestmark = [pytest.mark.host, pytest.mark.processor]
@@ -98,6 +98,8 @@ def test_the_same_to_the_bit(
     assert min(n for _, n in calls) >= min(tokens, attention.LEAST_QUERIES)
     flat = [t.transpose(1, 2).flatten(2) for t in tensors]
     assert torch.equal(attention.in_parts(attention.SUB_QUADRATIC, *flat, heads=heads), truth)
+    flat[2] = flat[2].unflatten(-1, (heads, -1))  # as SD3 has them
+    assert torch.equal(attention.in_parts(attention.SUB_QUADRATIC, *flat, heads=heads), truth)
 
 
 def test_what_is_not_taken_apart(calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +162,19 @@ def test_a_picture_drawn_in_parts(model: Any, calls: list[tuple[int, int]], monk
     found = [draw(model.clone(), start=start, cfg=cfg) for cfg in (1.0, 3.0)]
     assert set(calls) == {(1, 64), (2, 64)}
     assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture(kind: str, comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever shapes its queries, keys and values have: in parts it draws what it draws at once."""
+    from bonsai_ops.host import attention
+
+    with torch.inference_mode():
+        patched, _ = patch(stock(kind))
+        monkeypatch.setattr(attention, "SCORE_BYTES", 1 << 40)
+        whole = sample(kind, patched)
+        monkeypatch.setattr(attention, "SCORE_BYTES", 1)
+        assert torch.equal(sample(kind, patched), whole)
 
 
 def test_another_choice_stays(model: Any) -> None:
