@@ -9,7 +9,8 @@ raises for the first without checkpointing and sees neither with it. Two things 
   outside its forward, so that a checkpoint around it keeps the copy.
 
 A third: the checkpoints that Train LoRA puts on single layers where it offloads pass no gradient to what the layer
-trains unless its input needs one, and texts and times need none. So the inputs of the whole model are made to need one.
+trains unless its input needs one, and texts and times need none. So there the inputs of the whole model are made to
+need one. Elsewhere they are not: what is computed of them before the blocks would keep its weights for nothing.
 
 Blocks are the members of ModuleLists, in any architecture. Where no gradient is wanted they do what they did before,
 and nothing hangs on their layers.
@@ -115,9 +116,20 @@ def right_gradients(patcher: ModelPatcher) -> None:
 
 def _forget_forward(module: torch.nn.Module) -> None:
     """Takes away what Train LoRA's `unpatch` leaves on a module: its class's forward, which would hide ours."""
-    left = vars(module).get("forward")
-    if getattr(left, "__self__", None) is module and left.__func__ is type(module).forward:
+    if "forward" in vars(module) and not _has_other_forward(module):
         del module.forward
+
+
+def _has_other_forward(module: torch.nn.Module) -> bool:
+    """Whether the module has a forward of its own that is not its class's."""
+    own = vars(module).get("forward")
+    return own is not None and not (getattr(own, "__self__", None) is module and own.__func__ is type(module).forward)
+
+
+def _offloads(transformer: torch.nn.Module) -> bool:
+    """Whether a single layer is checkpointed, as Train LoRA does it where it offloads."""
+    leaves = (module for module in transformer.modules() if next(module.children(), None) is None)
+    return any(map(_has_other_forward, leaves))
 
 
 def with_right_gradients(patcher: ModelPatcher) -> ModelPatcher:
@@ -165,7 +177,7 @@ class _WithGradients(Block):
     """Mixed into the class of a transformer or UNet."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and _is_wanted(self, args, kwargs):
+        if not torch.compiler.is_compiling() and _offloads(self) and _is_wanted(self, args, kwargs):
             plain = {name: value for name, value in kwargs.items() if "mask" in name}  # products want these without
             args, kwargs = _each(args, _needing), {n: _each(value, _needing) for n, value in kwargs.items()} | plain
         return super().forward(*args, **kwargs)

@@ -1,7 +1,8 @@
 """A size of the benchmark of Recover BitLinear, a process of its own (session.py): recover {"file", "size", ..}.
 
-Loads a dense file through ComfyUI in bf16, packs it as options say, and has the node's work done on the fewest points:
-two steps of the dense model, one held out, and one step of training on the other.
+Loads a dense file as bf16 through ComfyUI, which on a CPU computes with it in fp32, packs it as options say, and has
+the node's work done on the fewest points: two steps of the dense model, one held out, and one step of training on the
+other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import time
 
 import torch
 
-from .... import kernels
 from ..peaks import make_peaks
 from .sampling import empty_latent, random_condition
 from .start import in_worker, start, synchronise
@@ -36,9 +36,6 @@ def _measure(options: dict) -> int:
 
     with torch.inference_mode():
         dense = comfy.sd.load_diffusion_model(options["file"], model_options={"dtype": torch.bfloat16})
-        narrow = device != "cpu" or kernels.cpu_has_fast_bf16()
-        if not narrow:
-            dense.model.manual_cast_dtype = torch.float32
         packed, report = patch_model(dense, PatchOptions(recipe=options["recipe"], rank=options["rank"]))
         gc.collect()
         peaks.reset()
@@ -60,7 +57,7 @@ def _measure(options: dict) -> int:
     # two steps of the dense model, a look at the held-out point, a step of training, a look again
     begun = [after - before for before, after in itertools.pairwise(times[:POINTS] + times[-4:])]
     figures = {
-        "dtype": "bf16" if narrow else "fp32",
+        "dtype": "fp32" if dense.model.get_dtype_inference() == torch.float32 else "bf16",
         "bytes": report.nbytes,
         "residual_bytes": found.nbytes,
         "sampled_s": begun[0],
