@@ -102,7 +102,7 @@ def _numbers() -> list[io.Input]:
             max=100000,
             tooltip="How many steps of the dense model to learn from, over all prompts. One in eight is held out.",
         ),
-        io.Int.Input("steps", default=120, min=1, max=100000, tooltip="Steps of training. 100 to 300 do."),
+        io.Int.Input("steps", default=200, min=1, max=100000, tooltip="Steps of training. 100 to 300 do."),
         io.Int.Input("batch", default=8, min=1, max=1024, tooltip="Points a step of training, one after the other."),
         io.Float.Input(
             "learning_rate",

@@ -38,7 +38,7 @@ SIDE, RANK = 128, 32
 RECIPES = ("ternary", "binary")
 CALIBRATED, MEASURED = 24, 24
 """Prompts that calibrate, in one conditioning, and held-out ones for the distances."""
-PLAN = {"points": 320, "steps": 120, "batch": 8, "learning_rate": 1e-3}
+PLAN = {"points": 320, "steps": 200, "batch": 8, "learning_rate": 1e-3}
 """The defaults of the node, which tests/unit/test_training.py compares."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from . import session
 from .report import show_table
 
-POINTS, STEPS, BATCH, LOOKS, HELD_OUT = 320, 120, 8, 11, 8
+POINTS, STEPS, BATCH, LOOKS, HELD_OUT = 320, 200, 8, 11, 8
 """The node's defaults: points sampled, steps of training and points in each, looks at one in HELD_OUT of the points."""
 
 
