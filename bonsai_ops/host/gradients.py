@@ -10,7 +10,7 @@ raises for the first without checkpointing and sees neither with it. Two things 
 
 A third: the checkpoints that Train LoRA puts on single layers where it offloads pass no gradient to what the layer
 trains unless its input needs one, and texts and times need none. So there the inputs of the whole model are made to
-need one. Elsewhere they are not: what is computed of them before the blocks would keep its weights for nothing.
+need one. Where no layer is checkpointed they are not: what lies before the blocks would keep its weights for nothing.
 
 Blocks are the members of ModuleLists, in any architecture. Where no gradient is wanted they do what they did before,
 and nothing hangs on their layers.
@@ -126,8 +126,8 @@ def _has_other_forward(module: torch.nn.Module) -> bool:
     return own is not None and not (getattr(own, "__self__", None) is module and own.__func__ is type(module).forward)
 
 
-def _offloads(transformer: torch.nn.Module) -> bool:
-    """Whether a single layer is checkpointed, as Train LoRA does it where it offloads."""
+def _checkpoints_layers(transformer: torch.nn.Module) -> bool:
+    """Whether single layers are checkpointed, as Train LoRA does it, and offloads some where it is asked to."""
     leaves = (module for module in transformer.modules() if next(module.children(), None) is None)
     return any(map(_has_other_forward, leaves))
 
@@ -177,7 +177,7 @@ class _WithGradients(Block):
     """Mixed into the class of a transformer or UNet."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and _offloads(self) and _is_wanted(self, args, kwargs):
+        if not torch.compiler.is_compiling() and _checkpoints_layers(self) and _is_wanted(self, args, kwargs):
             plain = {name: value for name, value in kwargs.items() if "mask" in name}  # products want these without
             args, kwargs = _each(args, _needing), {n: _each(value, _needing) for n, value in kwargs.items()} | plain
         return super().forward(*args, **kwargs)
