@@ -46,9 +46,9 @@ def attend_in_parts(patcher: ModelPatcher) -> None:
 def in_parts(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     """function(query, key, value, heads, ..), with ComfyUI's arguments; in parts if it is sub-quadratic.
 
-    Query, key and value [B, heads, tokens, D] with skip_reshape, [B, tokens, heads D] without; result [B, tokens,
-    heads D]. On another device than a CPU, with a mask, grouped heads, gradients or skip_output_reshape it is called
-    once, as every other function is.
+    Query, key and value [B, heads, tokens, D] with skip_reshape, [B, tokens, heads D] or [B, tokens, heads, D] without;
+    result [B, tokens, heads D]. On another device than a CPU, with a mask, grouped heads or skip_output_reshape it is
+    called once, as every other function is. Where gradients are wanted PyTorch's attention takes its place.
     """
     return _in_parts(*args, **kwargs) if function is SUB_QUADRATIC else function(*args, **kwargs)
 

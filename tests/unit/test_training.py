@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from bonsai_ops.kernels import cpu_has_fast_bf16
+from bonsai_ops.tools.bench import recover
 from bonsai_ops.tools.environment import PLUGIN
 from bonsai_ops.weights.codec import decode, spread_fields
 from bonsai_ops.weights.packed_weight import pack_signs
@@ -265,6 +266,8 @@ def test_the_stage_runs_the_node_as_it_is_set() -> None:
     text = (PLUGIN / "nodes" / "recover.py").read_text(encoding="utf-8")
     found = dict(re.findall(r'"(\w+)",\s+default=([\d.]+),\s+min', text))
     assert {name: float(found[name]) for name in node.PLAN} == node.PLAN
+    reckoned = {"points": recover.POINTS, "steps": recover.STEPS, "batch": recover.BATCH}  # hours of a run, by bench
+    assert reckoned.items() <= node.PLAN.items()
 
 
 def test_the_hadamard_basis() -> None:
