@@ -8,7 +8,8 @@ in W and small, so that the product by adapter(W) follows from y = x W^T, and W 
     OFT     R W, R orthogonal           R y, with the adapter's own arithmetic on y^T in place of W
     ours    W + up down                 y + (x down^T) up^T
 
-LoHa's difference is a product of all its values and is as large as W: it has no branch here.
+What is of low rank, the first and the last, the packed product can add itself: `low_rank`. LoHa's difference is a
+product of all its values and is as large as W: it has no branch here.
 """
 
 from __future__ import annotations
@@ -49,20 +50,26 @@ def _values(wrapper: Any) -> int:
     return sum(parameter.numel() for parameter in wrapper.parameters())
 
 
-def _branch(wrapper: Any) -> Branch | None:
+def low_rank(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(up [N, r], down [r, K]), differentiable, if the function gives W + up down, else None."""
     if isinstance(wrapper, Residual):
-        return wrapper.beside
+        return wrapper.up, wrapper.down
     if isinstance(wrapper, LORA) and wrapper.lora_mid is None:
-        return functools.partial(_lora, wrapper)
+        return wrapper.lora_up.weight, wrapper.lora_down.weight * (wrapper.alpha / wrapper.rank)
+    return None
+
+
+def _branch(wrapper: Any) -> Branch | None:
+    if isinstance(wrapper, Residual) or (isinstance(wrapper, LORA) and wrapper.lora_mid is None):
+        return functools.partial(_of_low_rank, wrapper)
     if isinstance(wrapper, LOKR) and not wrapper.use_tucker:
         return functools.partial(_lokr, wrapper)
     return functools.partial(_oft, wrapper) if isinstance(wrapper, OFT) else None
 
 
-def _lora(adapter: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    down, up = adapter.lora_down.weight.to(x), adapter.lora_up.weight.to(x)
-    inner = torch.nn.functional.linear(x, down) * (adapter.alpha / adapter.rank).to(x)
-    return y + torch.nn.functional.linear(inner, up)
+def _of_low_rank(wrapper: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    up, down = low_rank(wrapper)
+    return y + torch.nn.functional.linear(torch.nn.functional.linear(x, down.to(x)), up.to(x))
 
 
 def _lokr(adapter: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import kernels
 from ..weights.packed_weight import SCRATCH_BYTES, PackedWeight
-from .adapters import branches, values_of
+from .adapters import branches, low_rank, values_of
 from .kept import Kept
 from .layout import as_parameter, device_of, is_packed, mode_of, owned, unwrap
 from .lora import LOWVRAM_PATCH, LayerPatches, hand_over, made_of, patches_of, plain_terms
@@ -140,7 +140,10 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
                 return self._product_by_rows(x, unwrap(weight), bias, patches, keep)
             dense = self.patched(unwrap(weight).dequantize(torch.float32), patches, wrappers)
             return torch.nn.functional.linear(x, dense.to(x.dtype), bias)
-        y = kernels.linear(x, unwrap(weight), None if trained else bias, mode_of(weight))
+        first = low_rank(wrappers[0]) if wrappers else None
+        if first is not None:
+            trained = trained[1:]
+        y = kernels.linear(x, unwrap(weight), None if trained else bias, mode_of(weight), first)
         for patch in patches:
             y = patch.add_to(y, x, keep)
         for branch in trained:

@@ -1,7 +1,10 @@
 """The packed matmul as torch custom ops, so that torch.compile sees one opaque call with known shapes.
 
-    bonsai::linear(x, codes, scale, zero, bias, ..)   y = x W^T + bias
-    bonsai::linear_transposed(y, codes, scale, zero, ..)   x = y W, its gradient (exact in every mode)
+    bonsai::linear(x, codes, scale, zero, bias, up, down, ..)   y = x W^T + bias + x down^T up^T
+    bonsai::linear_transposed(y, codes, scale, zero, ..)   x = y W, for its gradient (exact in every mode)
+
+What is of low rank, a weight's residual or what is trained beside it, is added in place, to y and to the gradient of x:
+a buffer of that size, which the system has to clear, costs a CPU many times the product, and a GPU a launch.
 
 An operator costs more than the rest of a small call, so `linear` asks the dispatcher itself where nobody would see one.
 
@@ -21,6 +24,9 @@ from . import dispatch
 from .call import EXACT
 
 NAMESPACE = "bonsai"
+X, BIAS, UP, DOWN = 0, 4, 5, 6
+"""Which arguments of bonsai::linear get gradients."""
+LowRank = tuple[torch.Tensor, torch.Tensor]
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Classes of tensors that nobody watches."""
 try:
@@ -37,32 +43,40 @@ except AttributeError:  # a torch that has other names for them
     below_autograd, WATCHING = contextlib.nullcontext, (lambda: True,)
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, mode: str = EXACT) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    mode: str = EXACT,
+    beside: LowRank | None = None,
+) -> torch.Tensor:
     """y = x W^T + bias: x [.., K] bf16, fp16 or fp32 -> [.., N] in the same dtype. mode: one of call.MODES.
 
-    The product of the codes is the best backend's, in `mode` where one offers it, else exact. The residual of the
-    weight is multiplied here, in x's dtype, whatever the mode.
+    beside: (up [N, r], down [r, K]) whose x down^T up^T is added and which get gradients, in any dtype. The product of
+    the codes is the best backend's, in `mode` where one offers it, else exact. The residual of the weight and what
+    stands beside it are multiplied in x's dtype, whatever the mode.
 
     Raises ValueError if x has not K columns, the bias not N values, or one lies on another device than the weight.
     """
     _check_arguments(x, weight, bias)
-    if not is_watched(x, weight.codes, bias):
+    up, down = _low_rank(weight, beside, x.dtype)
+    if not is_watched(x, weight.codes, bias, up, down):
         with below_autograd():  # as in the operator
-            y = dispatch.multiply(x, weight.without_residual(), bias, mode)
-        return _add_residual(y, x, weight)
-    y = torch.ops.bonsai.linear(
+            return _multiply(x, weight.without_residual(), bias, up, down, mode)
+    return torch.ops.bonsai.linear(
         x,
         weight.codes,
         weight.scale,
         weight.zero,
         bias,
+        up,
+        down,
         weight.shape[0],
         weight.scheme,
         weight.codec,
         weight.group_size,
         mode,
     )
-    return _add_residual(y, x, weight)
 
 
 def is_watched(*tensors: torch.Tensor | None) -> bool:
@@ -94,12 +108,39 @@ def _check_arguments(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor |
             raise ValueError(f"{name} is on {tensor.device}, the packed weight on {weight.codes.device}")
 
 
-def _add_residual(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """y [.., N] + x down^T up^T in x's dtype; y itself where the weight has no residual."""
+def _low_rank(
+    weight: PackedWeight, beside: LowRank | None, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(up [N, r], down [r, K]) of the residual and what stands beside it, in one; (None, None) if there is neither."""
+    if beside is None:
+        return (None, None) if weight.up is None else (weight.up.to(dtype), weight.down.to(dtype))
+    up, down = (tensor.to(dtype) for tensor in beside)
     if weight.up is None:
-        return y
-    inner = torch.nn.functional.linear(x, weight.down.to(x.dtype))
-    return y + torch.nn.functional.linear(inner, weight.up.to(x.dtype))
+        return up, down
+    return torch.cat((weight.up.to(dtype), up), 1), torch.cat((weight.down.to(dtype), down))
+
+
+def _multiply(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    up: torch.Tensor | None,
+    down: torch.Tensor | None,
+    mode: str,
+) -> torch.Tensor:
+    y = dispatch.multiply(x, weight, bias, mode)
+    return y if up is None else _add(y, _product(x, down.t()), up.t())
+
+
+def _product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """x [.., K] matrix [K, N] -> [M, N] in x's dtype, within autocast too."""
+    return torch.mm(x.reshape(-1, x.shape[-1]), matrix).to(x.dtype)
+
+
+def _add(y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """y [.., N] with left [M, r] right [r, N] added in place."""
+    y.view(-1, y.shape[-1]).addmm_(left, right)
+    return y
 
 
 def _linear(
@@ -108,6 +149,8 @@ def _linear(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     bias: torch.Tensor | None,
+    up: torch.Tensor | None,
+    down: torch.Tensor | None,
     rows: int,
     scheme: str,
     codec: str,
@@ -115,7 +158,7 @@ def _linear(
     mode: str,
 ) -> torch.Tensor:
     weight = PackedWeight(codes, scale, (rows, codes.shape[1]), scheme, codec, group_size, zero)
-    return dispatch.multiply(x, weight, bias, mode)
+    return _multiply(x, weight, bias, up, down, mode)
 
 
 def _linear_transposed(
@@ -133,17 +176,31 @@ def _linear_transposed(
 
 
 def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
-    _, codes, scale, zero, bias, rows, scheme, codec, group_size, _ = inputs
-    ctx.save_for_backward(codes, scale, zero)
+    x, codes, scale, zero, bias, up, down, rows, scheme, codec, group_size, _ = inputs
+    trained = any(ctx.needs_input_grad[UP : DOWN + 1])
+    ctx.save_for_backward(codes, scale, zero, up, down, x if trained else None)
     ctx.weight = (rows, scheme, codec, group_size)
     ctx.has_bias = bias is not None
 
 
 def _backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple:
-    codes, scale, zero = ctx.saved_tensors
-    grad_x = torch.ops.bonsai.linear_transposed(grad, codes, scale, zero, *ctx.weight)
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None
-    return grad_x, None, None, None, grad_bias, None, None, None, None, None
+    """g of y -> those of x: g W + g up down; bias: the sum of g; up: g^T (x down^T); down: (g up)^T x."""
+    codes, scale, zero, up, down, x = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    grads: list[torch.Tensor | None] = [None] * len(wanted)
+    rows = grad.reshape(-1, grad.shape[-1])
+    inner = _product(grad, up) if up is not None and (wanted[X] or wanted[DOWN]) else None
+    if wanted[X]:
+        grads[X] = torch.ops.bonsai.linear_transposed(grad, codes, scale, zero, *ctx.weight)
+        if inner is not None:
+            grads[X] = _add(grads[X], inner, down)
+    if wanted[BIAS] and ctx.has_bias:
+        grads[BIAS] = rows.sum(0)
+    if wanted[UP]:
+        grads[UP] = _product(rows.t(), _product(x, down.t()))
+    if wanted[DOWN]:
+        grads[DOWN] = _product(inner.t(), x.reshape(-1, x.shape[-1]))
+    return tuple(grads)
 
 
 def _is_registered() -> bool:
@@ -155,7 +212,9 @@ def _register() -> None:
         return
     op = torch.library.custom_op(f"{NAMESPACE}::linear", _linear, mutates_args=())
     op.register_fake(
-        lambda x, codes, scale, zero, bias, rows, scheme, codec, group_size, mode: x.new_empty(*x.shape[:-1], rows)
+        lambda x, codes, scale, zero, bias, up, down, rows, scheme, codec, group_size, mode: x.new_empty(
+            *x.shape[:-1], rows
+        )
     )
     op.register_autograd(_backward, setup_context=_save_for_backward)
     transposed = torch.library.custom_op(f"{NAMESPACE}::linear_transposed", _linear_transposed, mutates_args=())

@@ -44,11 +44,6 @@ class Residual(torch.nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + (self.up @ self.down).to(weight)
 
-    def beside(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """y [.., N] + x down^T up^T for x [.., K], in x's dtype."""
-        inner = torch.nn.functional.linear(x, self.down.to(x.dtype))
-        return y + torch.nn.functional.linear(inner, self.up.to(x.dtype))
-
 
 @dataclass(frozen=True)
 class Plan:

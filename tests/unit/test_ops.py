@@ -140,6 +140,53 @@ def test_the_gradient_of_a_low_rank_residual() -> None:
     assert error(x.grad, grad.double() @ weight.dequantize().double()) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("tokens", [(9,), (2, 9), ()], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_what_is_trained_beside_the_codes(dtype: torch.dtype, tokens: tuple[int, ...], residual: bool) -> None:
+    """y and the gradients of x and of both fp32 matrices against float64, beside a residual too; tolerance by dtype."""
+    weight = with_residual() if residual else random_weight("ternary", "trit5", *SIZE)
+    generator = torch.Generator().manual_seed(5)
+    up, down = torch.randn(136, 3, generator=generator), torch.randn(3, 256, generator=generator)
+    x = torch.randn(*tokens, 256, generator=generator).to(dtype)
+    grad = torch.randn(*tokens, 136, generator=generator).to(dtype)
+    ours = x.clone().requires_grad_(), up.clone().requires_grad_(), down.clone().requires_grad_()
+    y = kernels.linear(ours[0], weight, beside=ours[1:])
+    y.backward(grad)
+    exact = [tensor.to(dtype).double().requires_grad_() for tensor in (x, up, down)]
+    truth = exact[0] @ (weight.dequantize().double() + exact[1] @ exact[2]).T
+    truth.backward(grad.double())
+    bound = 4 * TOLERANCE[dtype]  # the products between are rounded too
+    assert y.dtype == dtype and error(y.detach(), truth.detach()) < bound
+    for found, wanted in zip(ours, exact, strict=True):
+        assert found.grad.dtype == found.dtype and error(found.grad, wanted.grad) < bound
+
+
+def test_what_is_trained_alone_gets_the_gradient() -> None:
+    """Before the first layer that is trained nothing is: x needs no gradient, and none is computed."""
+    weight, x, grad = random_weight("ternary", "trit5", *SIZE), torch.randn(3, 256), torch.randn(3, 136)
+    up, down = torch.randn(136, 3, requires_grad=True), torch.randn(3, 256)
+    names = by_profiler(lambda x: kernels.linear(x, weight, beside=(up, down)).backward(grad), x)
+    assert "bonsai::linear" in names and "bonsai::linear_transposed" not in names
+    assert error(up.grad, grad.double().T @ (x.double() @ down.double().T)) < TOLERANCE[torch.float32]
+
+
+def test_a_fixed_residual_keeps_no_input() -> None:
+    """For the backward pass: x is as large as all else that a layer could keep."""
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    x = torch.randn(3, 256, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kernels.linear(x, with_residual())
+        assert kept and x.untyped_storage().data_ptr() not in kept
+        kernels.linear(x, with_residual(), beside=(torch.randn(136, 3, requires_grad=True), torch.randn(3, 256)))
+        assert x.untyped_storage().data_ptr() in kept
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_gradient_of_a_layer_of_many_pieces(dtype: torch.dtype) -> None:
     """27 pieces, whose sum must not be rounded to the dtype after each; tolerance by dtype."""
@@ -158,15 +205,22 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("beside", ["nothing", "fixed", "trained"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scheme", "name"), [("ternary", "trit5"), ("zero_point", "nibble")])
-def test_the_operators_are_registered_soundly(scheme: str, name: str, bias: bool, dtype: torch.dtype) -> None:
+def test_the_operators_are_registered_soundly(
+    scheme: str, name: str, bias: bool, beside: str, dtype: torch.dtype
+) -> None:
     """Schema, fake tensors and autograd, by torch's own check."""
+    up, down = (None, None) if beside == "nothing" else (torch.randn(136, 5), torch.randn(5, 256))
+    if up is not None:
+        up, down = (tensor.to(dtype).requires_grad_(beside == "trained") for tensor in (up, down))
     weight = random_weight(scheme, name, *SIZE)
     x = torch.randn(2, 3, 256, dtype=dtype, requires_grad=True)
     b = torch.randn(136, dtype=dtype) if bias else None
     torch.library.opcheck(
-        torch.ops.bonsai.linear.default, (x, weight.codes, weight.scale, weight.zero, b, *arguments(weight), "exact")
+        torch.ops.bonsai.linear.default,
+        (x, weight.codes, weight.scale, weight.zero, b, up, down, *arguments(weight), "exact"),
     )
     grad = torch.randn(2, 3, 136, dtype=dtype)
     torch.library.opcheck(

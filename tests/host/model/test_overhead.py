@@ -74,7 +74,9 @@ def test_a_layer_without_patches_does_little_else(
     with torch.inference_mode():
         layer(x)
         calls, asked = python_calls(lambda: layer(x)), operators(lambda: layer(x))
-    assert asked == ["aten::empty", *(["aten::linear", "aten::linear", "aten::add"] if residual else [])]
+    if residual:  # views launch nothing
+        asked = [name for name in asked if name not in ("aten::t", "aten::view", "aten::reshape")]
+    assert asked == ["aten::empty", *(["aten::mm", "aten::addmm_"] if residual else [])]
     assert residual or len(calls) <= MOST_CALLS, calls
 
 
