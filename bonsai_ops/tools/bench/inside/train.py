@@ -29,8 +29,8 @@ STEPS = 3
 """Of the training, if there is time; the first of several, which brings weights to their places, is not counted."""
 COSTS = 4.0
 """Sampling steps that a training step takes at least about: forward twice, and backward."""
-HIDDEN, WIDEST, HEADS, BLOCKS = 3072, 27648, 24, 25
-"""Of the 4B model: channels, those of the widest result, heads of attention, blocks."""
+HIDDEN, WIDEST, BLOCKS = 3072, 27648, 25
+"""Of the 4B model: channels, those of the widest result, blocks."""
 
 
 def main(argv: list[str]) -> int:
@@ -73,11 +73,10 @@ def _measure(options: dict) -> int:
 
 def needed(file: str, size: int, device: str) -> int:
     """Bytes that training takes about: the file's weights, of which ComfyUI's newest node makes a copy, the inputs of
-    all blocks, one block's results and the scores of its attention with their gradients, in fp32 on a CPU."""
+    all blocks, one block's results and their gradients, in fp32 on a CPU."""
     tokens = (size // 16) ** 2 + TEXT_TOKENS
     item = 4 if device == "cpu" else 2
-    scores = 3 * HEADS * tokens * tokens if device == "cpu" else 0
-    return 2 * Path(file).stat().st_size + item * (tokens * (BLOCKS * HIDDEN + 3 * WIDEST) + scores)
+    return 2 * Path(file).stat().st_size + item * tokens * (BLOCKS * HIDDEN + 6 * WIDEST)
 
 
 def possible(budget: float, step_s: float) -> int:
