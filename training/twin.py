@@ -57,6 +57,18 @@ class Points:
         return [every[i : i + size] for i in range(0, len(every), size)]
 
 
+def beside(
+    x: torch.Tensor, y: torch.Tensor, sigma: torch.Tensor, residuals: Sequence[tuple[Range, Residual]]
+) -> torch.Tensor:
+    """y [B, .., N] + x down^T up^T for x [B, .., K], in x's dtype, where sigma [B] is in a residual's range."""
+    for (low, high), residual in residuals:
+        inside = (sigma > low) & (sigma <= high)
+        up, down = residual.up.to(x.dtype), residual.down.to(x.dtype)
+        product = torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
+        y = torch.where(inside.view(-1, *[1] * (y.ndim - 1)), y + product, y)
+    return y
+
+
 class Twin:
     """The dense model, whose layers can be given other weights, and residuals beside them.
 
@@ -90,10 +102,7 @@ class Twin:
         self._sigma = named["timestep"]
 
     def _beside(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        for (low, high), parts in self._residuals:
-            inside = (self._sigma > low) & (self._sigma <= high)
-            y = torch.where(inside.view(-1, *[1] * (y.ndim - 1)), parts[name].beside(x, y), y)
-        return y
+        return beside(x, y, self._sigma, [(span, parts[name]) for span, parts in self._residuals])
 
     def predict(self, x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Velocity [B, L, 128] at x [B, L, 128], sigma [B], for text [B, T, 384]."""

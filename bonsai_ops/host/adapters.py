@@ -55,7 +55,8 @@ def low_rank(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     if isinstance(wrapper, Residual):
         return wrapper.up, wrapper.down
     if isinstance(wrapper, LORA) and wrapper.lora_mid is None:
-        return wrapper.lora_up.weight, wrapper.lora_down.weight * (wrapper.alpha / wrapper.rank)
+        # up is scaled, which does not begin with zero: fp16 has room for its products, not for those of a small down
+        return wrapper.lora_up.weight * (wrapper.alpha / wrapper.rank), wrapper.lora_down.weight
     return None
 
 

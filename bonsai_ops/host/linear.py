@@ -181,6 +181,8 @@ class _PackedModule(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             shape = self.weight.shape
             return None if on_rows(patches, shape, 0, shape[0]) is None else 3 * SCRATCH_BYTES
         values = trained + sum(term.up.numel() + term.down.numel() for term in terms)
+        if trained:  # the residual is multiplied with what is trained, in one
+            values += 0 if self.weight_up is None else self.weight_up.numel() + self.weight_down.numel()
         return SCRATCH_BYTES + self.weight.dtype.itemsize * values
 
     def _cast_packed(self, device: torch.device, bias_dtype: torch.dtype) -> tuple:

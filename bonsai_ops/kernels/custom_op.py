@@ -114,7 +114,7 @@ def _low_rank(
     """(up [N, r], down [r, K]) of the residual and what stands beside it, in one; (None, None) if there is neither."""
     if beside is None:
         return (None, None) if weight.up is None else (weight.up.to(dtype), weight.down.to(dtype))
-    up, down = (tensor.to(dtype) for tensor in beside)
+    up, down = (tensor.to(device=weight.codes.device, dtype=dtype) for tensor in beside)
     if weight.up is None:
         return up, down
     return torch.cat((weight.up.to(dtype), up), 1), torch.cat((weight.down.to(dtype), down))
@@ -177,8 +177,14 @@ def _linear_transposed(
 
 def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
     x, codes, scale, zero, bias, up, down, rows, scheme, codec, group_size, _ = inputs
-    trained = any(ctx.needs_input_grad[UP : DOWN + 1])
-    ctx.save_for_backward(codes, scale, zero, up, down, x if trained else None)
+    of_x, of_up, of_down = (ctx.needs_input_grad[number] for number in (X, UP, DOWN))
+    packed = (codes, scale, zero) if of_x else (None,) * 3  # an offloaded layer's lie on the device as long as that
+    ctx.save_for_backward(
+        *packed,
+        up if of_x or of_down else None,
+        down if of_x or of_up else None,
+        x if of_up or of_down else None,
+    )
     ctx.weight = (rows, scheme, codec, group_size)
     ctx.has_bias = bias is not None
 
@@ -189,7 +195,7 @@ def _backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple:
     wanted = ctx.needs_input_grad
     grads: list[torch.Tensor | None] = [None] * len(wanted)
     rows = grad.reshape(-1, grad.shape[-1])
-    inner = _product(grad, up) if up is not None and (wanted[X] or wanted[DOWN]) else None
+    inner = None if up is None else _product(grad, up)
     if wanted[X]:
         grads[X] = torch.ops.bonsai.linear_transposed(grad, codes, scale, zero, *ctx.weight)
         if inner is not None:

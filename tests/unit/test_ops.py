@@ -171,20 +171,31 @@ def test_what_is_trained_alone_gets_the_gradient() -> None:
     assert error(up.grad, grad.double().T @ (x.double() @ down.double().T)) < TOLERANCE[torch.float32]
 
 
-def test_a_fixed_residual_keeps_no_input() -> None:
-    """For the backward pass: x is as large as all else that a layer could keep."""
-    kept: list[int] = []
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [
+        ("x", {"codes", "up", "down"}),
+        ("up", {"x", "down"}),
+        ("down", {"x", "up"}),
+        ("x up down", {"codes", "x", "up", "down"}),
+    ],
+)
+def test_only_what_the_gradients_need_is_kept(wanted: str, kept: set[str]) -> None:
+    """For the backward pass: x is as large as all else, and an offloaded layer's codes lie on the device for it."""
+    weight = random_weight("ternary", "trit5", *SIZE)
+    named = {"x": torch.randn(3, 256), "up": torch.randn(136, 3), "down": torch.randn(3, 256)}
+    for name in wanted.split():
+        named[name].requires_grad_()
+    found: set[int] = set()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.untyped_storage().data_ptr())
+        found.add(tensor.untyped_storage().data_ptr())
         return tensor
 
-    x = torch.randn(3, 256, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        kernels.linear(x, with_residual())
-        assert kept and x.untyped_storage().data_ptr() not in kept
-        kernels.linear(x, with_residual(), beside=(torch.randn(136, 3, requires_grad=True), torch.randn(3, 256)))
-        assert x.untyped_storage().data_ptr() in kept
+        kernels.linear(named["x"], weight, beside=(named["up"], named["down"]))
+    named["codes"] = weight.codes
+    assert {name for name, tensor in named.items() if tensor.untyped_storage().data_ptr() in found} == kept
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -330,23 +341,37 @@ def test_without_the_operator_nothing_else_changes(mode: str, residual: bool) ->
         assert torch.allclose(factor.grad, watched.sum((0, 1)))
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_torch_compile_has_no_graph_break(backend: str, residual: bool) -> None:
-    """Values and gradient as without it, also for a second number of tokens."""
+def test_torch_compile_has_no_graph_break(backend: str, residual: bool, beside: bool) -> None:
+    """Values and gradients as without it, also for a second number of tokens."""
     weight, bias = with_residual() if residual else random_weight("ternary", "trit5", *SIZE), torch.randn(136)
+    trained = (torch.randn(136, 3, requires_grad=True), torch.randn(3, 256, requires_grad=True)) if beside else None
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.gelu(kernels.linear(x * 2, weight, bias)) + 1
+        return torch.nn.functional.gelu(kernels.linear(x * 2, weight, bias, beside=trained)) + 1
 
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for tokens in (4, 7):
         x, y = (torch.ones(tokens, 256, requires_grad=True) for _ in range(2))
         assert torch.equal(compiled(x), layer(y))
-        compiled(x).sum().backward()
-        layer(y).sum().backward()
-        assert torch.equal(x.grad, y.grad)
+        found, wanted = (
+            torch.autograd.grad(run(z).sum(), (z, *(trained or ()))) for run, z in ((compiled, x), (layer, y))
+        )
+        assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("backend", ["eager", None])
+def test_inputs_that_do_not_lie_in_a_row(backend: str | None) -> None:
+    """What is added in place is added to y itself, whatever x looks like."""
+    weight = with_residual()
+    x = torch.randn(2, 256, 5, generator=torch.Generator().manual_seed(6)).transpose(1, 2)
+    exact = x.double() @ weight.dequantize().double().T
+    with kernels.use_backend(backend):
+        assert error(kernels.linear(x, weight), exact) < TOLERANCE[torch.float32]
+        assert error(kernels.linear(x[:, :1].expand(2, 4, 256), weight), exact[:, :1].expand(2, 4, 136)) < 1e-5
 
 
 def test_a_second_import_shares_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from bonsai_ops.kernels import cpu_has_fast_bf16
+from bonsai_ops.quantize.recover import Residual
 from bonsai_ops.tools.bench import recover
 from bonsai_ops.tools.environment import PLUGIN
 from bonsai_ops.weights.codec import decode, spread_fields
@@ -31,6 +32,7 @@ from training import (
     speed,
     text_encoder,
     transformer,
+    twin,
     vae,
 )
 from training.drawing import draw
@@ -268,6 +270,16 @@ def test_the_stage_runs_the_node_as_it_is_set() -> None:
     assert {name: float(found[name]) for name in node.PLAN} == node.PLAN
     reckoned = {"points": recover.POINTS, "steps": recover.STEPS, "batch": recover.BATCH}  # hours of a run, by bench
     assert reckoned.items() <= node.PLAN.items()
+
+
+def test_residuals_stand_beside_a_layer_in_their_ranges() -> None:
+    """As a weight with the residual multiplies, for those of a batch whose sigma is in its range."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 3, 5, generator=generator), torch.randn(6, 5, generator=generator)
+    low, high = (Residual(torch.randn(6, 2, generator=generator), torch.randn(2, 5, generator=generator)) for _ in "ab")
+    found = twin.beside(x, x @ weight.T, torch.tensor([0.3, 1.0]), [((0.0, 0.5), low), ((0.5, 1.0), high)])
+    for number, residual in enumerate((low, high)):
+        assert torch.allclose(found[number], x[number] @ residual(weight).T, atol=1e-5)
 
 
 def test_the_hadamard_basis() -> None:

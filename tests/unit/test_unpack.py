@@ -68,6 +68,16 @@ def test_product_in_parts(dtype: torch.dtype, bias: bool, writes: list, monkeypa
         assert (found.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
 
 
+@pytest.mark.parametrize("scratch", [1 << 30, 200 * 256 * 4])
+def test_autocast_changes_no_dtype(scratch: int, writes: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A residual is added to the result in place, in the dtype of the input: whole and in parts."""
+    monkeypatch.setattr(product, "SCRATCH_BYTES", scratch)
+    weight = random_weight("affine", "byte", 1000, 256)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert by_triton.multiply(torch.ones(3, 256), weight).dtype == torch.float32
+        assert by_triton.multiply_transposed(torch.ones(3, 1000), weight).dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_in_parts(dtype: torch.dtype, writes: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """y W: the parts of a weight larger than the scratch take turns in it, and their products are summed in fp32."""

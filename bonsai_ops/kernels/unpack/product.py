@@ -121,7 +121,7 @@ def _product(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, w
     shift = None if bias is None else bias.to(x.dtype)
     if len(parts) == 1:
         write(weight, 0, rows, scratch)
-        return torch.nn.functional.linear(flat, scratch, shift).view(*x.shape[:-1], rows)
+        return torch.nn.functional.linear(flat, scratch, shift).to(x.dtype).view(*x.shape[:-1], rows)
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
     for first, last in parts:
         values = scratch[: last - first]
@@ -139,7 +139,7 @@ def _transposed(grad: torch.Tensor, weight: PackedWeight, write: Write) -> torch
     parts, scratch = _scratch(grad, weight)
     if len(parts) == 1:
         write(weight, 0, rows, scratch)
-        return torch.mm(flat, scratch).view(*grad.shape[:-1], columns)
+        return torch.mm(flat, scratch).to(grad.dtype).view(*grad.shape[:-1], columns)
     out = torch.zeros(flat.shape[0], columns, dtype=torch.float32, device=grad.device)
     for first, last in parts:
         values = scratch[: last - first]
