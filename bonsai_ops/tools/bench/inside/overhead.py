@@ -71,7 +71,9 @@ def _ways(device: str) -> dict[str, Callable[[], Any]]:
         "layer": lambda: packed(x),
         "linear": lambda: kernels.linear(x, weight),
         "dispatch": lambda: dispatch.multiply(x, weight),
-        "operator": lambda: torch.ops.bonsai.linear(x, weight.codes, weight.scale, weight.zero, None, None, None, *form),
+        "operator": lambda: torch.ops.bonsai.linear(
+            x, weight.codes, weight.scale, weight.zero, None, None, None, *form
+        ),
         "dense_product": lambda: torch.nn.functional.linear(x, dense),
         "result": lambda: _empty(x, weight, None, kernels.EXACT),
     }
