@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lora_training import DenseWeights, learned, point, right_twin, train_lora
+from random_weights import random_weight
 from safetensors.torch import save_file
 from twins import Pair, module_of, relative, text, with_lora
 
@@ -113,3 +115,38 @@ def test_within_autocast_as_torch(pair: Pair) -> None:
         assert found.dtype == truth.dtype == torch.bfloat16
         assert relative(found, truth) < 1e-2
         assert packed(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("order", [("lora", "lora"), ("lora", "oft"), ("oft", "lora"), ("lora", "oft", "lora")])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_several_adapters_on_one_layer(comfy: Any, order: tuple[str, ...], rank: int) -> None:
+    """In their order, with a bias and a residual: the result and the gradients of what ComfyUI makes of the weight."""
+    from comfy.weight_adapter.lora import LoraDiff
+    from comfy.weight_adapter.oft import OFTDiff
+
+    from bonsai_ops.host.layout import wrap
+    from bonsai_ops.host.linear import make_bonsai_ops
+
+    torch.manual_seed(0)
+    weight = random_weight("ternary", "trit5", 136, 256)
+    if rank:
+        weight = replace(weight, up=torch.randn(136, rank), down=torch.randn(rank, 256))
+    layer = make_bonsai_ops().Linear(256, 136, bias=True, dtype=torch.float32)
+    layer.load_state_dict({"weight": wrap(weight, torch.float32), "bias": torch.randn(136)})
+    made = {
+        "lora": lambda: LoraDiff((torch.randn(136, 4), torch.randn(4, 256) / 16, 2.0, None, None, None)),
+        "oft": lambda: OFTDiff((0.1 * torch.randn(17, 8, 8), None, 0.0, None)),
+    }
+    adapters = [made[name]() for name in order]
+    parameters = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+    x = torch.randn(3, 256, requires_grad=True)
+    dense = weight.dequantize()
+    for adapter in adapters:
+        dense = adapter(dense)
+    truth = torch.nn.functional.linear(x, dense, layer.bias)
+    layer.weight_function = adapters
+    found, grad = layer(x), torch.randn(3, 136)
+    assert relative(found, truth) < 1e-5
+    gradients = (torch.autograd.grad(y, (x, *parameters), grad) for y in (found, truth))
+    for ours, wanted in zip(*gradients, strict=True):
+        assert wanted.any() and relative(ours, wanted) < 1e-5
