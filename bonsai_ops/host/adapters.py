@@ -52,16 +52,20 @@ def _values(wrapper: Any) -> int:
 
 def low_rank(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(up [N, r], down [r, K]), differentiable, if the function gives W + up down, else None."""
+    if not _is_low_rank(wrapper):
+        return None
     if isinstance(wrapper, Residual):
         return wrapper.up, wrapper.down
-    if isinstance(wrapper, LORA) and wrapper.lora_mid is None:
-        # up is scaled, which does not begin with zero: fp16 has room for its products, not for those of a small down
-        return wrapper.lora_up.weight * (wrapper.alpha / wrapper.rank), wrapper.lora_down.weight
-    return None
+    # up is scaled, which does not begin with zero: fp16 has room for its products, not for those of a small down
+    return wrapper.lora_up.weight * (wrapper.alpha / wrapper.rank), wrapper.lora_down.weight
+
+
+def _is_low_rank(wrapper: Any) -> bool:
+    return isinstance(wrapper, Residual) or (isinstance(wrapper, LORA) and wrapper.lora_mid is None)
 
 
 def _branch(wrapper: Any) -> Branch | None:
-    if isinstance(wrapper, Residual) or (isinstance(wrapper, LORA) and wrapper.lora_mid is None):
+    if _is_low_rank(wrapper):
         return functools.partial(_of_low_rank, wrapper)
     if isinstance(wrapper, LOKR) and not wrapper.use_tucker:
         return functools.partial(_lokr, wrapper)

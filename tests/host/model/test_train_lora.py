@@ -150,3 +150,15 @@ def test_several_adapters_on_one_layer(comfy: Any, order: tuple[str, ...], rank:
     gradients = (torch.autograd.grad(y, (x, *parameters), grad) for y in (found, truth))
     for ours, wanted in zip(*gradients, strict=True):
         assert wanted.any() and relative(ours, wanted) < 1e-5
+
+
+def test_a_lora_at_its_beginning_fits_fp16(comfy: Any) -> None:
+    """After a first step down is about 1e-4; times alpha / rank it would have three bits left."""
+    from comfy.weight_adapter.lora import LoraDiff
+
+    from bonsai_ops.host.adapters import low_rank
+
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(136, 128, generator=generator) / 11, 1e-4 * torch.randn(128, 256, generator=generator)
+    found = [tensor.half().double() for tensor in low_rank(LoraDiff((up, down, 1.0, None, None, None)))]
+    assert relative(found[0] @ found[1], up.double() @ down.double() / 128) < 2e-3
