@@ -1,6 +1,6 @@
 """A fused kernel or unpacking: what is faster is timed once, kept in a file, and never breaks a picture.
 
-Both sides are real products on the CPU, one of them done several times over, and the timer is a clock.
+Both sides are real products on the CPU, and the timer says of each what the test wants it to take.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +31,11 @@ KEY = contest.Key("cpu", "", "float32", "ternary", "trit5", "exact", COLUMNS, RO
 
 
 class Side:
-    """A backend that computes its product `times` times, and raises `error` while it has one."""
+    """A backend that is said to take `times` milliseconds, and raises `error` while it has one."""
 
     MODES = ("exact",)
+    spent = threading.local()
+    """ms: what all of a thread's calls took."""
 
     def __init__(self, name: str, times: int) -> None:
         self.NAME, self.times, self.calls = name, times, 0
@@ -47,13 +48,12 @@ class Side:
         self.calls += 1
         if self.error is not None:
             raise self.error
-        for _ in range(self.times):
-            y = eager.multiply(x, weight, bias)
-        return y
+        self.spent.ms = getattr(self.spent, "ms", 0) + self.times
+        return eager.multiply(x, weight, bias)
 
 
 class Clock:
-    """A timer for the CPU that counts how often it was asked."""
+    """A timer for the CPU that counts how often it was asked, and says what the sides say they take."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -63,9 +63,9 @@ class Clock:
         return contest.in_turns(calls, self.once)
 
     def once(self, call: Callable[[], object]) -> float:
-        begun = time.process_time()  # whatever else this machine does
+        begun = getattr(Side.spent, "ms", 0)
         call()
-        return 1000 * (time.process_time() - begun)
+        return Side.spent.ms - begun
 
 
 @pytest.fixture(autouse=True)
